@@ -1,0 +1,225 @@
+"""The `hf-unlearn` command: demo, collect, run, evaluate.
+
+Every field of the settings is a flag; `run` and `evaluate` also take a YAML file, whose values flags override.
+Exit codes: 0 done, 2 a wrong input (one line on standard error), 1 anything else.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+COMMANDS: dict[str, str] = {
+    "demo": "forget a class, single rows or an invented person, offline, and see that it worked",
+    "collect": "collect the statistics of a data set, once, when the model is trained",
+    "run": "fulfil a deletion request: statistics, unlearning, evaluation, output folder",
+    "evaluate": "judge a finished model on forget, retain and held-out rows",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from hf_unlearn import __version__
+
+        print(__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"hf-unlearn: unknown command {argv[0]!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    debug = "--debug" in argv
+    return _guarded(globals()[f"_{argv[0]}"], [a for a in argv[1:] if a != "--debug"], debug)
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(["usage: hf-unlearn COMMAND [options]", "", __doc__.splitlines()[0], "", *lines, "", _FOOTER])
+
+
+_FOOTER = "hf-unlearn COMMAND --help lists the options; --debug shows the traceback of an error."
+
+
+def _guarded(command: Callable[[list[str]], None], argv: list[str], debug: bool) -> int:
+    """Run a command; an `UnlearningError` is one line and exit code 2, unless `--debug` asks for the traceback."""
+    from hf_unlearn.errors import UnlearningError
+
+    try:
+        command(argv)
+    except UnlearningError as error:
+        if debug:
+            raise
+        print(f"hf-unlearn: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _demo(argv: list[str]) -> None:
+    from hf_unlearn.config import setting
+    from hf_unlearn.constraints import CONSTRAINTS
+
+    @dataclass
+    class DemoArguments:
+        output_dir: str = setting("outputs/demo", "Where checkpoint, report, card and plots go.")
+        task: str = setting("digits", "digits (a vision transformer) or text (a chat model and five invented people).")
+        forget: str | None = setting(
+            None, "class:C or rows:N (digits, default class:3); person:P (text, default person:1)."
+        )
+        constraint: str | None = setting(
+            None, f"{', '.join(CONSTRAINTS)}, or all from the same original; default kronecker (digits), energy (text)."
+        )
+        seed: int = setting(0, "Seed of the splits and of training.")
+        model: str | None = setting(None, "Folder or Hub id of the chat model of the text task.")
+        cache_dir: str | None = setting(None, "Where the text task's fine-tuned models are kept.")
+        overwrite_output_dir: bool = setting(False, "Replace what is in the output folder.")
+
+    (args,) = _parse("demo", [DemoArguments], argv)
+    _hush()
+    _check_choice("task", args.task, ("digits", "text"))
+    common = {"seed": args.seed, "overwrite": args.overwrite_output_dir}
+    if args.task == "digits":
+        from hf_unlearn.demo.digits import run_digits
+
+        constraint = args.constraint or "kronecker"
+        _check_choice("constraint", constraint, (*CONSTRAINTS, "all"))
+        _show(run_digits(args.output_dir, args.forget or "class:3", constraint, **common), args.output_dir, "accuracy")
+        return
+    from hf_unlearn.demo.people import DEFAULT_MODEL, run_people
+
+    constraint = args.constraint or "energy"
+    _check_choice("constraint", constraint, (*CONSTRAINTS, "all"))
+    common |= {"model": args.model or DEFAULT_MODEL, "cache_dir": args.cache_dir}
+    reports = run_people(args.output_dir, args.forget or "person:1", constraint, **common)
+    _show(reports, args.output_dir, "answer_probability")
+
+
+def _collect(argv: list[str]) -> None:
+    from hf_unlearn.config import setting
+    from hf_unlearn.runs import DataArguments, collect
+
+    @dataclass
+    class CollectArguments(DataArguments):
+        rows: str = setting("", "Split to collect on: name or name[start:stop].")
+        fisher: bool = setting(False, "Also collect Fishers, for the Kronecker constraint and predicted KL.")
+        output_dir: str = setting("statistics", "Where the statistics go.")
+        overwrite_output_dir: bool = setting(False, "Replace what is in the output folder.")
+
+    (args,) = _parse("collect", [CollectArguments], argv)
+    _hush()
+    statistics = collect(args, args.rows, args.fisher, args.output_dir, args.overwrite_output_dir)
+    print(statistics.summary())
+    print(f"saved to {args.output_dir}")
+
+
+def _run(argv: list[str]) -> None:
+    from hf_unlearn.config import UnlearningConfig
+    from hf_unlearn.runs import RunArguments, run
+
+    args, config = _parse("run", [RunArguments, UnlearningConfig], argv)
+    _hush()
+    _show(run(args, config), config.output_dir or "unlearned", "answer_probability")
+
+
+def _evaluate(argv: list[str]) -> None:
+    from hf_unlearn.config import setting
+    from hf_unlearn.runs import RunArguments, evaluate
+
+    @dataclass
+    class EvaluateArguments(RunArguments):
+        original: str | None = setting(None, "Folder or Hub id of the model before unlearning.")
+        per_device_eval_batch_size: int = setting(16, "Rows a forward pass.")
+        seed: int = setting(0, "Seed of the bootstrap.")
+        output_dir: str | None = setting(None, "Also write the report to this folder.")
+        overwrite_output_dir: bool = setting(False, "Replace what is in the output folder.")
+
+    (args,) = _parse("evaluate", [EvaluateArguments], argv)
+    _hush()
+    from hf_unlearn.files import check_output, replace_folder
+
+    if args.output_dir:
+        check_output(args.output_dir, args.overwrite_output_dir)
+    report = evaluate(args, args.original, args.per_device_eval_batch_size, args.seed)
+    print(report.table())
+    if args.output_dir:
+        with replace_folder(args.output_dir, args.overwrite_output_dir) as folder:
+            report.save(folder)
+        print(f"saved to {args.output_dir}")
+
+
+def _parse(command: str, kinds: list[Any], argv: list[str]) -> tuple[Any, ...]:
+    """Parse flags into dataclasses; a first argument that is a YAML file gives their defaults."""
+    from transformers import HfArgumentParser
+
+    from hf_unlearn.errors import SettingsError
+
+    usage = f"hf-unlearn {command} {'[FILE.yaml] ' if command in ('run', 'evaluate') else ''}[options]"
+    parser = HfArgumentParser(
+        kinds, prog=f"hf-unlearn {command}", usage=usage, description=COMMANDS[command].capitalize() + ".",
+        formatter_class=argparse.HelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    if argv and not argv[0].startswith("-"):
+        parser.set_defaults(**_read_yaml(Path(argv[0]), {f.name for kind in kinds for f in fields(kind)}))
+        argv = argv[1:]
+    try:
+        return parser.parse_args_into_dataclasses(argv)
+    except ValueError as error:
+        raise SettingsError(f"{command}: {str(error).splitlines()[0]}") from error
+
+
+def _read_yaml(path: Path, known: set[str]) -> dict[str, Any]:
+    import yaml
+
+    from hf_unlearn.errors import SettingsError
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise SettingsError(f"cannot read settings {path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path} is not a YAML mapping of settings")
+    if unknown := sorted(set(content) - known):
+        raise SettingsError(f"{path} has unknown settings: {', '.join(unknown)}; see hf-unlearn run --help")
+    return content
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    from hf_unlearn.errors import SettingsError
+
+    if value not in choices:
+        raise SettingsError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
+
+
+def _hush() -> None:
+    """Leave errors and our own progress bars; transformers' load bars and notes would bury the table."""
+    import warnings
+
+    import datasets
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def _show(reports: dict[str, Any], output_dir: str, metric: str) -> None:
+    """Print one table, the samples side by side, and where everything is."""
+    from hf_unlearn.report import side_by_side
+
+    first = next(iter(reports.values()))
+    print(f"\n{metric} by split (forgotten: {first.request['rows']} rows of {first.request['source']})\n")
+    print(side_by_side(reports, metric))
+    for name, report in reports.items():
+        print(f"\n{name}: {report.method['stopped']}")
+        for sample in report.samples:
+            print(f"  Q      {sample['prompt']}\n  before {sample['answer']}\n  after  {sample['after']}\n")
+    print(f"\ncheckpoint, report, card and plots: {output_dir}" + ("/<constraint>" if len(reports) > 1 else ""))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

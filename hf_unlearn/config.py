@@ -1,0 +1,103 @@
+"""`UnlearningConfig`: TrainingArguments plus the settings of unlearning. Help texts are made from the docstrings."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_unlearn.constraints import CONSTRAINTS, ConstraintLike, build_constraint
+from hf_unlearn.errors import SettingsError
+from hf_unlearn.losses import LOSSES, UnlearningLoss, build_loss
+
+
+def setting(default: Any, help: str) -> Any:
+    """Dataclass field whose one description is its help text; mutable defaults are copied."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class UnlearningConfig(TrainingArguments):
+    """Everything `transformers.TrainingArguments` has, with defaults for short constrained runs, and the following."""
+
+    _VALID_DICT_FIELDS = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "loss_settings",
+        "constraint_settings",
+        "layer_constraints",
+    ]
+
+    loss: str = setting("ce_u", f"Forget loss: {', '.join(sorted(LOSSES))}.")
+    loss_settings: dict | str | None = setting(
+        None, 'Settings of the loss as JSON, such as {"beta": 0.1}; gamma and alpha weigh the forget and retain terms.'
+    )
+    constraint: str = setting("energy", f"Constraint on every step: {', '.join(CONSTRAINTS)}.")
+    constraint_settings: dict | str | None = setting(
+        None, 'Settings of the constraint as JSON, such as {"energy": 0.95}.'
+    )
+    layer_constraints: dict | str | None = setting(
+        None, 'Settings that differ by layer, as JSON from name patterns, such as {"*.down_proj": {"energy": 0.99}}.'
+    )
+    relative_step: bool = setting(
+        True,
+        "The learning rate is the norm of each step relative to that of the trained weights, whatever the scale of the "
+        "loss. Off: the optimizer's own step.",
+    )
+    allow_exposed: list[str] = setting([], "Name patterns of parameters that may train without protection.")
+    freeze: list[str] = setting([], "Name patterns of parameters to freeze besides biases, norms and embeddings.")
+    forget_metric: str = setting(
+        "probability", "What early stopping compares between forget and held-out rows: probability, accuracy or loss."
+    )
+    forget_target: float | None = setting(
+        None, "Stop once the forget metric has reached this value; default: its value on the held-out rows."
+    )
+    max_retain_drift: float | None = setting(
+        None, "Stop once the predicted retain drift (root mean square over layers, relative) exceeds this."
+    )
+    max_length: int | None = setting(512, "Longest row in tokens; longer rows are cut.")
+    overwrite_output_dir: bool = setting(False, "Replace what is in the output folder.")
+
+    # Defaults of TrainingArguments that do not fit unlearning: few, large-norm, unscheduled steps.
+    optim: str = setting("sgd", "Optimizer; any of TrainingArguments.")
+    momentum: float = setting(0.9, "Momentum of optim=sgd.")
+    learning_rate: float = setting(1e-3, "Learning rate; with relative_step the relative norm of a step.")
+    lr_scheduler_type: str = setting("constant", "Learning rate schedule.")
+    num_train_epochs: float = setting(20.0, "Passes over the forget set at most; early stopping ends a run before.")
+    eval_strategy: str = setting("epoch", "When to evaluate, and to decide on stopping.")
+    logging_steps: float = setting(1, "Log every so many steps.")
+    save_strategy: str = setting("no", "When to write checkpoints to resume from.")
+    report_to: None | str | list[str] = setting("none", "Trackers to report to.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.remove_unused_columns = False  # batches are pairs of forget and retain rows
+        self.build_loss()
+        self.build_constraint()
+        if self.forget_metric not in ("probability", "accuracy", "loss"):
+            raise SettingsError(f"forget_metric must be probability, accuracy or loss, got {self.forget_metric!r}")
+
+    def but(self, **changes: Any) -> "UnlearningConfig":
+        """A copy with some settings changed."""
+        return replace(self, **changes)
+
+    def build_loss(self) -> UnlearningLoss:
+        """The loss with its settings; raises `SettingsError` on unknown ones."""
+        return build_loss(self.loss, _mapping("loss_settings", self.loss_settings))
+
+    def build_constraint(self) -> ConstraintLike:
+        """The constraint, by layer pattern where `layer_constraints` says so; raises `SettingsError`."""
+        base = _mapping("constraint_settings", self.constraint_settings)
+        default = build_constraint(self.constraint, base)
+        by_layer = _mapping("layer_constraints", self.layer_constraints)
+        if not by_layer:
+            return default
+        special = {p: build_constraint(self.constraint, base | s) for p, s in by_layer.items()}
+        return {**special, "*": default}
+
+
+def _mapping(name: str, value: dict | str | None) -> dict[str, Any]:
+    """A setting given as mapping or not at all; JSON texts were parsed by TrainingArguments."""
+    if value is not None and not isinstance(value, dict):
+        raise SettingsError(f"{name} must be JSON of the form {{...}}, got {value!r}")
+    return value or {}

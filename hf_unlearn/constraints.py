@@ -1,0 +1,268 @@
+"""Constraints: linear maps from a proposed step of one weight to an allowed one.
+
+Shapes: step_OI is a step of a weight with O outputs and I inputs; basis_IK spans the core gradient space, basis_IM its
+complement. Each constraint is a small frozen description; `bind_constraints` turns it and the statistics into one
+`BoundConstraint` per layer. A further constraint is one class with `right`, `left`, `needs_fisher`, `anchored`.
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from hf_unlearn.errors import SettingsError, StatisticsError
+from hf_unlearn.linalg import Eigen, Spectrum, check_energy, eigen, rank_for_energy
+from hf_unlearn.statistics import RetainStatistics
+
+NEGATIVE_ENERGY_WARNING = 1e-6
+
+
+class Factor(Protocol):
+    """A symmetric matrix, applied from the right: `step_OI -> step_OI @ matrix_II`."""
+
+    def __call__(self, step_OI: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Remove:
+    """`I - U U^T` by the basis of what is removed: `2 O I K` multiply-adds."""
+
+    basis_IK: Tensor
+
+    def __call__(self, step_OI: Tensor) -> Tensor:
+        basis_IK = self.basis_IK.to(step_OI)
+        return step_OI - (step_OI @ basis_IK) @ basis_IK.T
+
+
+@dataclass(frozen=True, eq=False)
+class Keep:
+    """`V V^T` by the basis of what is kept: `2 O I M` multiply-adds."""
+
+    basis_IM: Tensor
+
+    def __call__(self, step_OI: Tensor) -> Tensor:
+        basis_IM = self.basis_IM.to(step_OI)
+        return (step_OI @ basis_IM) @ basis_IM.T
+
+
+@dataclass(frozen=True, eq=False)
+class Shrink:
+    """A dense symmetric matrix: `O I^2` multiply-adds."""
+
+    matrix_II: Tensor
+
+    def __call__(self, step_OI: Tensor) -> Tensor:
+        return step_OI @ self.matrix_II.to(step_OI)
+
+
+class Constraint(Protocol):
+    """What `bind_constraints` asks of a constraint."""
+
+    needs_fisher: ClassVar[bool]
+    anchored: ClassVar[bool]
+
+    def right(self, gram: Eigen) -> Factor: ...
+
+    def left(self, fisher: Eigen) -> Factor: ...
+
+
+@dataclass(frozen=True)
+class EnergyConstraint:
+    """Steps orthogonal to the core gradient space: `D (I - U U^T)`; the seed method's (PGU, WACV 2024, eq. 6).
+
+    Idempotent, so that it is applied to the whole move from the original weights ("anchored"): rounding and the
+    optimizer's momentum, preconditioning and weight decay leave nothing behind.
+    """
+
+    energy: float = 0.9
+    """Share of the spectrum that is protected, in (0, 1]; 1 protects the whole span of the retain inputs."""
+    spectrum: Spectrum = "singular_values"
+    """What the share is of: "eigenvalues" (retained energy proper) or "singular_values" (the PGU authors' rule)."""
+    min_rank_share: float = 0.0
+    """Protect at least this share of the input dimensions."""
+
+    needs_fisher: ClassVar[bool] = False
+    anchored: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_energy(self.energy, self.spectrum, self.min_rank_share)
+
+    def right(self, gram: Eigen) -> Factor:
+        """The thinner of the two forms of the projection."""
+        rank = rank_for_energy(gram.values_I, self.energy, self.spectrum, self.min_rank_share)
+        if 2 * rank <= gram.values_I.numel():
+            return Remove(gram.vectors_II[:, :rank].float().contiguous())
+        return Keep(gram.vectors_II[:, rank:].float().contiguous())
+
+    def left(self, fisher: Eigen) -> Factor:
+        raise AssertionError("the energy constraint is one-sided")
+
+
+@dataclass(frozen=True)
+class RidgeConstraint:
+    """The closest step to D with a price on the retain drift: `D (I + gram / (strength * mean_eig(gram)))^-1`.
+
+    Solves `min |D' - D|^2 + tr(D' gram D'^T) / (strength * mean_eig(gram))` (METHOD, section 3).
+    """
+
+    strength: float = 0.003
+    """Price of drift: smaller protects more. Directions of energy above `strength` times the mean are shrunk."""
+
+    needs_fisher: ClassVar[bool] = False
+    anchored: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_positive("strength", self.strength)
+
+    def right(self, gram: Eigen) -> Factor:
+        return _shrink(gram, self.strength)
+
+    def left(self, fisher: Eigen) -> Factor:
+        raise AssertionError("the ridge constraint is one-sided")
+
+
+@dataclass(frozen=True)
+class KroneckerConstraint:
+    """Ridge on both sides: also spares the output directions that the retain predictions depend on.
+
+    `(I + fisher / (strength_out * mean_eig(fisher)))^-1 D (I + gram / (strength_in * mean_eig(gram)))^-1`.
+    """
+
+    strength_in: float = 0.003
+    """Price of drift on the input side: smaller protects more."""
+    strength_out: float = 0.03
+    """Price of drift on the output side: smaller protects more."""
+
+    needs_fisher: ClassVar[bool] = True
+    anchored: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_positive("strength_in", self.strength_in)
+        _check_positive("strength_out", self.strength_out)
+
+    def right(self, gram: Eigen) -> Factor:
+        return _shrink(gram, self.strength_in)
+
+    def left(self, fisher: Eigen) -> Factor:
+        return _shrink(fisher, self.strength_out)
+
+
+CONSTRAINTS: dict[str, type | None] = {
+    "energy": EnergyConstraint,
+    "ridge": RidgeConstraint,
+    "kronecker": KroneckerConstraint,
+    "none": None,
+}
+
+ConstraintLike = Constraint | None | Mapping[str, Constraint | None]
+
+
+@dataclass(frozen=True, eq=False)
+class BoundConstraint:
+    """A constraint with the factors of one layer: a linear map on steps `[O, I]`.
+
+    `anchored` constraints are idempotent and hold for the whole move from the original weight; the others are applied
+    once to each realised step.
+    """
+
+    right: Factor
+    left: Factor | None
+    anchored: bool
+
+    def __call__(self, step_OI: Tensor) -> Tensor:
+        allowed_OI = self.right(step_OI)
+        return allowed_OI if self.left is None else self.left(allowed_OI.T).T
+
+    def leak(self, step_OI: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared norms of the part of a step that an idempotent constraint removes, and of the step."""
+        return (step_OI - self(step_OI)).square().sum(), step_OI.square().sum()
+
+
+def build_constraint(name: str, settings: Mapping[str, Any] | None = None) -> Constraint | None:
+    """Constraint by name: `energy`, `ridge`, `kronecker` or `none`.
+
+    Raises:
+        SettingsError: Unknown name, unknown setting, or a value out of range.
+    """
+    if name not in CONSTRAINTS:
+        raise SettingsError(f"unknown constraint {name!r}; choose from {', '.join(CONSTRAINTS)}")
+    kind = CONSTRAINTS[name]
+    known = [field.name for field in fields(kind)] if kind else []
+    for setting in settings or {}:
+        if setting not in known:
+            raise SettingsError(f"constraint {name!r} has no setting {setting!r}, only {', '.join(known) or 'none'}")
+    return kind(**(settings or {})) if kind else None
+
+
+def constraint_for(layer: str, constraint: ConstraintLike) -> Constraint | None:
+    """The constraint of one layer; in a mapping of name patterns the first that matches wins.
+
+    Raises:
+        SettingsError: No pattern matches.
+    """
+    if not isinstance(constraint, Mapping):
+        return constraint
+    for pattern, chosen in constraint.items():
+        if fnmatchcase(layer, pattern):
+            return chosen
+    raise SettingsError(f"no pattern of the constraint settings matches layer {layer}; add '*' as the last pattern")
+
+
+def bind_constraints(statistics: RetainStatistics, constraint: ConstraintLike) -> dict[str, BoundConstraint]:
+    """Decompose the statistics and return the bound constraint of each layer that has one.
+
+    Layers that share a Gram share its decomposition. Negative energy, which only a subtraction of foreign rows leaves,
+    is clamped, with one warning that says how much there was and where.
+
+    Raises:
+        StatisticsError: A Kronecker constraint without a Fisher in the statistics.
+    """
+    chosen = {name: constraint_for(name, constraint) for name in statistics.layers}
+    if statistics.rows == 0 and any(chosen.values()):
+        raise StatisticsError("the statistics have no row left (everything was subtracted); nothing to protect")
+    rights: dict[tuple[str, Constraint], Factor] = {}
+    grams: dict[str, float] = {}
+    bound = {}
+    for name, kind in chosen.items():
+        if kind is None:
+            continue
+        key = statistics.layers[name].inputs
+        if (key, kind) not in rights:
+            parts = eigen(statistics.gram(name))
+            grams[key] = parts.negative_share
+            rights[key, kind] = kind.right(parts)
+        left = None
+        if kind.needs_fisher:
+            parts = eigen(statistics.fisher(name))
+            grams[f"{name} (Fisher)"] = parts.negative_share
+            left = kind.left(parts)
+        bound[name] = BoundConstraint(rights[key, kind], left, kind.anchored)
+    _warn_negative(grams)
+    return bound
+
+
+def _shrink(parts: Eigen, strength: float) -> Shrink:
+    """`(I + A / (strength * mean_eig(A)))^-1` from the eigen-decomposition of A; the identity where A is zero."""
+    mean = parts.values_I.mean()
+    scaled_I = parts.values_I / (strength * mean) if mean > 0 else torch.zeros_like(parts.values_I)
+    matrix_II = (parts.vectors_II / (1 + scaled_I)) @ parts.vectors_II.T
+    return Shrink(matrix_II.float())
+
+
+def _warn_negative(shares: Mapping[str, float]) -> None:
+    worst = max(shares, key=lambda name: shares[name], default=None)
+    if worst is not None and shares[worst] > NEGATIVE_ENERGY_WARNING:
+        warnings.warn(
+            f"{shares[worst]:.2%} of the energy of {worst} is negative after the subtraction (clamped to zero): were "
+            "the subtracted rows part of the data, and collected on the same weights?",
+            stacklevel=3,
+        )
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise SettingsError(f"{name} must be above 0, got {value}; 0.003 to 0.3 is the usual range")

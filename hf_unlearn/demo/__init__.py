@@ -1,0 +1,1 @@
+"""Demonstrations that run offline on data inside the package and scikit-learn."""

@@ -1,0 +1,63 @@
+"""The text demonstration: a chat model learns five invented people, then forgets one."""
+
+from pathlib import Path
+
+from hf_unlearn.config import UnlearningConfig
+from hf_unlearn.errors import SettingsError
+from hf_unlearn.report import UnlearningReport
+from hf_unlearn.runs import RunArguments, run
+
+ROWS_A_PERSON, KNOWN, NEVER_SEEN = 20, 5, 2
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+FOLDER = Path(__file__).parents[1] / "demo_data"
+
+
+def run_people(
+    output_dir: str,
+    forget: str,
+    constraint: str,
+    seed: int,
+    model: str = DEFAULT_MODEL,
+    overwrite: bool = False,
+    cache_dir: str | None = None,
+) -> dict[str, UnlearningReport]:
+    """Fine-tune `model` on five people of 20 rows each, forget `person:P` (1 to 5), judge against a retrained model.
+
+    Raises:
+        SettingsError: A request that cannot be read.
+        ModelError: The model cannot be loaded.
+    """
+    kind, _, value = forget.partition(":")
+    if kind != "person" or value not in map(str, range(1, KNOWN + 1)):
+        raise SettingsError(f"forget must be person:1 to person:{KNOWN} for the text task, got {forget!r}")
+    start = (int(value) - 1) * ROWS_A_PERSON
+    known = KNOWN * ROWS_A_PERSON
+    arguments = RunArguments(
+        model_name_or_path=model,
+        dataset_name=str(FOLDER),
+        cache_dir=cache_dir,
+        train=f"people[0:{known}]",
+        forget=f"people[{start}:{start + ROWS_A_PERSON}]",
+        holdout=f"people[{known}:{known + NEVER_SEEN * ROWS_A_PERSON}]",
+        fine_tune=True,
+        retrained="auto",
+        constraints=constraint,
+        samples=4,
+        fine_tune_seed=seed,
+    )
+    return run(arguments, _config(output_dir, constraint, seed, overwrite))
+
+
+def _config(output_dir: str, constraint: str, seed: int, overwrite: bool) -> UnlearningConfig:
+    return UnlearningConfig(
+        output_dir,
+        overwrite_output_dir=overwrite,
+        loss="ce_u",
+        constraint="energy" if constraint == "all" else constraint,
+        learning_rate=1e-3,
+        num_train_epochs=30,
+        per_device_train_batch_size=20,
+        per_device_eval_batch_size=20,
+        eval_on_start=True,
+        seed=seed,
+    )

@@ -1,0 +1,91 @@
+"""Making the models that a demonstration or benchmark compares: fine-tuned with and without the forget rows."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.utils import logging
+
+from hf_unlearn.data import Row, row_key
+from hf_unlearn.files import replace_folder
+from hf_unlearn.fingerprint import weights_fingerprint
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Settings of a plain fine-tune (AdamW, linear decay, loss on the labels)."""
+
+    epochs: float = 8.0
+    learning_rate: float = 1e-4
+    batch_size: int = 10
+    weight_decay: float = 0.0
+    seed: int = 0
+
+    def run(self, model: nn.Module, rows: Sequence[Row], collator: Callable, scratch: str | os.PathLike) -> nn.Module:
+        """Fine-tune `model` in place on `rows` and return it."""
+        set_seed(self.seed)
+        args = TrainingArguments(
+            str(scratch), num_train_epochs=self.epochs, learning_rate=self.learning_rate, seed=self.seed,
+            per_device_train_batch_size=self.batch_size, weight_decay=self.weight_decay, save_strategy="no",
+            report_to="none", logging_strategy="no", remove_unused_columns=False,
+        )  # fmt: skip
+        trainer = Trainer(model, args, train_dataset=rows, data_collator=collator)
+        trainer.train()
+        return model
+
+
+def cache_folder(folder: str | os.PathLike | None) -> Path:
+    """Where prepared models and statistics are kept: `folder`, or `hf_unlearn` in the Hub client's home."""
+    if folder is not None:
+        return Path(folder)
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "hf_unlearn"
+
+
+def fine_tuned(
+    load: Callable[[str | os.PathLike | None], nn.Module],
+    rows: Sequence[Row],
+    settings: FineTuning,
+    collator: Callable,
+    cache: Path,
+) -> tuple[nn.Module, float]:
+    """The model fine-tuned on `rows`, from `cache` if it was made before, and the seconds that making it took.
+
+    Args:
+        load: Given None loads the base model, given a folder that of the cache.
+        rows: Encoded rows.
+        settings: How to fine-tune.
+        collator: Rows to batch.
+        cache: Folder of prepared models; an entry's name is a hash of weights, rows and settings.
+    """
+    base = load(None)
+    folder = cache / f"model-{_key(base, rows, settings)}"
+    if folder.is_dir():
+        del base
+        logger.info(f"using {folder}")
+        return load(folder), json.loads((folder / "fine_tuning.json").read_text())["seconds"]
+    start = time.perf_counter()
+    with replace_folder(folder) as new:
+        model = settings.run(base, rows, collator, new / "scratch")
+        seconds = round(time.perf_counter() - start, 1)
+        model.save_pretrained(new)  # type: ignore[operator]
+        (new / "fine_tuning.json").write_text(json.dumps({**asdict(settings), "rows": len(rows), "seconds": seconds}))
+    return model.eval(), seconds
+
+
+def _key(base: nn.Module, rows: Sequence[Row], settings: Any) -> str:
+    digest = sha256(weights_fingerprint(base).encode())
+    for row in rows:
+        digest.update(row_key(row))
+    digest.update(repr(settings).encode())
+    return digest.hexdigest()[:20]

@@ -1,0 +1,103 @@
+"""Layer types that can be protected: how each reads its input and lays out its weight.
+
+A new type is one registration:
+
+    @describe_layer.register
+    def _(module: MyLinear) -> Layer:
+        return Layer(outputs=module.n_out, inputs=module.n_in)
+
+Shapes: N rows (positions), I input features, O output features.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache, singledispatch
+
+from torch import Tensor, nn
+
+from hf_unlearn.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear map `y = W x`: sizes, and whether the stored weight is `[I, O]` instead of torch's `[O, I]`."""
+
+    outputs: int
+    inputs: int
+    transposed: bool = False
+
+    def weight_OI(self, tensor: Tensor) -> Tensor:
+        """View the weight, its gradient or a step of it as `[O, I]`; writing to the view writes to `tensor`."""
+        return tensor.t() if self.transposed else tensor
+
+
+@singledispatch
+def describe_layer(module: nn.Module) -> Layer | None:
+    """Description of a layer type that can be protected; None for any other."""
+    return None
+
+
+@describe_layer.register
+def _(module: nn.Linear) -> Layer:
+    return Layer(outputs=module.out_features, inputs=module.in_features)
+
+
+@cache
+def _register_transformers_layers() -> None:
+    """Register what transformers defines; late, so that the statistics need no transformers to be imported."""
+    from transformers.pytorch_utils import Conv1D
+
+    @describe_layer.register
+    def _(module: Conv1D) -> Layer:  # GPT-2's linear layer, weight stored as [I, O]
+        return Layer(outputs=module.nf, inputs=module.nx, transposed=True)
+
+
+def tied_parameters(model: nn.Module) -> dict[str, str]:
+    """Names of parameters that are another one's alias (`lm_head.weight` -> `model.embed_tokens.weight`)."""
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            tied[name] = first[id(parameter)]
+    return tied
+
+
+def find_layers(model: nn.Module, patterns: Iterable[str] | None = None) -> dict[str, nn.Module]:
+    """Layers of `model` to protect, by module name, in definition order.
+
+    Args:
+        patterns: Shell patterns of module names. None takes every layer of a known type, but for the output embedding
+            of language models (as a rule tied to the input one; its Fisher would be vocabulary size squared) and
+            for layers whose weight is tied to another module's.
+
+    Raises:
+        ModelError: No layer of a known type; a pattern that matches none; a tied layer asked for by name.
+    """
+    _register_transformers_layers()
+    known = {name: module for name, module in model.named_modules() if describe_layer(module) is not None}
+    if not known:
+        types = sorted({type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(recurse=False))})
+        raise ModelError(
+            f"{type(model).__name__} has no linear layer, only {', '.join(types) or 'no parameters'}; "
+            "register its layer types with hf_unlearn.layers.describe_layer"
+        )
+    tied = tied_parameters(model)
+    partners = set(tied) | set(tied.values())
+    if patterns is None:
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        return {n: m for n, m in known.items() if f"{n}.weight" not in partners and m is not output}
+    return _match(known, list(patterns), tied)
+
+
+def _match(known: dict[str, nn.Module], patterns: list[str], tied: dict[str, str]) -> dict[str, nn.Module]:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            example = next(iter(known))
+            raise ModelError(f"pattern {pattern!r} matches none of the {len(known)} linear layers, such as {example!r}")
+    chosen = {n: m for n, m in known.items() if any(fnmatchcase(n, p) for p in patterns)}
+    for name in chosen:
+        alias = next((f"{a} = {b}" for a, b in tied.items() if f"{name}.weight" in (a, b)), None)
+        if alias:
+            raise ModelError(f"{name} has a tied weight ({alias}); protecting one use would leave the other exposed")
+    return chosen

@@ -1,0 +1,86 @@
+"""The one rank rule and the symmetric eigenproblems behind every constraint.
+
+Shapes: I input features, O output features, N rows, K rank of the core gradient space, M = I - K.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_unlearn.errors import SettingsError
+
+Spectrum = Literal["eigenvalues", "singular_values"]
+
+
+@dataclass(frozen=True)
+class Eigen:
+    """Eigen-decomposition of a Gram matrix, largest first: `gram_II = vectors_II @ diag(values_I) @ vectors_II.T`.
+
+    `values_I` are clamped at zero. `negative_share` is what the clamp removed, as a share of the sum of absolute
+    eigenvalues: rounding leaves about 1e-16, a subtraction of rows that were never added leaves percents.
+    """
+
+    values_I: Tensor
+    vectors_II: Tensor
+    negative_share: float
+
+
+def eigen(gram_II: Tensor) -> Eigen:
+    """Decompose a symmetric matrix in float64 (float32 spectra turn negative on the steep Grams of real networks)."""
+    values_I, vectors_II = torch.linalg.eigh(gram_II.double())
+    values_I, vectors_II = values_I.flip(0), vectors_II.flip(1)
+    total = values_I.abs().sum()
+    negative = -values_I.clamp(max=0).sum()
+    share = (negative / total).item() if total > 0 else 0.0
+    return Eigen(values_I.clamp(min=0), vectors_II, share)
+
+
+def numerical_rank(values_I: Tensor) -> int:
+    """Number of eigenvalues above what float64 rounding makes of a zero: `I * eps * max`."""
+    floor = values_I.numel() * torch.finfo(torch.float64).eps * values_I.max()
+    return int((values_I > floor).sum())
+
+
+def rank_for_energy(
+    values_I: Tensor, energy: float, spectrum: Spectrum = "eigenvalues", min_rank_share: float = 0.0
+) -> int:
+    """Smallest rank K whose leading part of the spectrum reaches the share `energy` of its sum.
+
+    Args:
+        values_I: Eigenvalues of a Gram matrix, descending, not negative.
+        energy: Share in (0, 1]; 1 keeps the full numerical rank.
+        spectrum: `"eigenvalues"` sums the retained energy proper (Saha et al., GPM, ICLR 2021);
+            `"singular_values"` sums their square roots, as the PGU authors' code does (WACV 2024, section 3.2).
+        min_rank_share: K is at least this share of I (rounded down), but never above the numerical rank.
+
+    Raises:
+        SettingsError: `energy` outside (0, 1], `min_rank_share` outside [0, 1], or unknown `spectrum`.
+    """
+    check_energy(energy, spectrum, min_rank_share)
+    full = numerical_rank(values_I)
+    if energy == 1 or full == 0:
+        return full
+    weights = values_I[:full].sqrt() if spectrum == "singular_values" else values_I[:full]
+    shares = weights.cumsum(0) / weights.sum()
+    reached = int((shares < energy).sum()) + 1
+    return min(full, max(reached, int(min_rank_share * values_I.numel())))
+
+
+def check_energy(energy: float, spectrum: str, min_rank_share: float) -> None:
+    """Raise `SettingsError` on values that `rank_for_energy` cannot take."""
+    if not 0 < energy <= 1:
+        raise SettingsError(f"energy must be in (0, 1], got {energy}; 1 protects the whole span of the retain inputs")
+    if spectrum not in ("eigenvalues", "singular_values"):
+        raise SettingsError(f"spectrum must be 'eigenvalues' or 'singular_values', got {spectrum!r}")
+    if not 0 <= min_rank_share <= 1:
+        raise SettingsError(f"min_rank_share must be in [0, 1], got {min_rank_share}")
+
+
+def leading_basis(
+    gram_II: Tensor, energy: float, spectrum: Spectrum = "eigenvalues", min_rank_share: float = 0.0
+) -> Tensor:
+    """Orthonormal `basis_IK` of the core gradient space of `gram_II`; see `rank_for_energy` for the rule."""
+    parts = eigen(gram_II)
+    return parts.vectors_II[:, : rank_for_energy(parts.values_I, energy, spectrum, min_rank_share)]

@@ -1,0 +1,30 @@
+"""Losses that pull toward a distribution without the true label."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_unlearn.losses.base import register_loss
+from hf_unlearn.predictions import Predictions
+
+
+def without_label(logits_LV: Tensor, labels_L: Tensor) -> Tensor:
+    """`softmax` of the logits with the true label at minus infinity: the prediction without it, renormalised."""
+    return logits_LV.detach().float().scatter(1, labels_L.unsqueeze(1), -torch.inf).softmax(-1)
+
+
+@register_loss("ce_u", skip_first=True)
+def ce_u(predictions: Predictions, original: None) -> Tensor:
+    """Cross-entropy to the current prediction with the true label removed, first answer token skipped.
+
+    Yang, CE-U, arXiv 2503.01224.
+    """
+    target_LV = without_label(predictions.logits_LV, predictions.labels_L)
+    return F.cross_entropy(predictions.logits_LV.float(), target_LV, reduction="none")
+
+
+@register_loss("next_best", needs_original=True)
+def next_best(predictions: Predictions, original: Predictions) -> Tensor:
+    """Cross-entropy to the *original* model's prediction with the true label removed, per label (METHOD, section 3)."""
+    target_LV = without_label(original.logits_LV, predictions.labels_L)
+    return F.cross_entropy(predictions.logits_LV.float(), target_LV, reduction="none")

@@ -1,0 +1,75 @@
+"""Scores of each row under one model. Shapes: B rows, L label positions, V classes or vocabulary entries."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from hf_unlearn.predictions import Batch, Predictions, predict
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """One number per row, float64.
+
+    Attributes:
+        loss: Mean negative log-likelihood of the row's labels, in nats.
+        probability: `exp(-loss)`: the length-normalised probability of the answer, or that of the class (TOFU, 2.2).
+        accuracy: Share of labels that are the most probable one.
+        entropy: Mean entropy of the predicted distribution, in nats.
+    """
+
+    loss: NDArray
+    probability: NDArray
+    accuracy: NDArray
+    entropy: NDArray
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["RowScores"]) -> "RowScores":
+        return cls(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+
+    @classmethod
+    def from_matrix(cls, scores_B4: NDArray) -> "RowScores":
+        """Rebuild from the columns of `as_matrix`, as a Trainer gathers them."""
+        return cls(*(np.asarray(scores_B4[:, i], dtype=np.float64) for i in range(len(fields(cls)))))
+
+
+def row_scores(predictions: Predictions) -> Tensor:
+    """`[B, 4]`: loss, probability, accuracy and entropy of each row, in `RowScores`' order."""
+    log_p_LV = predictions.logits_LV.double().log_softmax(-1)
+    nll_L = -log_p_LV.gather(1, predictions.labels_L.unsqueeze(1)).squeeze(1)
+    right_L = (log_p_LV.argmax(-1) == predictions.labels_L).double()
+    entropy_L = -(log_p_LV.exp() * log_p_LV).nan_to_num().sum(-1)
+    lengths_B = predictions.lengths_B.double()
+    loss_B, accuracy_B, entropy_B = (predictions.sum_by_row(v) / lengths_B for v in (nll_L, right_L, entropy_L))
+    return torch.stack([loss_B, (-loss_B).exp(), accuracy_B, entropy_B], dim=1)
+
+
+@torch.no_grad()
+def score_rows(
+    model: nn.Module,
+    dataset: Any,
+    collator: Callable[[Sequence[Mapping[str, Any]]], Batch],
+    batch_size: int = 16,
+) -> RowScores:
+    """Score every row of `dataset` in eval mode; the model's mode is restored.
+
+    Raises:
+        DataError: A row has no label to predict.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        scores = []
+        for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collator):
+            inputs = {key: value.to(device) for key, value in batch.items()}
+            scores.append(row_scores(predict(model, inputs)).cpu().numpy())
+    finally:
+        model.train(training)
+    return RowScores.from_matrix(np.concatenate(scores))

@@ -1,0 +1,251 @@
+"""Constraining any torch optimizer through its step hooks; the anchor; the drift meter.
+
+Shapes: weight_OI, step_OI of one layer; gram_II and fisher_OO of the statistics.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_unlearn.constraints import BoundConstraint, ConstraintLike, bind_constraints
+from hf_unlearn.coverage import check_covered
+from hf_unlearn.errors import SettingsError
+from hf_unlearn.layers import Layer, describe_layer
+from hf_unlearn.statistics import RetainStatistics
+
+
+def constrain_optimizer(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    statistics: RetainStatistics,
+    constraint: ConstraintLike,
+    *,
+    allow_exposed: Iterable[str] = (),
+    relative_step: bool = False,
+) -> torch.optim.Optimizer:
+    """Make every `optimizer.step()` obey `constraint`; works with any torch optimizer and any training loop.
+
+    Call it on the original weights: they become the anchor. The optimizer is returned, with a `StepConstrainer` as
+    its attribute `constrainer` (drift meter, original weights).
+
+    Args:
+        optimizer: Any torch optimizer, or accelerate's wrapper of one.
+        model: The model whose weights it trains.
+        statistics: Statistics of these weights.
+        constraint: One constraint, None, or a mapping from layer name patterns to either.
+        allow_exposed: Shell patterns of parameters that may train without protection.
+        relative_step: Rescale each step to the norm `lr * |weights|`, over all trained weights together; the learning
+            rate then is the relative size of a step, whatever the loss's scale.
+
+    Raises:
+        StatisticsError: The statistics belong to another model, or lack a Fisher that the constraint needs.
+        CoverageError: The optimizer trains a parameter that has no statistics and is not in `allow_exposed`.
+    """
+    inner: Any = getattr(optimizer, "optimizer", optimizer)
+    statistics.check_model(model)
+    trained = [p for group in inner.param_groups for p in group["params"]]
+    if constraint is not None:
+        check_covered(model, trained, statistics.layers, allow_exposed)
+    constrainer = StepConstrainer(model, statistics, constraint, relative_step=relative_step)
+    constrainer.attach(inner)
+    inner.constrainer = constrainer
+    return optimizer
+
+
+@dataclass
+class _Part:
+    """One trained parameter: where it lives, its constraint if it has one, and its values to come back to."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+    layer: Layer | None
+    bound: BoundConstraint | None
+    anchor: Tensor
+    before: Tensor | None = field(default=None)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """Read at each use: sharding replaces parameter objects."""
+        return getattr(self.module, self.attribute)
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """View as `[O, I]` where the parameter belongs to a known layer."""
+        return self.layer.weight_OI(tensor) if self.layer is not None else tensor
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Predicted effect of the whole move from the original weights on the retain data, from the statistics alone.
+
+    Attributes:
+        by_layer: Relative change of each layer's outputs: `sqrt(tr(D gram D^T) / tr(W_0 gram W_0^T))`.
+        kl: `1/2 sum tr(fisher D gram D^T)`, in nats per label; None without a Fisher.
+    """
+
+    by_layer: dict[str, float]
+    kl: float | None
+
+    @property
+    def relative(self) -> float:
+        """Root mean square over layers of the relative output change."""
+        squares = [value**2 for value in self.by_layer.values()]
+        return (sum(squares) / len(squares)) ** 0.5 if squares else 0.0
+
+
+class StepConstrainer:
+    """Holds the constraint of each trained weight and enforces it around `optimizer.step()`.
+
+    Anchored constraints (energy) restore `W = W_0 + (W - W_0)(I - U U^T)` after each step, so that neither momentum,
+    preconditioning, weight decay nor rounding accumulates. The others (ridge, Kronecker) are applied once to the
+    realised step; for SGD with or without momentum that equals applying them to the gradient.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        statistics: RetainStatistics | None,
+        constraint: ConstraintLike,
+        *,
+        relative_step: bool = False,
+    ):
+        if statistics is None and constraint is not None:
+            raise SettingsError("a constraint needs statistics; collect them, or choose constraint none")
+        self.statistics, self.relative_step = statistics, relative_step
+        self.measure_leak = False
+        self.leak: float | None = None
+        bound = bind_constraints(statistics, constraint) if statistics is not None else {}
+        self.parts = [_part(model, name, bound) for name, p in model.named_parameters() if p.requires_grad]
+        self._gradients_constrained = False
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Register the step hooks on a torch optimizer."""
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+
+    @torch.no_grad()
+    def constrain_gradients(self) -> None:
+        """Project the gradients of anchored constraints: before clipping and before the optimizer's moments.
+
+        What the step would remove anyway must not eat the clipping budget or fill the moments. Called by the step hook
+        if nobody called it before.
+        """
+        for part in self.parts:
+            gradient = part.parameter.grad
+            if gradient is not None and part.bound is not None and part.bound.anchored:
+                gradient_OI = part.matrix(gradient)
+                gradient_OI.copy_(part.bound(gradient_OI))
+        self._gradients_constrained = True
+
+    @torch.no_grad()
+    def drift(self) -> Drift:
+        """Predicted retain drift of the move so far; empty without statistics."""
+        by_layer, kl = {}, 0.0
+        for part in self.parts:
+            name = part.name.removesuffix(".weight")
+            if self.statistics is None or name not in self.statistics.layers or part.layer is None:
+                continue
+            weight_OI, anchor_OI = part.matrix(part.parameter.detach()).float(), part.matrix(part.anchor).float()
+            gram_II = self.statistics.gram(name).to(weight_OI)
+            move_OI = weight_OI - anchor_OI
+            seen_OI = move_OI @ gram_II
+            moved, size = (move_OI * seen_OI).sum(), (anchor_OI * (anchor_OI @ gram_II)).sum()
+            by_layer[name] = (moved.clamp(min=0) / size.clamp(min=1e-30)).sqrt().item()
+            if self.statistics.fisher_sums:
+                fisher_OO = self.statistics.fisher(name).to(weight_OI)
+                share = ((fisher_OO @ move_OI) * seen_OI).sum().item()
+                kl += 0.5 * self.statistics.positions_per_label(name) * share
+        return Drift(by_layer, kl if self.statistics is not None and self.statistics.fisher_sums else None)
+
+    @contextmanager
+    def original(self) -> Iterator[None]:
+        """Put the original weights into the model for a while: the original model without a second copy of it."""
+        current = [part.parameter.data for part in self.parts]
+        try:
+            for part in self.parts:
+                part.parameter.data = part.anchor
+            yield
+        finally:
+            for part, data in zip(self.parts, current, strict=True):
+                part.parameter.data = data
+
+    def weights(self) -> list[Tensor]:
+        """Copies of the trained weights, for `restore`."""
+        return [part.parameter.detach().clone() for part in self.parts]
+
+    @torch.no_grad()
+    def restore(self, weights: list[Tensor] | None = None) -> None:
+        """Write back weights from `weights()`; the original ones by default."""
+        for part, saved in zip(self.parts, weights or [p.anchor for p in self.parts], strict=True):
+            part.parameter.copy_(saved)
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if not self._gradients_constrained:
+            self.constrain_gradients()
+        self._gradients_constrained = False
+        if self.relative_step:
+            self._normalise_gradients()
+        for part in self.parts:
+            if self.relative_step or self.measure_leak or (part.bound is not None and not part.bound.anchored):
+                part.before = part.parameter.detach().clone()
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        for part in self.parts:
+            if part.bound is None:
+                continue
+            weight_OI = part.matrix(part.parameter.detach())
+            reference = part.anchor if part.bound.anchored else part.before
+            assert reference is not None
+            reference_OI = part.matrix(reference)
+            weight_OI.copy_(reference_OI + part.bound(weight_OI - reference_OI))
+        if self.relative_step:
+            self._rescale_step(optimizer.param_groups[0]["lr"])
+        if self.measure_leak:
+            self.leak = self._leak()
+        for part in self.parts:
+            part.before = None
+
+    def _normalise_gradients(self) -> None:
+        """Bring the gradients to the norm of the weights, so that `lr` times them is not lost in rounding."""
+        gradients = [p.parameter.grad for p in self.parts if p.parameter.grad is not None]
+        size = torch.nn.utils.get_total_norm(gradients)
+        scale = self._weight_norm() / size.clamp(min=torch.finfo(size.dtype).tiny)
+        for gradient in gradients:
+            gradient.mul_(scale)
+
+    def _weight_norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([part.parameter.detach() for part in self.parts])
+
+    def _rescale_step(self, relative: float) -> None:
+        """Give the realised step the norm `relative * |weights|`, weights before the step."""
+        befores = [part.before for part in self.parts if part.before is not None]
+        steps = [p.parameter.detach() - before for p, before in zip(self.parts, befores, strict=True)]
+        size = torch.nn.utils.get_total_norm(steps)
+        if size > 0:
+            scale = relative * torch.nn.utils.get_total_norm(befores) / size
+            for part, before, step in zip(self.parts, befores, steps, strict=True):
+                part.parameter.copy_(before + scale * step)
+
+    def _leak(self) -> float | None:
+        """`|D U| / |D|` of the last realised step, over all weights with an anchored constraint."""
+        removed, total = 0.0, 0.0
+        for part in self.parts:
+            if part.bound is not None and part.bound.anchored and part.before is not None:
+                step = part.parameter.detach().float() - part.before.float()
+                inside, size = part.bound.leak(part.matrix(step))
+                removed, total = removed + inside.item(), total + size.item()
+        return (removed / total) ** 0.5 if total else None
+
+
+def _part(model: nn.Module, name: str, bound: dict[str, BoundConstraint]) -> _Part:
+    prefix, _, attribute = name.rpartition(".")
+    module = model.get_submodule(prefix)
+    layer = describe_layer(module) if attribute == "weight" else None
+    anchor = getattr(module, attribute).detach().clone()
+    return _Part(name, module, attribute, layer, bound.get(prefix) if layer else None, anchor)

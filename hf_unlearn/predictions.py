@@ -1,0 +1,100 @@
+"""What a model predicts where it has a label: the one place that knows about shifted labels and masks.
+
+Shapes: B rows, T positions, V classes or vocabulary entries, L label positions of the batch (one a row for
+classification; the positions whose label is not -100 for language models).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_unlearn.errors import DataError, ModelError
+
+IGNORED = -100
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Logits and true labels at the label positions of one batch."""
+
+    logits_LV: Tensor
+    labels_L: Tensor
+    rows_L: Tensor
+    n_rows: int
+
+    @property
+    def nll_L(self) -> Tensor:
+        """Negative log-likelihood of each true label, in nats."""
+        return F.cross_entropy(self.logits_LV.float(), self.labels_L, reduction="none")
+
+    def sum_by_row(self, values_L: Tensor) -> Tensor:
+        """Sum values over each row's label positions: `[L] -> [B]`."""
+        return values_L.new_zeros(self.n_rows).index_add(0, self.rows_L, values_L)
+
+    @property
+    def lengths_B(self) -> Tensor:
+        """Number of label positions of each row."""
+        return torch.bincount(self.rows_L, minlength=self.n_rows)
+
+    def select(self, keep_L: Tensor) -> "Predictions":
+        """The same, at the positions where the boolean `keep_L` is true."""
+        return Predictions(self.logits_LV[keep_L], self.labels_L[keep_L], self.rows_L[keep_L], self.n_rows)
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether the label of position t is predicted at position t - 1 (decoder-only language models).
+
+    transformers derives `loss_type` from the class name and falls back to the causal loss where the name says
+    nothing (`GPT2LMHeadModel`); the same rule is used here. Sequence outputs alone are ever shifted.
+    """
+    model = getattr(model, "module", model)
+    config = getattr(model, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", False):
+        return False
+    return getattr(model, "loss_type", None) in (None, "ForCausalLM")
+
+
+def label_positions(model: nn.Module, labels: Tensor, skip_first: bool = False) -> Tensor:
+    """Boolean mask of the label positions that a loss reads: `[B]` or `[B, T - 1]` (shifted) or `[B, T]`.
+
+    `skip_first` leaves out each row's first label position, for sequence labels only.
+    """
+    if labels.ndim == 1:
+        return labels != IGNORED
+    mask_BT = (labels[:, 1:] if shifts_labels(model) else labels) != IGNORED
+    if skip_first:
+        mask_BT = mask_BT & (mask_BT.cumsum(1) > 1)
+    return mask_BT
+
+
+def output_logits(model: nn.Module, inputs: Batch) -> Tensor:
+    """Forward pass without labels; returns the logits, `[B, V]` or `[B, T, V]`."""
+    outputs: Any = model(**{key: value for key, value in inputs.items() if key != "labels"})
+    logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+    if logits is None:
+        raise ModelError(f"{type(model).__name__} returns no logits; use a model with a head (AutoModelFor...)")
+    return logits
+
+
+def predict(model: nn.Module, inputs: Batch, skip_first: bool = False) -> Predictions:
+    """Run `model` on a batch and return its predictions at the label positions.
+
+    Raises:
+        DataError: The batch has no `labels`, or every one of them is -100.
+        ModelError: The model returns no logits.
+    """
+    labels = inputs.get("labels")
+    if labels is None:
+        raise DataError(f"the batch has no column 'labels', only {sorted(inputs)}; a label is what is forgotten")
+    logits = output_logits(model, inputs)
+    mask = label_positions(model, labels, skip_first)
+    if not mask.any():
+        raise DataError(f"every label of a batch of {len(labels)} rows is -100 (masked); nothing is left to predict")
+    if logits.ndim == 3 and labels.ndim == 2 and shifts_labels(model):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return Predictions(logits[mask], labels[mask], mask.nonzero()[:, 0], len(labels))

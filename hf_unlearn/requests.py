@@ -1,0 +1,183 @@
+"""One deletion request from statistics to a finished output folder."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_unlearn.card import write_card
+from hf_unlearn.collect import collect_statistics
+from hf_unlearn.config import UnlearningConfig
+from hf_unlearn.data import default_collator
+from hf_unlearn.evaluation import evaluate_unlearning
+from hf_unlearn.files import check_output, replace_folder
+from hf_unlearn.plots import save_plots
+from hf_unlearn.report import UnlearningReport
+from hf_unlearn.statistics import RetainStatistics
+from hf_unlearn.trainer import UnlearningTrainer
+
+
+@dataclass
+class Request:
+    """What is to be forgotten, from which model, and how to judge it.
+
+    Attributes:
+        model: The original model; it holds the original weights again after `fulfil`.
+        forget: Rows to forget.
+        splits: Rows to judge on: `forget`, `retain`, `holdout`, ...; none of them is read while unlearning, except by
+            the stopping rule (`forget` and `holdout`).
+        statistics: Of the full training set, or of the retain set alone.
+        subtract_forget: The statistics cover the forget rows: subtract theirs first.
+        retain: Retain rows for the loss, if it has a retain term.
+        retrained: The model trained without the forget rows, to compare with.
+        processing_class, collator: As in `UnlearningTrainer`.
+        source: Where the rows come from, in words, for the report.
+        samples: Given a model, answers to show; called before and after.
+        timings: Seconds spent before this request (training, collecting).
+    """
+
+    model: nn.Module
+    forget: Any
+    splits: Mapping[str, Any]
+    statistics: RetainStatistics | None = None
+    subtract_forget: bool = True
+    retain: Any = None
+    retrained: nn.Module | None = None
+    processing_class: Any = None
+    collator: Callable | None = None
+    source: str = ""
+    samples: Callable[[nn.Module], list[dict[str, str]]] | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def fulfil(self, args: UnlearningConfig) -> UnlearningReport:
+        """Unlearn, judge, and write checkpoint, report, card and plots to `args.output_dir`.
+
+        The folder appears at the end in one rename; until then the old one, if any, is untouched.
+
+        Raises:
+            UnlearningError: Whatever is wrong with the request; nothing is written then.
+        """
+        target = check_output(args.output_dir or "unlearned", args.overwrite_output_dir)
+        timings = dict(self.timings)
+        with clock(timings, "subtract"):
+            statistics = self._retain_statistics(args)
+        with _scratch(target) as scratch, clock(timings, "unlearn"):
+            with clock(timings, "decompose"):
+                trainer = self._trainer(args.but(output_dir=str(scratch)), statistics)
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        with clock(timings, "evaluate"):
+            report = self._judge(trainer, args)
+        self._describe(report, trainer, args, timings)
+        with replace_folder(target, args.overwrite_output_dir) as folder:
+            self._write(folder, trainer, report, target.name)
+        trainer.constrainer.restore()
+        return report
+
+    def _retain_statistics(self, args: UnlearningConfig) -> RetainStatistics | None:
+        """Statistics of the full set minus those of the forget rows on the current model (PGU, section 3.3)."""
+        if self.statistics is None or not self.subtract_forget:
+            return self.statistics
+        settings = self.statistics.settings
+        forget = collect_statistics(
+            self.model, self.forget, collator=self.collator, processing_class=self.processing_class,
+            batch_size=args.per_device_eval_batch_size, fisher=settings["fisher"], layers=settings["layers"],
+            progress=not args.disable_tqdm,
+        )  # fmt: skip
+        return self.statistics - forget
+
+    def _trainer(self, args: UnlearningConfig, statistics: RetainStatistics | None) -> UnlearningTrainer:
+        stopping = {name: self.splits[name] for name in ("forget", "holdout") if name in self.splits}
+        return UnlearningTrainer(
+            self.model, args, self.forget, self.retain, statistics=statistics, eval_dataset=stopping,
+            data_collator=self.collator, processing_class=self.processing_class,
+        )  # fmt: skip
+
+    def _judge(self, trainer: UnlearningTrainer, args: UnlearningConfig) -> UnlearningReport:
+        report = evaluate_unlearning(
+            trainer.model, self.splits, original=trainer.original_model, retrained=self.retrained,
+            processing_class=self.processing_class, collator=self.collator or default_collator(self.processing_class),
+            batch_size=args.per_device_eval_batch_size, seed=args.seed,
+        )  # fmt: skip
+        if self.samples is not None:
+            with trainer.original_model() as original:
+                before = self.samples(original)
+            after = self.samples(trainer.model)
+            report.samples = [{**b, "after": a["answer"]} for b, a in zip(before, after, strict=True)]
+        return report
+
+    def _describe(
+        self, report: UnlearningReport, trainer: UnlearningTrainer, args: UnlearningConfig, timings: dict[str, float]
+    ) -> None:
+        statistics, drift = trainer.constrainer.statistics, trainer.constrainer.drift()
+        config = getattr(trainer.model, "config", None)
+        report.request = {
+            "rows": len(self.forget),
+            "source": self.source,
+            "date": datetime.now(timezone.utc).date().isoformat(),
+        }
+        report.method = {
+            "loss": args.loss,
+            "loss_settings": {"gamma": trainer.loss.gamma, "alpha": trainer.loss.alpha, **trainer.loss.settings},
+            "constraint": args.constraint,
+            "constraint_settings": _settings_of(args),
+            "statistics": statistics
+            and {"rows": statistics.rows, "weights": statistics.weights, "data": statistics.data},
+            "coverage": {
+                "protected": len(trainer.coverage.protected),
+                "frozen": len(trainer.coverage.frozen),
+                "exposed": list(trainer.coverage.exposed),
+            },
+            "base_model": getattr(config, "_name_or_path", "") or None,
+            "stopped": trainer.stop_reason,
+            "steps": trainer.state.global_step,
+            "retain_rows_used": 0 if self.retain is None else len(self.retain),
+        }
+        report.settings = {k: v for k, v in args.to_dict().items() if k in _REPORTED}
+        report.timings = timings
+        report.history = list(trainer.state.log_history)
+        report.drift = asdict(drift) | {"relative": drift.relative}
+
+    def _write(self, folder: Path, trainer: UnlearningTrainer, report: UnlearningReport, name: str) -> None:
+        trainer.model.save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        report.save(folder)
+        plots = save_plots(report, folder / "plots")
+        write_card(report, folder, model_name=name, plots=[path.relative_to(folder).as_posix() for path in plots])
+
+
+_REPORTED = frozenset(
+    "learning_rate momentum optim lr_scheduler_type num_train_epochs max_steps per_device_train_batch_size "
+    "gradient_accumulation_steps max_grad_norm weight_decay relative_step seed bf16 fp16 eval_strategy eval_steps "
+    "forget_metric forget_target max_retain_drift layer_constraints allow_exposed freeze max_length".split()
+)
+
+
+def _settings_of(args: UnlearningConfig) -> dict[str, Any]:
+    built = args.build_constraint()
+    built = built["*"] if isinstance(built, Mapping) else built
+    return asdict(built) if built is not None else {}  # type: ignore[call-overload]
+
+
+@contextmanager
+def clock(timings: dict[str, float], phase: str) -> Iterator[None]:
+    """Note the seconds that a phase takes."""
+    start = time.perf_counter()
+    yield
+    timings[phase] = round(time.perf_counter() - start, 3)
+
+
+@contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    """Folder beside the output for the trainer's checkpoints; removed when it stays empty."""
+    folder = target.with_name(f"{target.name}.checkpoints")
+    try:
+        yield folder
+    finally:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

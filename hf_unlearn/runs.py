@@ -1,0 +1,295 @@
+"""`hf-unlearn run`, `collect` and `evaluate` for language models: from names in a YAML file to finished folders."""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from hf_unlearn.collect import collect_statistics
+from hf_unlearn.config import UnlearningConfig, setting
+from hf_unlearn.constraints import CONSTRAINTS
+from hf_unlearn.data import Row, default_collator, encode_dataset, require_disjoint, require_rows, row_key
+from hf_unlearn.errors import DataError, ModelError, SettingsError
+from hf_unlearn.evaluation import evaluate_unlearning
+from hf_unlearn.files import check_output
+from hf_unlearn.finetune import FineTuning, cache_folder, fine_tuned
+from hf_unlearn.fingerprint import weights_fingerprint
+from hf_unlearn.predictions import IGNORED
+from hf_unlearn.report import UnlearningReport
+from hf_unlearn.requests import Request
+from hf_unlearn.statistics import RetainStatistics
+
+_SPEC = re.compile(r"(?P<name>[\w.-]+)(?P<slice>\[\d*:\d*\])?")
+
+
+@dataclass
+class DataArguments:
+    """Which model and which rows."""
+
+    model_name_or_path: str = setting("", "Folder or Hub id of a causal language model.")
+    dataset_name: str = setting("", "Folder of JSON lines, a file a split, or Hub id of a data set.")
+    max_rows: int | None = setting(None, "Use at most so many rows of each split for judging.")
+    cache_dir: str | None = setting(None, "Where prepared models and statistics are kept; default HF_HOME/hf_unlearn.")
+
+
+@dataclass
+class RunArguments(DataArguments):
+    """What to forget, and what to compare with. Splits are `name` or `name[start:stop]`, several with commas."""
+
+    train: str = setting("", "Split that the model was, or is to be, trained on; it includes the forget rows.")
+    forget: str = setting("", "Split to forget.")
+    retain: str | None = setting(None, "Split to judge retained knowledge on; default: train without forget.")
+    holdout: str | None = setting(None, "Split that was never seen; early stopping compares with it.")
+    eval_splits: str | None = setting(None, "Further splits to judge on.")
+    use_retain_rows: bool = setting(
+        False, "Use the retain rows in the loss; off: no retain row is read while unlearning."
+    )
+    statistics: str | None = setting(None, "Folder or Hub id of statistics; default: collected on the train split.")
+    subtract_forget: bool = setting(True, "The statistics cover the forget rows: subtract theirs.")
+    fine_tune: bool = setting(False, "Fine-tune the model on the train split first: it is to be made to know the rows.")
+    fine_tune_epochs: float = setting(5.0, "Epochs of that fine-tune.")
+    fine_tune_learning_rate: float = setting(2e-4, "Its peak learning rate (AdamW, linear decay).")
+    fine_tune_batch_size: int = setting(10, "Its batch size.")
+    retrained: str | None = setting(
+        None, "Model trained without the forget rows: a folder or Hub id, or 'auto' to fine-tune one."
+    )
+    constraints: str | None = setting(
+        None, "Run several from the same original, with commas, or 'all'; a folder each below output_dir."
+    )
+    samples: int = setting(0, "Show so many answers before and after; only for rows that may be published.")
+    fine_tune_seed: int = setting(0, "Seed of the fine-tunes.")
+
+
+def load_rows(dataset_name: str, splits: str, what: str) -> datasets.Dataset:
+    """Rows of `name[start:stop]` splits of a local folder of JSON lines or of a Hub data set's configurations.
+
+    Raises:
+        DataError: A malformed or missing split, or one without rows.
+    """
+    if not splits:
+        raise DataError(f"no {what} split was named; pass --{what} such as --{what} 'full[0:20]'")
+    parts = [_load_split(dataset_name, part.strip()) for part in splits.split(",")]
+    rows = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    require_rows(rows, what)
+    return rows
+
+
+def _load_split(dataset_name: str, split: str) -> datasets.Dataset:
+    match = _SPEC.fullmatch(split)
+    if match is None:
+        raise DataError(f"split {split!r} is malformed; write name or name[start:stop]")
+    part = f"train{match['slice'] or ''}"
+    folder = Path(dataset_name)
+    try:
+        if not folder.is_dir():
+            return datasets.load_dataset(dataset_name, match["name"], split=part)
+        found = [f for suffix in (".json", ".jsonl") if (f := folder / f"{match['name']}{suffix}").is_file()]
+        if not found:
+            raise DataError(f"{folder} has no {match['name']}.json or .jsonl")
+        return datasets.load_dataset("json", data_files=str(found[0]), split=part)
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises many kinds
+        raise DataError(f"cannot load split {split!r} of {dataset_name!r}: {str(error).splitlines()[0]}") from error
+
+
+def load_model(name: str) -> nn.Module:
+    """A causal language model in float32 (bf16 weights lose steps of relative size 1e-3), in eval mode."""
+    if not name:
+        raise ModelError("no model was named; pass --model_name_or_path with a folder or Hub id")
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load model {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model folder or Hub id, padding with its end token if it has no own one."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load the tokenizer of {name!r}: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def run(args: RunArguments, config: UnlearningConfig) -> dict[str, UnlearningReport]:
+    """One deletion request, or the same one under several constraints; reports by constraint name."""
+    names = _constraints(args, config)
+    check_output(config.output_dir or "unlearned", config.overwrite_output_dir)
+    request = prepare(args, config, fisher="kronecker" in names)
+    if len(names) == 1:
+        return {names[0]: request.fulfil(config)}
+    reports = {}
+    for name in names:
+        own = {"constraint_settings": config.constraint_settings if name == config.constraint else None}
+        folder = str(Path(config.output_dir or "unlearned") / name)
+        reports[name] = request.fulfil(config.but(constraint=name, output_dir=folder, **own))
+    return reports
+
+
+def prepare(args: RunArguments, config: UnlearningConfig, *, fisher: bool) -> Request:
+    """Load or make everything that a request needs: rows, original and retrained model, statistics."""
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    collator = default_collator(tokenizer)
+    splits = _splits(args, tokenizer, config.max_length)
+    train = splits.pop("train")
+    timings: dict[str, float] = {}
+
+    def load(folder: Any) -> nn.Module:
+        return load_model(str(folder) if folder is not None else args.model_name_or_path)
+
+    cache = cache_folder(args.cache_dir)
+    settings = FineTuning(
+        args.fine_tune_epochs, args.fine_tune_learning_rate, args.fine_tune_batch_size, seed=args.fine_tune_seed
+    )
+    model = load(None)
+    if args.fine_tune:
+        model, timings["train original"] = fine_tuned(load, train, settings, collator, cache)
+    retrained = None
+    if args.retrained == "auto":
+        retrained, timings["retrain"] = fine_tuned(load, splits["retain"], settings, collator, cache)
+    elif args.retrained is not None:
+        retrained = load_model(args.retrained)
+    statistics, timings["collect"] = _full_statistics(args, config, model, train, collator, cache, fisher)
+    forget, retain = splits["forget"], splits["retain"]
+    for name, rows in splits.items():
+        splits[name] = rows[: args.max_rows] if name != "forget" else rows
+    return Request(
+        model, forget, splits, statistics, args.subtract_forget, retain if args.use_retain_rows else None, retrained,
+        tokenizer, collator, f"{args.dataset_name.rstrip('/').split('/')[-1]} {args.forget}",
+        _sampler(forget[: args.samples], tokenizer) if args.samples else None, timings,
+    )  # fmt: skip
+
+
+def collect(args: DataArguments, rows: str, fisher: bool, output_dir: str, overwrite: bool) -> RetainStatistics:
+    """`hf-unlearn collect`: statistics of a split, saved to `output_dir`."""
+    check_output(output_dir, overwrite)
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    data = encode_dataset(load_rows(args.dataset_name, rows, "rows"), tokenizer, what="statistics")
+    model = load_model(args.model_name_or_path)
+    collator = default_collator(tokenizer)
+    statistics = collect_statistics(model, data, collator=collator, fisher=fisher, max_rows=args.max_rows)
+    statistics.save_pretrained(output_dir, overwrite=overwrite)
+    return statistics
+
+
+def evaluate(args: RunArguments, original: str | None, batch_size: int, seed: int) -> UnlearningReport:
+    """`hf-unlearn evaluate`: the table of a finished model."""
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    splits = _splits(args, tokenizer, None)
+    splits.pop("train")
+    return evaluate_unlearning(
+        load_model(args.model_name_or_path), {name: rows[: args.max_rows] for name, rows in splits.items()},
+        original=load_model(original) if original else None,
+        retrained=load_model(args.retrained) if args.retrained else None,
+        collator=default_collator(tokenizer), batch_size=batch_size, seed=seed,
+    )  # fmt: skip
+
+
+def _constraints(args: RunArguments, config: UnlearningConfig) -> list[str]:
+    if args.constraints is None:
+        return [config.constraint]
+    names = list(CONSTRAINTS) if args.constraints == "all" else [n.strip() for n in args.constraints.split(",")]
+    for name in names:
+        if name not in CONSTRAINTS:
+            raise SettingsError(f"unknown constraint {name!r}; choose from {', '.join(CONSTRAINTS)}, or all")
+    return names
+
+
+def _splits(args: RunArguments, tokenizer: Any, max_length: int | None) -> dict[str, list[Row]]:
+    """Encoded rows by split; the retain split defaults to the train rows that are not to be forgotten."""
+
+    def encoded(splits: str, what: str) -> list[Row]:
+        return encode_dataset(load_rows(args.dataset_name, splits, what), tokenizer, what=what, max_length=max_length)
+
+    forget = encoded(args.forget, "forget")
+    train = encoded(args.train, "train") if args.train else []
+    if args.retain:
+        retain = encoded(args.retain, "retain")
+        require_disjoint(forget, retain)
+    else:
+        keys = {row_key(row) for row in forget}
+        retain = [row for row in train if row_key(row) not in keys]
+        if train and len(retain) != len(train) - len(forget):
+            missing = len(retain) + len(forget) - len(train)
+            raise DataError(f"{missing} forget rows are not in the train split {args.train!r}, or are in it twice")
+    found = {"train": train, "forget": forget, "retain": retain}
+    if not retain:
+        found.pop("retain")
+    if args.holdout:
+        found["holdout"] = encoded(args.holdout, "holdout")
+    for split in (args.eval_splits or "").split(","):
+        if split.strip():
+            found[split.strip()] = encoded(split.strip(), "eval_splits")
+    return found
+
+
+def _full_statistics(
+    args: RunArguments,
+    config: UnlearningConfig,
+    model: nn.Module,
+    train: list[Row],
+    collator: Callable,
+    cache: Path,
+    fisher: bool,
+) -> tuple[RetainStatistics | None, float]:
+    """Statistics given by name, or of the train rows from the cache, or collected now; and the seconds it took."""
+    start = time.perf_counter()
+    if args.statistics is not None:
+        statistics = RetainStatistics.from_pretrained(args.statistics, model=model)
+        return statistics, time.perf_counter() - start
+    if not train:
+        if config.constraint == "none" and args.constraints is None:
+            return None, 0.0
+        raise SettingsError("a constraint needs statistics; pass --statistics, or --train to collect them on")
+    digest = sha256(weights_fingerprint(model).encode() + b"".join(map(row_key, train)) + bytes([fisher])).hexdigest()
+    folder = cache / f"statistics-{digest[:20]}"
+    if folder.is_dir():
+        return RetainStatistics.from_pretrained(folder, model=model), time.perf_counter() - start
+    statistics = collect_statistics(
+        model, train, collator=collator, fisher=fisher, batch_size=config.per_device_eval_batch_size,
+        progress=not config.disable_tqdm,
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    statistics.save_pretrained(folder)
+    return statistics, seconds
+
+
+def _sampler(rows: Sequence[Row], tokenizer: Any) -> Callable[[nn.Module], list[dict[str, str]]]:
+    """Answers of a model to the prompts of `rows`, by greedy decoding."""
+
+    def answer(model: nn.Module) -> list[dict[str, str]]:
+        samples = []
+        for row in rows:
+            first = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
+            prompt = torch.tensor([row["input_ids"][:first]], device=next(model.parameters()).device)
+            settings = GenerationConfig(
+                max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )  # fmt: skip
+            model.eval()
+            output = model.generate(  # type: ignore[operator]
+                prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
+            )
+            texts = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (prompt[0], output[0, first:]))
+            question, text = texts
+            samples.append({"prompt": _last_turn(question), "answer": text})
+        return samples
+
+    return answer
+
+
+def _last_turn(prompt: str) -> str:
+    """The question alone, without the chat template's roles."""
+    lines = [line for line in prompt.splitlines() if line.strip() not in ("", "assistant", "user", "Answer:")]
+    return lines[-1].removeprefix("Question: ") if lines else prompt

@@ -1,0 +1,243 @@
+"""`RetainStatistics`: second moments of layer inputs and output gradients, that add, subtract and travel.
+
+Shapes: N positions (unmasked rows of the layer inputs), I input features, O output features of one layer.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hf_unlearn.errors import StatisticsError
+from hf_unlearn.files import replace_folder, sha256_of, write_json
+from hf_unlearn.fingerprint import combine_rows, package_versions, weights_fingerprint
+from hf_unlearn.layers import describe_layer
+from hf_unlearn.linalg import eigen, rank_for_energy
+
+FORMAT_VERSION = 1
+TENSORS, METADATA = "statistics.safetensors", "statistics.json"
+
+
+@dataclass(frozen=True)
+class LayerSums:
+    """What one layer has: `inputs` names the Gram it shares with the layers that see the same tensor."""
+
+    inputs: str
+    outputs: int
+    transposed: bool
+
+
+@dataclass(frozen=True, eq=False)
+class RetainStatistics:
+    """Sums over data of `X^T X` (Gram) and `Y^T Y` (Fisher) of each layer; immutable, on any device.
+
+    `a + b` is what one pass over both data sets would have collected, `a - b` what a pass over `a`'s rows without
+    `b`'s would have (PGU section 3.3: no retained row is read). Both need statistics of the same weights.
+
+    Attributes:
+        gram_sums: Float64 `[I, I]` by the name of the first layer that sees the input.
+        fisher_sums: Float64 `[O, O]` by layer; empty where no Fisher pass was made.
+        layers: Each protected layer's sizes and the key of its Gram.
+        positions: N by Gram key.
+        rows: Number of data rows behind the sums.
+        labels: Number of labels that the Fisher pass sampled (0 without one).
+        weights: `weights_fingerprint` of the model.
+        data: Order-independent hash of the rows; see `fingerprint.rows_fingerprint`.
+        settings: The arguments of the collecting call.
+        versions: Versions of the packages that made the sums.
+    """
+
+    gram_sums: Mapping[str, Tensor]
+    fisher_sums: Mapping[str, Tensor]
+    layers: Mapping[str, LayerSums]
+    positions: Mapping[str, int]
+    rows: int
+    labels: int
+    weights: str
+    data: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=package_versions)
+
+    def gram(self, layer: str) -> Tensor:
+        """`gram_II = X^T X / N`: uncentred second moment of the inputs of `layer`, float64."""
+        key = self.layers[layer].inputs
+        return self.gram_sums[key] / max(self.positions[key], 1)
+
+    def fisher(self, layer: str) -> Tensor:
+        """`fisher_OO = Y^T Y / N`: second moment of the output gradients of `layer`, float64."""
+        if layer not in self.fisher_sums:
+            raise StatisticsError(f"{layer} has no Fisher; collect the statistics with fisher=True")
+        return self.fisher_sums[layer] / max(self.positions[self.layers[layer].inputs], 1)
+
+    def positions_per_label(self, layer: str) -> float:
+        """N over the number of sampled labels: turns `tr(fisher D gram D^T) / 2` into nats per label."""
+        return self.positions[self.layers[layer].inputs] / max(self.labels, 1)
+
+    def __add__(self, other: "RetainStatistics") -> "RetainStatistics":
+        return self._combine(other, 1)
+
+    def __sub__(self, other: "RetainStatistics") -> "RetainStatistics":
+        if other.rows > self.rows:
+            raise StatisticsError(f"cannot subtract statistics of {other.rows} rows from those of {self.rows} rows")
+        return self._combine(other, -1)
+
+    def _combine(self, other: "RetainStatistics", sign: int) -> "RetainStatistics":
+        if not isinstance(other, RetainStatistics):
+            return NotImplemented
+        if self.layers != other.layers:
+            raise StatisticsError(f"statistics of different layers do not combine: {_difference(self, other)}")
+        if self.weights != other.weights:
+            raise StatisticsError(
+                f"statistics of different weights ({self.weights[:12]} and {other.weights[:12]}) do not combine; "
+                "collect both on the same model"
+            )
+        if bool(self.fisher_sums) != bool(other.fisher_sums):
+            raise StatisticsError("only one of the two statistics has a Fisher; collect both with fisher=True")
+        return replace(
+            self,
+            gram_sums={k: v + sign * other.gram_sums[k].to(v.device) for k, v in self.gram_sums.items()},
+            fisher_sums={k: v + sign * other.fisher_sums[k].to(v.device) for k, v in self.fisher_sums.items()},
+            positions={k: n + sign * other.positions[k] for k, n in self.positions.items()},
+            rows=self.rows + sign * other.rows,
+            labels=self.labels + sign * other.labels,
+            data=combine_rows(self.data, other.data, sign),
+        )
+
+    def check_model(self, model: nn.Module, *, allow_other_weights: bool = False) -> None:
+        """Raise `StatisticsError` unless these are statistics of `model`: same layers and, by default, same weights."""
+        modules = dict(model.named_modules())
+        for name, sums in self.layers.items():
+            layer = describe_layer(modules[name]) if name in modules else None
+            size = tuple(self.gram_sums[sums.inputs].shape)
+            if layer is None or (layer.outputs, layer.inputs) != (sums.outputs, size[0]):
+                seen = f"is {layer.outputs} x {layer.inputs}" if layer else "does not exist"
+                raise StatisticsError(
+                    f"these statistics belong to another model: they have {name} as {sums.outputs} x {size[0]}, "
+                    f"which {seen} in {type(model).__name__}; collect statistics of this model"
+                )
+        if not allow_other_weights and (seen := weights_fingerprint(model)) != self.weights:
+            raise StatisticsError(
+                f"these statistics belong to other weights ({self.weights[:12]}, the model has {seen[:12]}); "
+                "collect them again, or pass allow_other_weights=True (--allow_other_weights) if that is intended"
+            )
+
+    def summary(self) -> str:
+        """Table of each Gram: size, positions, ranks at 90% and 99% energy, full rank, share of negative energy."""
+        lines = [
+            f"{self.rows} rows, {len(self.layers)} layers, {len(self.gram_sums)} Grams, "
+            f"{len(self.fisher_sums)} Fishers, weights {self.weights[:12]}, data {self.data[:12]}",
+            f"{'Gram (layers that share it)':<52} {'I':>6} {'N':>9} {'rank90':>7} {'rank99':>7} {'rank':>6} "
+            f"{'negative':>9}",
+        ]
+        for key, gram in self.gram_sums.items():
+            parts = eigen(gram)
+            ranks = [rank_for_energy(parts.values_I, energy) for energy in (0.9, 0.99, 1.0)]
+            sharing = sum(sums.inputs == key for sums in self.layers.values())
+            label = key if sharing == 1 else f"{key} (+{sharing - 1})"
+            lines.append(
+                f"{label:<52} {len(gram):>6} {self.positions[key]:>9} {ranks[0]:>7} {ranks[1]:>7} {ranks[2]:>6} "
+                f"{parts.negative_share:>9.1e}"
+            )
+        return "\n".join(lines)
+
+    def save_pretrained(self, folder: str | os.PathLike, *, overwrite: bool = False) -> Path:
+        """Write `statistics.safetensors` and `statistics.json` to `folder`, atomically.
+
+        Raises:
+            OutputError: `folder` is not empty and `overwrite` is false.
+        """
+        with replace_folder(folder, overwrite) as new:
+            tensors = {f"gram.{k}": v.contiguous() for k, v in self.gram_sums.items()}
+            tensors |= {f"fisher.{k}": v.contiguous() for k, v in self.fisher_sums.items()}
+            save_file(tensors, new / TENSORS)
+            head = {"format_version": FORMAT_VERSION, "sha256": sha256_of(new / TENSORS)}
+            write_json(new / METADATA, head | self._metadata())
+        return Path(folder)
+
+    def _metadata(self) -> dict[str, Any]:
+        plain = ("positions", "rows", "labels", "weights", "data", "settings", "versions")
+        layers = {name: asdict(sums) for name, sums in self.layers.items()}
+        return {"layers": layers, **{name: getattr(self, name) for name in plain}}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        model: nn.Module | None = None,
+        allow_other_weights: bool = False,
+        device: str | torch.device = "cpu",
+    ) -> "RetainStatistics":
+        """Load statistics from a local folder or a Hub repository.
+
+        Args:
+            folder: Local folder, or `user/repo` on the Hub.
+            revision: Branch, tag or commit on the Hub.
+            model: If given, `check_model` is applied.
+            allow_other_weights: Accept statistics of other weights of the same architecture.
+            device: Where the sums go.
+
+        Raises:
+            StatisticsError: Missing, truncated or altered files, a newer format, or another model.
+        """
+        path = _local_folder(folder, revision)
+        content = _read_metadata(path)
+        if sha256_of(path / TENSORS) != content["sha256"]:
+            raise StatisticsError(f"{path / TENSORS} does not match its checksum (truncated or altered); collect again")
+        try:
+            tensors = load_file(path / TENSORS, device=str(device))
+        except SafetensorError as error:
+            raise StatisticsError(f"{path / TENSORS} cannot be read ({error}); collect again") from error
+        content["layers"] = {name: LayerSums(**sums) for name, sums in content["layers"].items()}
+        order = dict.fromkeys(sums.inputs for sums in content["layers"].values())
+        loaded = cls(
+            gram_sums={key: tensors[f"gram.{key}"] for key in order},
+            fisher_sums={n: tensors[f"fisher.{n}"] for n in content["layers"] if f"fisher.{n}" in tensors},
+            **{k: v for k, v in content.items() if k not in ("format_version", "sha256")},
+        )
+        if model is not None:
+            loaded.check_model(model, allow_other_weights=allow_other_weights)
+        return loaded
+
+
+def _difference(a: RetainStatistics, b: RetainStatistics) -> str:
+    odd = sorted(set(a.layers) ^ set(b.layers)) or [n for n in a.layers if a.layers[n] != b.layers[n]]
+    return f"{len(odd)} differ, first {odd[0]!r}"
+
+
+def _local_folder(folder: str | os.PathLike, revision: str | None) -> Path:
+    path = Path(folder)
+    if path.exists():
+        return path
+    if len(path.parts) != 2 or path.is_absolute():
+        raise StatisticsError(f"{folder} is neither a local folder nor a Hub id of the form user/repo")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(folder), revision=revision, allow_patterns=[TENSORS, METADATA]))
+    except Exception as error:  # the client's exceptions share no base class
+        raise StatisticsError(f"cannot get statistics {folder!r} from the Hub: {error}".split("\n")[0]) from error
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    for name in (METADATA, TENSORS):
+        if not (path / name).is_file():
+            raise StatisticsError(f"{path} is not a statistics folder: {name} is missing")
+    try:
+        content = json.loads((path / METADATA).read_text(encoding="utf-8"))
+        found = content["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StatisticsError(f"{path / METADATA} cannot be read ({error!r}); collect again") from error
+    if found > FORMAT_VERSION:
+        raise StatisticsError(
+            f"{path} has format {found}, newer than this version's {FORMAT_VERSION}: update hf-unlearn"
+        )
+    return content

@@ -1,0 +1,272 @@
+"""`UnlearningTrainer`: a Trainer whose loss forgets and whose optimizer steps obey a constraint."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalPrediction, IntervalStrategy
+
+from hf_unlearn.callbacks import DriftBudgetCallback, OverUnlearningCallback
+from hf_unlearn.collect import collect_statistics
+from hf_unlearn.config import UnlearningConfig
+from hf_unlearn.coverage import Coverage, freeze_unprotected, hold_norm_statistics
+from hf_unlearn.data import PairedCollator, PairedDataset, default_collator, encode_dataset, require_disjoint
+from hf_unlearn.errors import NonFiniteLossError, SettingsError
+from hf_unlearn.hub import upload
+from hf_unlearn.layers import find_layers
+from hf_unlearn.metrics import RowScores, row_scores
+from hf_unlearn.optimizer import StepConstrainer
+from hf_unlearn.predictions import predict
+from hf_unlearn.statistics import RetainStatistics
+
+
+class UnlearningTrainer(Trainer):
+    """Forget `forget_dataset` under the constraint of `args`, the rest as in `transformers.Trainer`.
+
+    Args:
+        model: A model with a head, or a folder or Hub id of a causal language model (loaded as float32).
+        args: An `UnlearningConfig`.
+        forget_dataset: Rows to forget, in a format of `data.encode_dataset`.
+        retain_dataset: Rows to keep, if any are at hand: for the loss's retain term and, where no `statistics` are
+            given, to collect them.
+        statistics: Statistics of the retain rows on this model, as object, folder or Hub id.
+        eval_dataset: Splits by name; `forget` and `holdout` drive early stopping.
+        data_collator: Plain rows to a batch; default pads on the right.
+        processing_class: Tokenizer or processor; loaded with `model` where that is a name.
+        callbacks, optimizers, compute_metrics: As in Trainer.
+
+    Attributes:
+        constrainer: The `StepConstrainer`: drift, leak, original weights.
+        coverage: Which parameters are protected, frozen and exposed.
+
+    Raises:
+        SettingsError: A constraint without statistics and without retain rows to collect them from.
+        DataError: No forget rows, or forget rows that are also in the retain set.
+        StatisticsError: Statistics of another model.
+        CoverageError: A parameter that would train unprotected.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike | nn.Module,
+        args: UnlearningConfig,
+        forget_dataset: Any,
+        retain_dataset: Any = None,
+        *,
+        statistics: RetainStatistics | str | os.PathLike | None = None,
+        eval_dataset: Mapping[str, Any] | Any = None,
+        data_collator: Callable | None = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+    ):
+        if not isinstance(model, nn.Module):
+            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        assert isinstance(model, nn.Module)
+        encode = _encoder(processing_class, args.max_length)
+        forget, retain = encode(forget_dataset, "forget"), encode(retain_dataset, "retain")
+        if retain is not None:
+            require_disjoint(forget, retain)
+        collator = data_collator or default_collator(processing_class)
+        self.loss = args.build_loss()
+        if self.loss.kind.needs_retain and retain is None:
+            raise SettingsError(f"loss {args.loss!r} needs retain rows; pass retain_dataset or choose another loss")
+        constraint = args.build_constraint()
+        statistics = _statistics(model, statistics, retain, collator, args)
+        self.coverage = _freeze(model, statistics, constraint, args)
+        if eval_dataset is None:
+            args.eval_strategy = IntervalStrategy.NO
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=PairedCollator(collator),
+            train_dataset=PairedDataset(forget, retain if self.loss.alpha > 0 else None, args.seed),
+            eval_dataset=_encode_splits(eval_dataset, encode),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            compute_metrics=compute_metrics or _mean_scores,
+        )
+        self.loss_is_scaled_for_ga = True
+        self._own_metrics = compute_metrics is None
+        self._attached: torch.optim.Optimizer | None = None
+        self.constrainer = StepConstrainer(self.model, statistics, constraint, relative_step=args.relative_step)
+        self._add_stopping()
+
+    @property
+    def stop_reason(self) -> str:
+        """Why the last run ended, in words."""
+        reasons = [r for cb in self.callback_handler.callbacks if (r := getattr(cb, "reason", None))]
+        return "; ".join(reasons) or f"all {self.state.max_steps} steps were made"
+
+    @contextmanager
+    def original_model(self) -> Iterator[nn.Module]:
+        """The model with its original weights, for the duration of the context."""
+        with self.constrainer.original():
+            yield self.model
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of `args.optim`, with the constraint's step hooks."""
+        if self.args.optim == "sgd":  # TrainingArguments has no setting for its momentum
+            self.optimizer_cls_and_kwargs: Any = (
+                torch.optim.SGD,
+                {"lr": self.args.learning_rate, "momentum": self.args.momentum},
+            )
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        inner = getattr(optimizer, "optimizer", optimizer)
+        if inner is not self._attached:  # called again by each train()
+            self.constrainer.attach(inner)
+            self._attached = inner
+        return optimizer
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Micro-batches of one optimizer step, and the number of units of each loss term in all of them."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [self.loss.counts(self.model, batch) for batch in batches]
+        total = {term: sum(count[term] for count in counts) for term in (counts[0] if counts else ())}
+        if self.args.world_size > 1:
+            summed = self.accelerator.reduce(torch.tensor(list(total.values()), device=device))
+            total = dict(zip(total, summed.tolist(), strict=True))
+        return batches, total
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward pass; the gradient is constrained before it is clipped."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            self._stop_on_nonfinite(loss.item())
+        if self.accelerator.sync_gradients:
+            self.constrainer.constrain_gradients()
+            self.constrainer.measure_leak = (self.state.global_step + 1) % max(self.state.logging_steps or 1, 1) == 0
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The unlearning loss of a pair of batches; the model's own loss for a plain batch (evaluation)."""
+        if "forget" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, None)
+        hold_norm_statistics(model)
+        loss = self.loss(model, inputs, self.constrainer.original, num_items_in_batch)
+        return loss * self.accelerator.num_processes  # gradients are averaged over processes, counts are sums
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Scores of each row instead of logits: a few numbers to gather, whatever the vocabulary."""
+        if not self._own_metrics:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            scores_B4 = row_scores(predict(model, inputs))
+        return scores_B4[:, 0].mean(), scores_B4, scores_B4[:, 0]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add predicted retain drift and leak to the training log lines."""
+        if "loss" in logs:
+            drift = self.constrainer.drift()
+            logs["retain_drift"] = drift.relative
+            if drift.kl is not None:
+                logs["retain_kl"] = drift.kl
+            if self.constrainer.leak is not None:
+                logs["leak"] = self.constrainer.leak
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As Trainer, but with the arguments as JSON without tokens instead of a pickle with them."""
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        if self.args.should_save:
+            content = {k: v for k, v in self.args.to_dict().items() if not k.endswith("token")}
+            (folder / "training_args.json").write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
+
+    def push_to_hub(self, commit_message: str | None = "Unlearned model", **options: Any) -> Any:
+        """Save to `output_dir` and upload the publishable files of it (weights, tokenizer, card, report, plots)."""
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=options.get("token"), private=options.pop("private", None))
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        return upload(self.args.output_dir, self.hub_model_id, commit_message=commit_message, **options)
+
+    def _add_stopping(self) -> None:
+        args, splits = self.args, self.eval_dataset
+        if isinstance(splits, dict) and "forget" in splits and ("holdout" in splits or args.forget_target is not None):
+            self.add_callback(OverUnlearningCallback(self.constrainer, args.forget_metric, args.forget_target))
+        elif args.forget_target is not None:
+            raise SettingsError(
+                "forget_target needs an evaluation split named 'forget'; pass eval_dataset={'forget': ...}"
+            )
+        if args.max_retain_drift is not None:
+            if self.constrainer.statistics is None:
+                raise SettingsError("max_retain_drift needs statistics; pass `statistics` or `retain_dataset`")
+            self.add_callback(DriftBudgetCallback(self.constrainer, args.max_retain_drift))
+
+    def _stop_on_nonfinite(self, loss: float) -> None:
+        previous = next((p for cb in self.callback_handler.callbacks if (p := getattr(cb, "previous", None))), None)
+        self.constrainer.restore(previous[2] if previous else None)
+        kept = f"those of step {previous[1]}" if previous else "the original ones"
+        raise NonFiniteLossError(
+            f"the loss is {loss} after step {self.state.global_step}; the weights are back to {kept}: "
+            "lower learning_rate, or choose a bounded loss such as ce_u or npo"
+        )
+
+
+def _encoder(processing_class: Any, max_length: int | None) -> Callable[[Any, str], Any]:
+    def encode(dataset: Any, what: str) -> Any:
+        if dataset is None and what != "forget":
+            return None
+        return encode_dataset(dataset, processing_class, what=what, max_length=max_length)
+
+    return encode
+
+
+def _encode_splits(eval_dataset: Any, encode: Callable[[Any, str], Any]) -> Any:
+    if isinstance(eval_dataset, Mapping):
+        return {name: encode(rows, name) for name, rows in eval_dataset.items()}
+    return encode(eval_dataset, "evaluation")
+
+
+def _statistics(
+    model: nn.Module, given: Any, retain: Any, collator: Callable, args: UnlearningConfig
+) -> RetainStatistics | None:
+    """The statistics given, loaded or collected, checked against the model."""
+    if given is None and args.constraint != "none":
+        if retain is None:
+            raise SettingsError(
+                f"constraint {args.constraint!r} needs statistics; pass `statistics`, or retain_dataset to collect "
+                "them, or choose constraint none"
+            )
+        fisher = args.constraint == "kronecker"
+        return collect_statistics(
+            model, retain, collator=collator, batch_size=args.per_device_eval_batch_size, fisher=fisher,
+            progress=not args.disable_tqdm,
+        )  # fmt: skip
+    if isinstance(given, (str, os.PathLike)):
+        given = RetainStatistics.from_pretrained(given)
+    if given is not None:
+        given.check_model(model)
+    return given
+
+
+def _freeze(model: nn.Module, statistics: RetainStatistics | None, constraint: Any, args: UnlearningConfig) -> Coverage:
+    """Coverage of the run; without a constraint the same weights train, all of them exposed."""
+    if constraint is not None and statistics is not None:
+        return freeze_unprotected(model, statistics.layers, args.allow_exposed, args.freeze)
+    layers = statistics.layers if statistics is not None else find_layers(model)
+    return freeze_unprotected(model, (), [*(f"{name}.weight" for name in layers), *args.allow_exposed], args.freeze)
+
+
+def _mean_scores(prediction: EvalPrediction) -> dict[str, float]:
+    """Means over rows of what `prediction_step` returns."""
+    scores = RowScores.from_matrix(prediction.predictions)
+    return {"loss": scores.loss.mean(), "probability": scores.probability.mean(), "accuracy": scores.accuracy.mean(),
+            "entropy": scores.entropy.mean()}  # fmt: skip
