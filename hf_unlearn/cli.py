@@ -218,7 +218,9 @@ def _show(reports: dict[str, Any], output_dir: str, metric: str) -> None:
         print(f"\n{name}: {report.method['stopped']}")
         for sample in report.samples:
             print(f"  Q      {sample['prompt']}\n  before {sample['answer']}\n  after  {sample['after']}\n")
-    print(f"\ncheckpoint, report, card and plots: {output_dir}" + ("/<constraint>" if len(reports) > 1 else ""))
+    seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in first.timings.items())
+    print(f"\ntime: {seconds}")
+    print(f"checkpoint, report, card and plots: {output_dir}" + ("/<constraint>" if len(reports) > 1 else ""))
 
 
 if __name__ == "__main__":

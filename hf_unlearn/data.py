@@ -54,7 +54,7 @@ def encode_dataset(dataset: Any, processing_class: Any, *, what: str = "given", 
     for index in range(len(dataset)):
         prompt, whole = encode(dataset[index], processing_class)
         prompt, whole = prompt[:max_length], whole[:max_length]
-        if len(prompt) >= len(whole):
+        if max(len(prompt), 1) >= len(whole):  # nothing comes before a text's first token to predict it from
             raise DataError(
                 f"row {index} of the {what} set has no token to predict within {max_length or 'its'} tokens"
             )
@@ -95,8 +95,12 @@ def _encode_chat(messages: Sequence[Row], tokenizer: Any) -> tuple[list[int], li
         raise DataError("the rows are messages, but the tokenizer has no chat template; use prompt + completion rows")
     options = {"tokenize": True, "return_dict": False}
     whole = tokenizer.apply_chat_template(messages, **options)
+    if len(messages) < 2:
+        return [], whole
     head = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)
-    return (head if whole[: len(head)] == head else []), whole
+    # a template may write the prompt otherwise once an answer follows: what both begin with is prompt for certain
+    differ = (i for i, (left, right) in enumerate(zip(head, whole, strict=False)) if left != right)
+    return whole[: next(differ, len(head))], whole
 
 
 def _close(tokens: list[int], tokenizer: Any) -> list[int]:
@@ -120,7 +124,7 @@ class PaddingCollator:
             values = [row[name] for row in rows]
             if isinstance(values[0], str) or values[0] is None:
                 continue
-            tensors = [torch.as_tensor(np.asarray(v) if isinstance(v, list) else v) for v in values]
+            tensors = [_tensor(value) for value in values]
             batch["labels" if name in ("label", "label_ids") else name] = self._stack(name, tensors)
         if "input_ids" in batch and "attention_mask" not in batch:
             batch["attention_mask"] = self._stack(
@@ -133,6 +137,14 @@ class PaddingCollator:
             return torch.stack(tensors)
         value = {"input_ids": self.pad_token_id, "labels": IGNORED}.get(name, 0)
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=self.side)
+
+
+def _tensor(value: Any) -> Tensor:
+    """As torch.tensor, but quick for long nested lists: Python's floats become the default dtype."""
+    if not isinstance(value, (list, float)):
+        return torch.as_tensor(value)
+    tensor = torch.as_tensor(np.asarray(value))
+    return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
 
 
 def default_collator(processing_class: Any) -> PaddingCollator:
@@ -185,12 +197,27 @@ def row_key(row: Row) -> bytes:
     digest = hashlib.sha256()
     names = [name for name in MODEL_INPUTS if name in row] or sorted(row)
     for name in names:
-        value = row[name]
-        plain = isinstance(value, (str, bytes, dict)) or (
-            isinstance(value, list) and value and isinstance(value[0], dict)
-        )
-        digest.update(repr(value).encode() if plain else np.ascontiguousarray(np.asarray(value)).tobytes())
+        digest.update(_value_key(row[name]))
     return digest.digest()
+
+
+def _value_key(value: Any) -> bytes:
+    """Bytes of a value, the same whatever container and precision a row's numbers come in."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = (value.float() if value.is_floating_point() else value).numpy()  # numpy has no bfloat16
+    try:
+        array = np.asarray(value)
+    except ValueError:  # nested lists of unequal lengths
+        return repr(value).encode()
+    if array.dtype.kind == "f":
+        array = array.astype(np.float32) + np.float32(0)  # a model reads no more of it; -0.0 is 0.0
+    elif array.dtype.kind in "biu":
+        array = array.astype(np.int64)
+    else:
+        # text, messages: compared as they are
+        return repr(value.tolist() if isinstance(value, np.ndarray) else value).encode()
+    return repr(array.shape).encode() + array.tobytes()
 
 
 def require_disjoint(forget: Any, retain: Any) -> None:

@@ -34,7 +34,7 @@ def replace_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterat
     On an exception the new folder is removed and the old one is untouched. What was in the old folder is deleted only
     after the new one has its name. Raises `OutputError` if `folder` is not empty and `overwrite` is false.
     """
-    target = check_output(folder, overwrite)
+    target = check_output(folder, overwrite).resolve()  # a link to a folder stays a link
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
@@ -49,10 +49,10 @@ def replace_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterat
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` beside `path` and rename it into place: a reader sees the old file or the new one."""
+    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)  # before any file is made: it may raise
     beside = path.with_name(f".{path.name}.partial")
     with open(beside, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, sort_keys=True, allow_nan=False)
-        file.write("\n")
+        file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
@@ -84,7 +84,11 @@ def _swap_in(new: Path, target: Path) -> None:
     old = target.with_name(f".{target.name}.replaced")
     shutil.rmtree(old, ignore_errors=True)
     os.rename(target, old)
-    os.rename(new, target)
+    try:
+        os.rename(new, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
     shutil.rmtree(old)
 
 

@@ -32,7 +32,7 @@ def eigen(gram_II: Tensor) -> Eigen:
     values_I, vectors_II = torch.linalg.eigh(gram_II.double())
     values_I, vectors_II = values_I.flip(0), vectors_II.flip(1)
     total = values_I.abs().sum()
-    negative = -values_I.clamp(max=0).sum()
+    negative = values_I.clamp(max=0).abs().sum()
     share = (negative / total).item() if total > 0 else 0.0
     return Eigen(values_I.clamp(min=0), vectors_II, share)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hf_unlearn.errors import DataError, ModelError
 
 IGNORED = -100
+DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 Batch = Mapping[str, Tensor]
 
 
@@ -50,13 +51,14 @@ def shifts_labels(model: nn.Module) -> bool:
     """Whether the label of position t is predicted at position t - 1 (decoder-only language models).
 
     transformers derives `loss_type` from the class name and falls back to the causal loss where the name says
-    nothing (`GPT2LMHeadModel`); the same rule is used here. Sequence outputs alone are ever shifted.
+    nothing (`GPT2LMHeadModel`), as it does for decoders that also see images (`...ForConditionalGeneration`); the
+    same rule is used here. Sequence outputs alone are ever shifted.
     """
     model = getattr(model, "module", model)
     config = getattr(model, "config", None)
     if config is None or getattr(config, "is_encoder_decoder", False):
         return False
-    return getattr(model, "loss_type", None) in (None, "ForCausalLM")
+    return getattr(model, "loss_type", None) in (None, "ForCausalLM", "ForConditionalGeneration")
 
 
 def label_positions(model: nn.Module, labels: Tensor, skip_first: bool = False) -> Tensor:
@@ -72,9 +74,18 @@ def label_positions(model: nn.Module, labels: Tensor, skip_first: bool = False) 
     return mask_BT
 
 
+def _without_labels(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
+    """The inputs alone; an encoder-decoder gets the decoder inputs that it would itself make of the labels."""
+    rest = {key: value for key, value in inputs.items() if key != "labels"}
+    decoder_inputs = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if decoder_inputs is not None and "labels" in inputs and not rest.keys() & set(DECODER_INPUTS):
+        rest["decoder_input_ids"] = decoder_inputs(labels=inputs["labels"])
+    return rest
+
+
 def output_logits(model: nn.Module, inputs: Batch) -> Tensor:
     """Forward pass without labels; returns the logits, `[B, V]` or `[B, T, V]`."""
-    outputs: Any = model(**{key: value for key, value in inputs.items() if key != "labels"})
+    outputs: Any = model(**_without_labels(model, inputs))
     logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
     if logits is None:
         raise ModelError(f"{type(model).__name__} returns no logits; use a model with a head (AutoModelFor...)")

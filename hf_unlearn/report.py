@@ -105,8 +105,13 @@ class UnlearningReport:
         if content.pop("format_version", 0) > FORMAT_VERSION:
             raise OutputError(f"{path} is of a newer format than {FORMAT_VERSION}: update hf-unlearn")
         known = {item.name for item in fields(cls)}
-        content["metrics"] = [Metric(**metric) for metric in content.get("metrics", [])]
+        content["metrics"] = [_metric(metric) for metric in content.get("metrics", [])]
         return cls(**{key: value for key, value in content.items() if key in known})
+
+
+def _metric(content: Mapping[str, Any]) -> Metric:
+    value = content["value"]
+    return Metric(**{**content, "value": math.nan if value is None else value})
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
@@ -119,8 +124,10 @@ def align(rows: Sequence[Sequence[str]]) -> str:
 def _cell(metric: Metric | None) -> str:
     if metric is None:
         return "not measured"
-    interval = "" if metric.low is None else f" [{metric.low:.3f}, {metric.high:.3f}]"
-    return f"{metric.value:.3f}{interval}"
+    if not math.isfinite(metric.value):
+        return "undefined"
+    bounded = metric.low is not None and metric.high is not None
+    return f"{metric.value:.3f}" + (f" [{metric.low:.3f}, {metric.high:.3f}]" if bounded else "")
 
 
 def _plain(value: Any) -> Any:

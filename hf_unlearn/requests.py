@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PrinterCallback
 
 from hf_unlearn.card import write_card
 from hf_unlearn.collect import collect_statistics
@@ -53,6 +54,8 @@ class Request:
     source: str = ""
     samples: Callable[[nn.Module], list[dict[str, str]]] | None = None
     timings: dict[str, float] = field(default_factory=dict)
+    _retained: RetainStatistics | None = field(default=None, init=False, repr=False)
+    _references: UnlearningReport | None = field(default=None, init=False, repr=False)
 
     def fulfil(self, args: UnlearningConfig) -> UnlearningReport:
         """Unlearn, judge, and write checkpoint, report, card and plots to `args.output_dir`.
@@ -82,33 +85,55 @@ class Request:
         """Statistics of the full set minus those of the forget rows on the current model (PGU, section 3.3)."""
         if self.statistics is None or not self.subtract_forget:
             return self.statistics
+        if self._retained is not None:
+            return self._retained
         settings = self.statistics.settings
         forget = collect_statistics(
             self.model, self.forget, collator=self.collator, processing_class=self.processing_class,
             batch_size=args.per_device_eval_batch_size, fisher=settings["fisher"], layers=settings["layers"],
             progress=not args.disable_tqdm,
         )  # fmt: skip
-        return self.statistics - forget
+        self._retained = self.statistics - forget
+        return self._retained
 
     def _trainer(self, args: UnlearningConfig, statistics: RetainStatistics | None) -> UnlearningTrainer:
         stopping = {name: self.splits[name] for name in ("forget", "holdout") if name in self.splits}
-        return UnlearningTrainer(
+        trainer = UnlearningTrainer(
             self.model, args, self.forget, self.retain, statistics=statistics, eval_dataset=stopping,
             data_collator=self.collator, processing_class=self.processing_class,
         )  # fmt: skip
+        if args.disable_tqdm:  # Trainer would print each log line instead; the report has them
+            trainer.remove_callback(PrinterCallback)
+        return trainer
 
     def _judge(self, trainer: UnlearningTrainer, args: UnlearningConfig) -> UnlearningReport:
+        """Score the unlearned model; the original and the retrained one only at the first of several runs."""
+        first = self._references is None
         report = evaluate_unlearning(
-            trainer.model, self.splits, original=trainer.original_model, retrained=self.retrained,
-            processing_class=self.processing_class, collator=self.collator or default_collator(self.processing_class),
+            trainer.model, self.splits, original=trainer.original_model if first else None,
+            retrained=self.retrained if first else None, processing_class=self.processing_class,
+            collator=self.collator or default_collator(self.processing_class),
             batch_size=args.per_device_eval_batch_size, seed=args.seed,
         )  # fmt: skip
         if self.samples is not None:
-            with trainer.original_model() as original:
-                before = self.samples(original)
-            after = self.samples(trainer.model)
-            report.samples = [{**b, "after": a["answer"]} for b, a in zip(before, after, strict=True)]
+            report.samples = self.samples(trainer.model)
+        if self._references is None:
+            self._references = self._reference_part(report, trainer)
+            report.metrics = [m for m in report.metrics if m.model == "unlearned"]
+        report.metrics = self._references.metrics + report.metrics
+        report.entropies = self._references.entropies | report.entropies
+        answers = zip(self._references.samples, report.samples, strict=True)
+        report.samples = [before | {"after": after["answer"]} for before, after in answers]
         return report
+
+    def _reference_part(self, report: UnlearningReport, trainer: UnlearningTrainer) -> UnlearningReport:
+        """What does not change from one constraint to the next."""
+        references = UnlearningReport(metrics=[m for m in report.metrics if m.model != "unlearned"])
+        references.entropies = {k: v for k, v in report.entropies.items() if k != "unlearned"}
+        if self.samples is not None:
+            with trainer.original_model() as original:
+                references.samples = self.samples(original)
+        return references
 
     def _describe(
         self, report: UnlearningReport, trainer: UnlearningTrainer, args: UnlearningConfig, timings: dict[str, float]

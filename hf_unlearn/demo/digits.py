@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from transformers import (
+    PrinterCallback,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -81,7 +82,9 @@ def train_vit(rows: Rows, seed: int, output_dir: str) -> ViTForImageClassificati
         lr_scheduler_type="cosine", save_strategy="no", report_to="none", logging_strategy="no", seed=seed,
         disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
-    Trainer(model, args, train_dataset=rows, data_collator=PaddingCollator()).train()
+    trainer = Trainer(model, args, train_dataset=rows, data_collator=PaddingCollator())
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     return model
 
 

@@ -104,8 +104,9 @@ class UnlearningLoss:
                 f"loss {self.name!r} needs retain rows; pass retain_dataset, or choose a loss that does not"
             )
         counts = counts or self.counts(model, batch)
-        reference = self._reference(model, batch["forget"], original) if self.kind.needs_original else None
-        predictions = predict(model, batch["forget"], self.kind.skip_first)
+        skip = self.kind.skip_first
+        reference = self._reference(model, batch["forget"], original, skip) if self.kind.needs_original else None
+        predictions = predict(model, batch["forget"], skip)
         loss = self.gamma * self.kind.term(predictions, reference, **self.settings).sum() / max(counts["forget"], 1)
         if self._uses_retain(batch):
             loss = loss + self.alpha * self._retain_sum(model, batch["retain"], original) / max(counts["retain"], 1)
@@ -114,14 +115,16 @@ class UnlearningLoss:
     def _uses_retain(self, batch: Mapping[str, Batch]) -> bool:
         return "retain" in batch and self.alpha > 0
 
-    def _reference(self, model: nn.Module, inputs: Batch, original: OriginalModel | None) -> Predictions:
+    def _reference(
+        self, model: nn.Module, inputs: Batch, original: OriginalModel | None, skip_first: bool = False
+    ) -> Predictions:
         if original is None:
             raise SettingsError(f"loss {self.name!r} reads the original model's predictions; pass `original`")
         training = model.training
         model.eval()
         try:
             with torch.no_grad(), original():
-                return predict(model, inputs, self.kind.skip_first)
+                return predict(model, inputs, skip_first)
         finally:
             model.train(training)
 

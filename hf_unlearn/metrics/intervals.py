@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import bootstrap, mannwhitneyu
+from scipy.stats import mannwhitneyu
 
 RESAMPLES = 1000
+BATCH = 100  # resamples held in memory at a time
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ def bootstrap_auc(members: ArrayLike, others: ArrayLike, seed: int = 0) -> Estim
 
 
 def _interval(samples: tuple, statistic: Callable, seed: int) -> tuple[float, float]:
-    options = {"n_resamples": RESAMPLES, "method": "percentile", "vectorized": True, "batch": 100}
-    interval = bootstrap(samples, statistic, rng=np.random.default_rng(seed), **options).confidence_interval
-    return float(interval.low), float(interval.high)
+    # not scipy.stats.bootstrap: it refuses samples of one row, and a request may be to forget a single one
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(RESAMPLES // BATCH):
+        drawn = [sample[rng.integers(len(sample), size=(BATCH, len(sample)))] for sample in samples]
+        found.append(statistic(*drawn, axis=-1))
+    low, high = np.percentile(np.concatenate(found), [2.5, 97.5])
+    return float(low), float(high)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from hf_unlearn.errors import DataError
 from hf_unlearn.predictions import Batch, Predictions, predict
 
 
@@ -40,7 +41,14 @@ class RowScores:
 
 
 def row_scores(predictions: Predictions) -> Tensor:
-    """`[B, 4]`: loss, probability, accuracy and entropy of each row, in `RowScores`' order."""
+    """`[B, 4]`: loss, probability, accuracy and entropy of each row, in `RowScores`' order.
+
+    Raises:
+        DataError: A row has no label to predict.
+    """
+    if not predictions.lengths_B.all():
+        row = int((predictions.lengths_B == 0).nonzero()[0])
+        raise DataError(f"row {row} of a batch of {predictions.n_rows} has no label to predict; leave such rows out")
     log_p_LV = predictions.logits_LV.double().log_softmax(-1)
     nll_L = -log_p_LV.gather(1, predictions.labels_L.unsqueeze(1)).squeeze(1)
     right_L = (log_p_LV.argmax(-1) == predictions.labels_L).double()

@@ -1,0 +1,35 @@
+"""The README's Python blocks run as they stand (the language model's name replaced by a small local one)."""
+
+import re
+from pathlib import Path
+
+import pytest
+from cases import requires_asset
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def block_with(text: str) -> str:
+    """The one block that contains `text`."""
+    (found,) = [block for block in BLOCKS if text in block]
+    return found
+
+
+def test_signature_block_holds() -> None:
+    exec(compile(block_with("EnergyConstraint(1.0)"), "README signature", "exec"), {})
+
+
+def test_signature_block_fails_without_the_constraint() -> None:
+    code = block_with("EnergyConstraint(1.0)").replace("EnergyConstraint(1.0))", "None)")
+    with pytest.raises(AssertionError):
+        exec(compile(code, "README signature", "exec"), {})
+
+
+def test_twenty_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    code = block_with(MODEL).replace(MODEL, str(requires_asset("stories260K")))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README example", "exec"), {})
+    assert "membership_auc" in capsys.readouterr().out
+    assert (tmp_path / "unlearned" / "model.safetensors").is_file()
