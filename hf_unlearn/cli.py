@@ -79,8 +79,8 @@ def _demo(argv: list[str]) -> None:
         overwrite_output_dir: bool = setting(False, "Replace what is in the output folder.")
 
     (args,) = _parse("demo", [DemoArguments], argv)
-    _hush()
     _check_choice("task", args.task, ("digits", "text"))
+    _hush(bars=args.task == "text")
     common = {"seed": args.seed, "overwrite": args.overwrite_output_dir}
     if args.task == "digits":
         from hf_unlearn.demo.digits import run_digits
@@ -194,15 +194,16 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise SettingsError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
 
 
-def _hush() -> None:
-    """Leave errors and our own progress bars; transformers' load bars and notes would bury the table."""
+def _hush(bars: bool = True) -> None:
+    """Leave errors and, for what takes minutes, progress bars; the notes of the libraries would bury the table."""
     import warnings
 
     import datasets
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if not bars:
+        logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
 

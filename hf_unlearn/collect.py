@@ -67,7 +67,9 @@ def collect_statistics(
     if max_rows is not None and max_rows < len(rows):
         rows = torch.utils.data.Subset(rows, range(max_rows))
     collector = _Collector(model, find_layers(model, layers), fisher)
-    loader = DataLoader(rows, batch_size=batch_size, collate_fn=collator or default_collator(processing_class))
+    collate = collator or default_collator(processing_class)
+    generator = torch.Generator()  # its own: a loader draws a seed even where it shuffles nothing
+    loader = DataLoader(rows, batch_size=batch_size, collate_fn=collate, generator=generator)
     device = next(model.parameters()).device
     with collector.recording(), tqdm(total=len(rows), desc="Collecting", unit="row", disable=not progress) as bar:
         for batch in loader:
@@ -197,13 +199,14 @@ class _Collector:
     def _watch_output(self, name: str, output: Tensor) -> Tensor:
         if not output.requires_grad:  # the first layer: everything before it is frozen
             output = output.detach().requires_grad_()
+        if name not in self.fisher_sums:  # stays zero where the prediction does not depend on the layer
+            size = self.sizes[name].outputs
+            self.fisher_sums[name] = torch.zeros(size, size, dtype=torch.float64, device=output.device)
         output.register_hook(lambda gradient: self._add_gradient(name, gradient))
         return output
 
     def _add_gradient(self, name: str, gradient: Tensor) -> None:
         rows_NO = self._unmasked(gradient).double()
-        if name not in self.fisher_sums:
-            self.fisher_sums[name] = rows_NO.new_zeros(rows_NO.shape[1], rows_NO.shape[1])
         self.fisher_sums[name].addmm_(rows_NO.t(), rows_NO)
 
     def _backward(self, logits: Tensor, inputs: Mapping[str, Tensor], hashes: list[int]) -> None:

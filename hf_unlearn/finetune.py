@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
@@ -83,9 +82,9 @@ def fine_tuned(
     return model.eval(), seconds
 
 
-def _key(base: nn.Module, rows: Sequence[Row], settings: Any) -> str:
+def _key(base: nn.Module, rows: Sequence[Row], settings: FineTuning) -> str:
     digest = sha256(weights_fingerprint(base).encode())
     for row in rows:
         digest.update(row_key(row))
-    digest.update(repr(settings).encode())
+    digest.update(repr({name: float(value) for name, value in asdict(settings).items()}).encode())
     return digest.hexdigest()[:20]

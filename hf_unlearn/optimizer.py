@@ -166,12 +166,15 @@ class StepConstrainer:
         """Put the original weights into the model for a while: the original model without a second copy of it."""
         current = [part.parameter.data for part in self.parts]
         try:
-            for part in self.parts:
-                part.parameter.data = part.anchor
+            self._swap([part.anchor for part in self.parts])
             yield
         finally:
-            for part, data in zip(self.parts, current, strict=True):
-                part.parameter.data = data
+            self._swap(current)
+
+    def _swap(self, values: list[Tensor]) -> None:
+        for part, value in zip(self.parts, values, strict=True):
+            part.parameter.data = value
+        torch.clear_autocast_cache()  # autocast would go on with its low-precision copies of the other weights
 
     def weights(self) -> list[Tensor]:
         """Copies of the trained weights, for `restore`."""

@@ -103,8 +103,6 @@ def _load_split(dataset_name: str, split: str) -> datasets.Dataset:
 
 def load_model(name: str) -> nn.Module:
     """A causal language model in float32 (bf16 weights lose steps of relative size 1e-3), in eval mode."""
-    if not name:
-        raise ModelError("no model was named; pass --model_name_or_path with a folder or Hub id")
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
     except (OSError, ValueError) as error:
@@ -113,6 +111,8 @@ def load_model(name: str) -> nn.Module:
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model folder or Hub id, padding with its end token if it has no own one."""
+    if not name:  # the first thing that any command loads
+        raise ModelError("no model was named; pass --model_name_or_path with a folder or Hub id")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -152,9 +152,10 @@ def prepare(args: RunArguments, config: UnlearningConfig, *, fisher: bool) -> Re
     settings = FineTuning(
         args.fine_tune_epochs, args.fine_tune_learning_rate, args.fine_tune_batch_size, seed=args.fine_tune_seed
     )
-    model = load(None)
     if args.fine_tune:
         model, timings["train original"] = fine_tuned(load, train, settings, collator, cache)
+    else:
+        model = load(None)
     retrained = None
     if args.retrained == "auto":
         retrained, timings["retrain"] = fine_tuned(load, splits["retain"], settings, collator, cache)

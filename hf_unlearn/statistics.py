@@ -164,7 +164,8 @@ class RetainStatistics:
     def _metadata(self) -> dict[str, Any]:
         plain = ("positions", "rows", "labels", "weights", "data", "settings", "versions")
         layers = {name: asdict(sums) for name, sums in self.layers.items()}
-        return {"layers": layers, **{name: getattr(self, name) for name in plain}}
+        order = list(layers)  # JSON objects are written sorted: "layers.10" would come before "layers.2"
+        return {"layers": layers, "order": order, **{name: getattr(self, name) for name in plain}}
 
     @classmethod
     def from_pretrained(
@@ -196,16 +197,24 @@ class RetainStatistics:
             tensors = load_file(path / TENSORS, device=str(device))
         except SafetensorError as error:
             raise StatisticsError(f"{path / TENSORS} cannot be read ({error}); collect again") from error
-        content["layers"] = {name: LayerSums(**sums) for name, sums in content["layers"].items()}
-        order = dict.fromkeys(sums.inputs for sums in content["layers"].values())
-        loaded = cls(
-            gram_sums={key: tensors[f"gram.{key}"] for key in order},
-            fisher_sums={n: tensors[f"fisher.{n}"] for n in content["layers"] if f"fisher.{n}" in tensors},
-            **{k: v for k, v in content.items() if k not in ("format_version", "sha256")},
-        )
+        try:
+            loaded = cls._from_content(content, tensors)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise StatisticsError(f"{path / METADATA} cannot be read ({error!r}); collect again") from error
         if model is not None:
             loaded.check_model(model, allow_other_weights=allow_other_weights)
         return loaded
+
+    @classmethod
+    def _from_content(cls, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "RetainStatistics":
+        order = content.get("order", content["layers"])
+        layers = {name: LayerSums(**content["layers"][name]) for name in order}
+        return cls(
+            gram_sums={key: tensors[f"gram.{key}"] for key in dict.fromkeys(sums.inputs for sums in layers.values())},
+            fisher_sums={name: tensors[f"fisher.{name}"] for name in layers if f"fisher.{name}" in tensors},
+            layers=layers,
+            **{k: v for k, v in content.items() if k not in ("format_version", "sha256", "order", "layers")},
+        )
 
 
 def _difference(a: RetainStatistics, b: RetainStatistics) -> str:
@@ -233,7 +242,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
             raise StatisticsError(f"{path} is not a statistics folder: {name} is missing")
     try:
         content = json.loads((path / METADATA).read_text(encoding="utf-8"))
-        found = content["format_version"]
+        found, _ = int(content["format_version"]), content["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise StatisticsError(f"{path / METADATA} cannot be read ({error!r}); collect again") from error
     if found > FORMAT_VERSION:

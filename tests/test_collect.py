@@ -110,7 +110,7 @@ def test_without_its_mask_padding_does_change_the_gram() -> None:
         return inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])}
 
     unmasked, masked = collect(model, rows, batch_size=4, collator=collator), collect(model, rows, batch_size=4)
-    key = next(iter(masked.gram_sums))
+    key = "model.layers.0.self_attn.o_proj"  # the padding's own embedding is zero; attention fills it
     assert unmasked.positions[key] == 36 and masked.positions[key] == 26
     assert relative(unmasked.gram_sums[key], masked.gram_sums[key]) > 1e-2
 
@@ -254,10 +254,6 @@ def test_record_inputs_removes_its_hooks_on_an_error() -> None:
 
 
 def test_collecting_leaves_the_random_state_alone() -> None:
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    collect(cases.tiny_mlp(5), cases.vector_rows(4), fisher=True)
-    torch.manual_seed(5)
     model, rows = cases.tiny_mlp(5), cases.vector_rows(4)
     before = torch.get_rng_state()
     collect(model, rows, fisher=True)
@@ -289,7 +285,7 @@ def test_labels_are_drawn_from_the_softmax() -> None:
 
 def test_labels_of_zero_probability_are_never_drawn() -> None:
     logits_LV = torch.tensor([[-torch.inf, 0.0, -torch.inf]]).expand(3, 3)
-    assert sample_labels(logits_LV, torch.tensor([0.0, 0.5, 1.0 - 1e-16])).tolist() == [1, 1, 1]
+    assert sample_labels(logits_LV, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(

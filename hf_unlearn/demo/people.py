@@ -42,7 +42,9 @@ def run_people(
         fine_tune=True,
         retrained="auto",
         constraints=constraint,
-        samples=4,
+        samples=3,
+        fine_tune_epochs=6,
+        fine_tune_batch_size=5,
         fine_tune_seed=seed,
     )
     return run(arguments, _config(output_dir, constraint, seed, overwrite))
@@ -55,9 +57,10 @@ def _config(output_dir: str, constraint: str, seed: int, overwrite: bool) -> Unl
         loss="ce_u",
         constraint="energy" if constraint == "all" else constraint,
         learning_rate=1e-3,
-        num_train_epochs=30,
-        per_device_train_batch_size=20,
-        per_device_eval_batch_size=20,
-        eval_on_start=True,
+        num_train_epochs=8,
+        per_device_train_batch_size=5,
+        per_device_eval_batch_size=10,
+        eval_strategy="steps",
+        eval_steps=2,
         seed=seed,
     )

@@ -1,0 +1,447 @@
+"""Laws of `UnlearningTrainer`: what retain data see never moves, whatever the optimizer does; runs stop in time; and
+nothing unpublishable leaves. Each guarantee has a negative control."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cases import CLASSES, collate, image_rows, text_rows, tiny_gpt2, tiny_llama, tiny_vit, vector_rows
+from torch import Tensor, nn
+from transformers import TrainerControl
+
+from hf_unlearn.callbacks import OverUnlearningCallback
+from hf_unlearn.collect import collect_statistics
+from hf_unlearn.config import UnlearningConfig
+from hf_unlearn.data import PaddingCollator
+from hf_unlearn.errors import DataError, NonFiniteLossError, SettingsError, StatisticsError
+from hf_unlearn.losses import LOSSES
+from hf_unlearn.losses.base import LossKind
+from hf_unlearn.metrics import score_rows
+from hf_unlearn.predictions import Predictions
+from hf_unlearn.trainer import UnlearningTrainer
+
+Row = dict[str, Any]
+# Seven positions in all: fewer than the width, so that energy 1.0 leaves room to move in.
+RETAIN = text_rows(2, seed=1, lengths=(4, 3), prompt=1)
+FORGET = text_rows(4, seed=2)
+HOLDOUT = text_rows(4, seed=3)
+MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama}
+
+
+def settings(folder: Path, **changes: Any) -> UnlearningConfig:
+    """Six quick steps on the CPU."""
+    few = {"use_cpu": True, "disable_tqdm": True, "max_steps": 6, "per_device_train_batch_size": 2, "seed": 0}
+    exact = {"constraint_settings": {"energy": 1.0}} if changes.get("constraint", "energy") == "energy" else {}
+    return UnlearningConfig(str(folder), **{**few, **exact, **changes})
+
+
+@torch.no_grad()
+def logits(model: nn.Module, rows: list[Row]) -> Tensor:
+    """Logits of every unpadded position, in eval mode."""
+    training = model.training
+    model.eval()
+    batch = collate(rows)
+    found = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[batch["attention_mask"] == 1]
+    model.train(training)
+    return found.float()
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def moved(model: nn.Module, args: UnlearningConfig, **options: Any) -> tuple[float, float, UnlearningTrainer]:
+    """Largest change of a retain logit and of a forget logit over a run; the trainer."""
+    before = logits(model, RETAIN), logits(model, FORGET)
+    trainer = UnlearningTrainer(model, args, FORGET, RETAIN, **options)
+    trainer.train()
+    after = logits(model, RETAIN), logits(model, FORGET)
+    retain, forget = ((a - b).abs().max().item() for a, b in zip(after, before, strict=True))
+    return retain, forget, trainer
+
+
+# Optimizer settings under which a step is not a multiple of the gradient: the guarantee must not depend on it.
+HARD = {"weight_decay": 0.1, "gradient_accumulation_steps": 2, "max_grad_norm": 1.0, "per_device_train_batch_size": 1}
+
+
+@pytest.mark.parametrize("relative", [False, True], ids=["own step", "relative step"])
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+@pytest.mark.parametrize("name", MODELS)
+def test_energy_one_keeps_every_retain_logit_and_moves_forget_logits(
+    name: str, optim: str, relative: bool, tmp_path: Path
+) -> None:
+    model = MODELS[name](dropout=0.1)
+    rate = 1e-2 if relative or optim == "adamw_torch" else 0.1
+    args = settings(tmp_path, optim=optim, relative_step=relative, learning_rate=rate, **HARD)
+    retain, forget, trainer = moved(model, args)
+    assert trainer.state.global_step == 6
+    assert retain < 1e-5 * max(1.0, logits(model, RETAIN).abs().max().item())
+    assert forget > 1e-2
+    assert trainer.coverage.protected and not trainer.coverage.exposed
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+@pytest.mark.parametrize("name", MODELS)
+def test_without_constraint_retain_logits_move(name: str, optim: str, tmp_path: Path) -> None:
+    args = settings(tmp_path, optim=optim, constraint="none", learning_rate=1e-2, **HARD)
+    retain, forget, trainer = moved(MODELS[name](dropout=0.1), args)
+    assert retain > 1e-2 and forget > 1e-2
+    assert trainer.coverage.exposed and not trainer.coverage.protected
+
+
+def test_bf16_autocast_keeps_the_guarantee(tmp_path: Path) -> None:
+    """The weights keep it exactly; a bf16 forward pass adds its own rounding, to the original's logits as well."""
+
+    def changes(constraint: str) -> dict[str, float]:
+        model = tiny_llama()
+        before = {"retain": logits(model, RETAIN), "forget": logits(model, FORGET)}
+        args = settings(tmp_path, bf16=True, learning_rate=1e-2, constraint=constraint)
+        trainer = UnlearningTrainer(model, args, FORGET, RETAIN)
+        trainer.train()
+        assert next(model.parameters()).dtype == torch.float32
+        rounded = logits(model, RETAIN)  # the trainer leaves the forward pass in autocast
+        plain = tiny_llama(seed=1)
+        plain.load_state_dict(model.state_dict())
+        rows = {"retain": RETAIN, "forget": FORGET}
+        exact = {name: (logits(plain, rows[name]) - before[name]).abs().max().item() for name in rows}
+        return exact | {"rounded": (rounded - before["retain"]).abs().max().item()}
+
+    kept, free = changes("energy"), changes("none")
+    assert kept["retain"] < 1e-5 and kept["rounded"] < 5e-2 and kept["forget"] > 1e-2
+    assert free["retain"] > 1e-2
+
+
+@pytest.mark.parametrize("loss", ["ce_u", "npo", "pgu"])
+def test_accumulated_rows_of_unequal_length_make_the_step_of_one_batch(loss: str, tmp_path: Path) -> None:
+    assert len({len(row["input_ids"]) for row in FORGET}) == 4
+
+    def step(batch: int, accumulate: int) -> dict[str, Tensor]:
+        model = tiny_llama()
+        args = settings(
+            tmp_path, loss=loss, learning_rate=1e-2, max_steps=1, relative_step=False, max_grad_norm=0.0,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, constraint="none",
+        )  # fmt: skip
+        trainer = UnlearningTrainer(model, args, FORGET)
+        trainer.train()
+        assert trainer.state.global_step == 1
+        return trained(model)
+
+    start, whole, parts = trained(tiny_llama()), step(4, 1), step(1, 4)
+    assert max((whole[n] - start[n]).abs().max().item() for n in whole) > 2e-5
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], atol=1e-6, rtol=1e-5)
+
+
+def test_log_lines_have_drift_leak_and_predicted_divergence(tmp_path: Path) -> None:
+    model = tiny_gpt2()
+    statistics = collect_statistics(model, RETAIN, fisher=True, progress=False)
+    trainer = UnlearningTrainer(model, settings(tmp_path, max_steps=3), FORGET, statistics=statistics)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == 3
+    for line in lines:
+        assert 0 <= line["retain_drift"] < 1e-5 and 0 <= line["leak"] < 1e-3 and abs(line["retain_kl"]) < 1e-6
+
+
+def test_log_lines_of_an_unconstrained_run_show_the_drift(tmp_path: Path) -> None:
+    model = tiny_gpt2()
+    statistics = collect_statistics(model, RETAIN, progress=False)
+    args = settings(tmp_path, constraint="none", max_steps=3, learning_rate=1e-2)
+    trainer = UnlearningTrainer(model, args, FORGET, statistics=statistics)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    drifts = [line["retain_drift"] for line in lines]
+    assert drifts[0] > 1e-3 and drifts == sorted(drifts)
+    assert all("leak" not in line and "retain_kl" not in line for line in lines)
+
+
+def test_evaluation_of_a_dict_equals_the_row_scores_of_each_split(tmp_path: Path) -> None:
+    model = tiny_llama()
+    trainer = UnlearningTrainer(
+        model, settings(tmp_path, per_device_eval_batch_size=3), FORGET, RETAIN,
+        eval_dataset={"forget": FORGET, "holdout": HOLDOUT},
+    )  # fmt: skip
+    found = trainer.evaluate()
+    for split, rows in (("forget", FORGET), ("holdout", HOLDOUT)):
+        scores = score_rows(model, rows, PaddingCollator(), batch_size=1)
+        for metric in ("loss", "probability", "accuracy", "entropy"):
+            expected = getattr(scores, metric).mean()
+            assert found[f"eval_{split}_{metric}"] == pytest.approx(expected, rel=1e-5), (split, metric)
+    assert found["eval_forget_loss"] != found["eval_holdout_loss"]
+
+
+def test_a_saved_folder_has_no_pickle_and_gives_the_same_logits(tmp_path: Path) -> None:
+    model = tiny_gpt2()
+    trainer = UnlearningTrainer(model, settings(tmp_path / "out", max_steps=2), FORGET, RETAIN)
+    trainer.train()
+    trainer.save_model()
+    names = sorted(p.name for p in (tmp_path / "out").rglob("*") if p.is_file())
+    assert "model.safetensors" in names and "config.json" in names
+    assert not [n for n in names if n.endswith((".bin", ".pt", ".pkl", ".pth", ".ckpt"))]
+    again = type(model).from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(again, FORGET), logits(model, FORGET), atol=1e-6, rtol=1e-6)
+    assert (logits(again, FORGET) - logits(tiny_gpt2(), FORGET)).abs().max() > 1e-4
+
+
+def test_an_optimizer_has_its_hooks_once_whatever_is_called_how_often(tmp_path: Path) -> None:
+    trainer = UnlearningTrainer(tiny_gpt2(), settings(tmp_path, max_steps=1), FORGET, RETAIN)
+    attached: list[Any] = []
+    attach = trainer.constrainer.attach
+    trainer.constrainer.attach = lambda optimizer: (attached.append(optimizer), attach(optimizer))  # type: ignore
+    first = trainer.create_optimizer()
+    assert trainer.create_optimizer() is first and len(attached) == 1
+    trainer.train()
+    trainer.train()
+    assert len(attached) == len({id(optimizer) for optimizer in attached})
+    for optimizer in attached:
+        assert len(optimizer._optimizer_step_pre_hooks) == 1
+        ours = [h for h in optimizer._optimizer_step_post_hooks.values() if h.__self__ is trainer.constrainer]
+        assert len(ours) == 1
+
+
+class Recorder:
+    """Stands in for a StepConstrainer: `weights()` is the number of the call, `restore` keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.taken, self.restored = 0, []
+
+    def weights(self) -> list[Any]:
+        self.taken += 1
+        return [self.taken]
+
+    def restore(self, weights: Any = None) -> None:
+        self.restored.append(weights)
+
+
+def evaluations(
+    pairs: list[tuple[float, float | None]], metric: str = "probability", target: float | None = None
+) -> tuple[Recorder, OverUnlearningCallback, list[bool]]:
+    """Feed (forget, holdout) values to the callback, each split its own call as Trainer does; whether it stopped."""
+    recorder, control, stops = Recorder(), TrainerControl(), []
+    callback = OverUnlearningCallback(recorder, metric, target)  # type: ignore[arg-type]
+    for step, (forget, holdout) in enumerate(pairs, start=1):
+        state = SimpleNamespace(global_step=step)
+        callback.on_evaluate(None, state, control, {f"eval_forget_{metric}": forget})  # type: ignore[arg-type]
+        if holdout is not None:
+            callback.on_evaluate(None, state, control, {f"eval_holdout_{metric}": holdout})  # type: ignore[arg-type]
+        stops.append(control.should_training_stop)
+        if stops[-1]:
+            break
+    return recorder, callback, stops
+
+
+def test_the_closer_of_the_last_two_evaluations_is_kept() -> None:
+    recorder, callback, stops = evaluations([(0.9, 0.3), (0.35, 0.3), (0.1, 0.3)])
+    assert stops == [False, False, True] and recorder.restored == [[2]]
+    assert "step 2" in (callback.reason or "")
+    recorder, callback, stops = evaluations([(0.9, 0.3), (0.6, 0.3), (0.25, 0.3)])
+    assert stops == [False, False, True] and recorder.restored == []
+    assert "step 3" in (callback.reason or "")
+
+
+def test_forget_equal_to_holdout_stops_and_above_it_never_does() -> None:
+    assert evaluations([(0.3, 0.3)])[2] == [True]
+    assert evaluations([(0.9, 0.3), (0.8, 0.3), (0.31, 0.3)])[2] == [False] * 3
+
+
+def test_a_loss_rises_to_its_reference() -> None:
+    recorder, _, stops = evaluations([(0.1, 2.0), (1.9, 2.0), (3.0, 2.0)], "loss")
+    assert stops == [False, False, True] and recorder.restored == [[2]]
+    assert evaluations([(3.0, 2.0)], "loss")[2] == [True]
+    assert evaluations([(1.0, 2.0)], "loss")[2] == [False]
+
+
+def test_an_explicit_target_needs_no_holdout_and_never_restores() -> None:
+    recorder, _, stops = evaluations([(0.9, None), (0.06, None), (0.0, None)], target=0.05)
+    assert stops == [False, False, True] and recorder.restored == []
+    assert evaluations([(0.2, 0.9)], target=0.05)[2] == [False]  # the held-out value plays no part
+
+
+def test_a_split_alone_or_of_another_step_decides_nothing() -> None:
+    assert evaluations([(0.0, None), (0.0, None)])[2] == [False, False]
+    recorder, control = Recorder(), TrainerControl()
+    callback = OverUnlearningCallback(recorder, "probability")  # type: ignore[arg-type]
+    for step, split in ((1, "forget"), (2, "holdout")):
+        state = SimpleNamespace(global_step=step)
+        callback.on_evaluate(None, state, control, {f"eval_{split}_probability": 0.0})  # type: ignore[arg-type]
+    assert not control.should_training_stop
+
+
+def test_a_run_stops_at_the_step_at_which_forget_reaches_holdout(tmp_path: Path) -> None:
+    model = tiny_llama()
+    held = [row | {"labels": [-100] * 2 + row["input_ids"][2:]} for row in FORGET[:2]]
+    known = score_rows(model, held, PaddingCollator()).loss.mean()
+    args = settings(tmp_path, max_steps=40, learning_rate=2e-2, loss="grad_ascent", forget_metric="loss")
+    splits = {"forget": FORGET, "holdout": HOLDOUT}
+    args = args.but(forget_target=float(score_rows(model, FORGET, PaddingCollator()).loss.mean() + 0.5))
+    trainer = UnlearningTrainer(model, args, FORGET, RETAIN, eval_dataset=splits)
+    trainer.train()
+    assert math.isfinite(known) and 0 < trainer.state.global_step < 40 and "reached the target" in trainer.stop_reason
+    assert score_rows(model, FORGET, PaddingCollator()).loss.mean() >= args.forget_target
+
+
+def test_a_drift_budget_is_never_exceeded(tmp_path: Path) -> None:
+    def run(budget: float | None) -> UnlearningTrainer:
+        model = tiny_gpt2()
+        args = settings(
+            tmp_path, constraint="ridge", constraint_settings=None, learning_rate=1e-2, max_steps=12,
+            max_retain_drift=budget,
+        )  # fmt: skip
+        trainer = UnlearningTrainer(model, args, FORGET, RETAIN)
+        trainer.train()
+        return trainer
+
+    free = run(None)
+    budget = free.constrainer.drift().relative / 2
+    assert budget > 0 and free.state.global_step == 12
+    bounded = run(budget)
+    assert bounded.state.global_step < 12 and "max_retain_drift" in bounded.stop_reason
+    assert 0 < bounded.constrainer.drift().relative <= budget
+
+
+@pytest.fixture
+def nan_after_first() -> Iterator[str]:
+    """A loss that is the likelihood at its first call and NaN from then on."""
+    calls: list[int] = []
+
+    def term(predictions: Predictions, original: None) -> Tensor:
+        calls.append(1)
+        return -predictions.nll_L if len(calls) == 1 else predictions.nll_L * math.nan
+
+    LOSSES["nan_after_first"] = LossKind(term)
+    yield "nan_after_first"
+    del LOSSES["nan_after_first"]
+
+
+def test_a_nan_loss_raises_and_gives_back_the_original_weights(nan_after_first: str, tmp_path: Path) -> None:
+    model = tiny_gpt2()
+    before = trained(model)
+    trainer = UnlearningTrainer(model, settings(tmp_path, loss=nan_after_first, learning_rate=0.1), FORGET, RETAIN)
+    with pytest.raises(NonFiniteLossError, match="the loss is nan after step 1"):
+        trainer.train()
+    for name, weight in trained(model).items():
+        assert weight.isfinite().all() and torch.equal(weight, before[name]), name
+
+
+def build(tmp_path: Path, forget: Any = FORGET, retain: Any = None, statistics: Any = None, **changes: Any) -> None:
+    splits = changes.pop("eval_dataset", None)
+    args = settings(tmp_path, **changes)
+    UnlearningTrainer(tiny_gpt2(), args, forget, retain, statistics=statistics, eval_dataset=splits)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, SettingsError, "needs statistics"),
+        ({"retain": [*RETAIN, FORGET[1]]}, DataError, "1 forget rows are also in the retain set"),
+        ({"retain": RETAIN, "forget": []}, DataError, "forget set is empty"),
+        ({"retain": RETAIN, "forget": None}, DataError, "forget set is empty"),
+        ({"retain": RETAIN, "loss": "oblivion"}, SettingsError, "unknown loss 'oblivion'"),
+        ({"retain": RETAIN, "constraint": "wishful"}, SettingsError, "unknown constraint 'wishful'"),
+        ({"retain": RETAIN, "constraint_settings": {"energy": 0.0}}, SettingsError, "energy"),
+        ({"retain": RETAIN, "constraint_settings": {"power": 1}}, SettingsError, "power"),
+        ({"retain": RETAIN, "forget_metric": "vibes"}, SettingsError, "forget_metric"),
+        ({"loss": "grad_diff", "constraint": "none"}, SettingsError, "needs retain rows"),
+        ({"retain": RETAIN, "forget_target": 0.1}, SettingsError, "split named 'forget'"),
+        ({"constraint": "none", "max_retain_drift": 0.1}, SettingsError, "max_retain_drift needs statistics"),
+    ],
+    ids=lambda value: next(iter(value), "nothing") if isinstance(value, dict) else None,
+)
+def test_a_wrong_request_is_refused_with_its_reason(
+    options: dict, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        build(tmp_path, **options)
+
+
+def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
+    statistics = collect_statistics(tiny_gpt2(seed=1), RETAIN, progress=False)
+    with pytest.raises(StatisticsError):
+        build(tmp_path, statistics=statistics)
+    build(tmp_path, statistics=collect_statistics(tiny_gpt2(), RETAIN, progress=False))
+
+
+def test_grad_diff_reads_paired_retain_rows_and_holds_their_loss(tmp_path: Path) -> None:
+    def retain_loss(loss: str) -> float:
+        model = tiny_gpt2()
+        args = settings(tmp_path, loss=loss, constraint="none", max_steps=8, learning_rate=1e-2)
+        trainer = UnlearningTrainer(model, args, FORGET, RETAIN)
+        assert ("retain" in trainer.train_dataset[0]) == (loss == "grad_diff")
+        trainer.train()
+        return float(score_rows(model, RETAIN, PaddingCollator()).loss.mean())
+
+    assert retain_loss("grad_diff") < retain_loss("grad_ascent") - 0.1
+
+
+class Normed(nn.Module):
+    """Classifier with a batch norm between its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES)
+
+    def forward(self, pixel_values: Tensor, **ignored: Any) -> Tensor:
+        return self.second(torch.tanh(self.norm(self.first(pixel_values))))
+
+
+def test_forget_batches_do_not_enter_batch_norm_statistics(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Normed()
+    with torch.no_grad():
+        model(torch.randn(32, 6))
+    before, weight = {n: b.clone() for n, b in model.named_buffers()}, model.second.weight.detach().clone()
+    forget, retain = vector_rows(4, 1), vector_rows(3, 2)
+    args = settings(tmp_path, loss="grad_diff", learning_rate=1e-2)
+    UnlearningTrainer(model, args, forget, retain).train()
+    assert not torch.equal(model.second.weight, weight)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+    model.train()(torch.randn(8, 6))
+    assert not torch.equal(model.norm.running_mean, before["norm.running_mean"])  # they would have moved
+
+
+def test_images_keep_their_retain_logits_too(tmp_path: Path) -> None:
+    model, retain, forget = tiny_vit(width=32), image_rows(2, 1), image_rows(4, 2)
+    pixels = [torch.stack([row["pixel_values"] for row in rows]) for rows in (retain, forget)]
+    before = [model(p).logits.detach() for p in pixels]
+    UnlearningTrainer(model, settings(tmp_path, learning_rate=1e-2), forget, retain).train()
+    model.eval()
+    changes = [(model(p).logits - b).abs().max().item() for p, b in zip(pixels, before, strict=True)]
+    assert changes[0] < 1e-4 and changes[1] > 1e-2
+
+
+def test_only_publishable_files_are_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi
+
+    uploads: list[dict[str, Any]] = []
+    url = SimpleNamespace(repo_id="me/model")
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: uploads.append(options))
+    monkeypatch.setattr("transformers.trainer.create_repo", lambda *args, **options: url, raising=False)
+    args = settings(tmp_path / "out", max_steps=1, hub_model_id="me/model")
+    trainer = UnlearningTrainer(tiny_gpt2(), args, FORGET, RETAIN)
+    trainer.train()
+    monkeypatch.setattr(trainer, "init_hf_repo", lambda **options: setattr(trainer, "hub_model_id", "me/model"))
+    trainer.push_to_hub("forget")
+    (options,) = uploads
+    assert options["repo_id"] == "me/model" and Path(options["folder_path"]) == tmp_path / "out"
+    assert options["commit_message"] == "forget"
+    patterns = options["allow_patterns"]
+
+    def allowed(name: str) -> bool:
+        return any(fnmatch(name, pattern) for pattern in patterns)
+
+    for name in ("model.safetensors", "config.json", "README.md", "tokenizer.json", "plots/drift.png"):
+        assert allowed(name), name
+    private = ("training_args.bin", "training_args.json", "optimizer.pt", "checkpoint-5/optimizer.pt", "logs/events",
+               "checkpoint-5/trainer_state.json", "checkpoint-5/rng_state.pth", "forget.jsonl", ".env")  # fmt: skip
+    for name in (*private, "train.json", "checkpoint-5/training_args.bin"):
+        assert not allowed(name), name
+    present = {p.name for p in (tmp_path / "out").iterdir() if p.is_file()}
+    assert "training_args.json" in present  # it is there, and stays here
