@@ -106,12 +106,15 @@ def _collect(argv: list[str]) -> None:
     class CollectArguments(DataArguments):
         rows: str = setting("", "Split to collect on: name or name[start:stop].")
         fisher: bool = setting(False, "Also collect Fishers, for the Kronecker constraint and predicted KL.")
+        max_length: int | None = setting(512, "Longest row in tokens, the same as in the run; longer rows are cut.")
         output_dir: str = setting("statistics", "Where the statistics go.")
         overwrite_output_dir: bool = setting(False, "Replace what is in the output folder.")
 
     (args,) = _parse("collect", [CollectArguments], argv)
     _hush()
-    statistics = collect(args, args.rows, args.fisher, args.output_dir, args.overwrite_output_dir)
+    statistics = collect(
+        args, args.rows, args.fisher, args.output_dir, args.overwrite_output_dir, max_length=args.max_length
+    )
     print(statistics.summary())
     print(f"saved to {args.output_dir}")
 

@@ -112,7 +112,7 @@ def _close(tokens: list[int], tokenizer: Any) -> list[int]:
 class PaddingCollator:
     """Stack rows into a batch, padding token sequences on the right (on the left with `side="left"`).
 
-    Columns that a model does not take (texts, ids) are left out; `label` is renamed to `labels`.
+    Columns of text are left out, and `label` is renamed to `labels`; any other column reaches the model.
     """
 
     pad_token_id: int = 0

@@ -152,6 +152,10 @@ def prepare(args: RunArguments, config: UnlearningConfig, *, fisher: bool) -> Re
     settings = FineTuning(
         args.fine_tune_epochs, args.fine_tune_learning_rate, args.fine_tune_batch_size, seed=args.fine_tune_seed
     )
+    if args.fine_tune and not train:
+        raise SettingsError("fine_tune needs rows to learn; pass --train")
+    if args.retrained == "auto" and "retain" not in splits:
+        raise SettingsError("retrained 'auto' needs rows to retrain on; pass --train or --retain")
     if args.fine_tune:
         model, timings["train original"] = fine_tuned(load, train, settings, collator, cache)
     else:
@@ -162,7 +166,7 @@ def prepare(args: RunArguments, config: UnlearningConfig, *, fisher: bool) -> Re
     elif args.retrained is not None:
         retrained = load_model(args.retrained)
     statistics, timings["collect"] = _full_statistics(args, config, model, train, collator, cache, fisher)
-    forget, retain = splits["forget"], splits["retain"]
+    forget, retain = splits["forget"], splits.get("retain")
     for name, rows in splits.items():
         splits[name] = rows[: args.max_rows] if name != "forget" else rows
     return Request(
@@ -172,11 +176,14 @@ def prepare(args: RunArguments, config: UnlearningConfig, *, fisher: bool) -> Re
     )  # fmt: skip
 
 
-def collect(args: DataArguments, rows: str, fisher: bool, output_dir: str, overwrite: bool) -> RetainStatistics:
-    """`hf-unlearn collect`: statistics of a split, saved to `output_dir`."""
+def collect(
+    args: DataArguments, rows: str, fisher: bool, output_dir: str, overwrite: bool, max_length: int | None = 512
+) -> RetainStatistics:
+    """`hf-unlearn collect`: statistics of a split, saved to `output_dir`; rows are cut as `run` cuts them."""
     check_output(output_dir, overwrite)
     tokenizer = load_tokenizer(args.model_name_or_path)
-    data = encode_dataset(load_rows(args.dataset_name, rows, "rows"), tokenizer, what="statistics")
+    loaded = load_rows(args.dataset_name, rows, "rows")
+    data = encode_dataset(loaded, tokenizer, what="statistics", max_length=max_length)
     model = load_model(args.model_name_or_path)
     collator = default_collator(tokenizer)
     statistics = collect_statistics(model, data, collator=collator, fisher=fisher, max_rows=args.max_rows)

@@ -45,12 +45,19 @@ class Watched(list):
         return super().__iter__()
 
 
+@pytest.fixture(autouse=True)
+def quick_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of a tiny request's time; one test draws."""
+    if request.node.name != "test_the_folder_has_checkpoint_report_card_and_plots":
+        monkeypatch.setattr(requests, "save_plots", lambda report, folder: [])
+
+
 def settings(folder: Path, **changes: Any) -> UnlearningConfig:
     few = {"use_cpu": True, "disable_tqdm": True, "max_steps": 4, "per_device_train_batch_size": 2, "seed": 0}
     return UnlearningConfig(str(folder), **{**few, "learning_rate": 1e-2, "loss": "next_best", **changes})
 
 
-def request(**changes: Any) -> Request:
+def asking(**changes: Any) -> Request:
     model = tiny_vit()
     statistics = collect_statistics(model, FORGET + RETAIN, fisher=True, progress=False)
     splits = {"forget": FORGET, "retain": RETAIN, "holdout": HOLDOUT}
@@ -67,7 +74,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_folder_has_checkpoint_report_card_and_plots(tmp_path: Path) -> None:
-    asked = request()
+    asked = asking()
     before = weights(asked.model)
     report = asked.fulfil(settings(tmp_path / "out"))
     found = files(tmp_path / "out")
@@ -86,7 +93,7 @@ def test_the_folder_has_checkpoint_report_card_and_plots(tmp_path: Path) -> None
 
 
 def test_the_report_says_what_was_asked_done_and_measured(tmp_path: Path) -> None:
-    report = request().fulfil(settings(tmp_path / "out"))
+    report = asking().fulfil(settings(tmp_path / "out"))
     assert report.request["rows"] == 4 and report.request["source"] == "noise" and report.request["date"]
     method = report.method
     assert (method["loss"], method["constraint"], method["steps"]) == ("next_best", "energy", 4)
@@ -114,7 +121,7 @@ def test_retain_rows_are_not_read_before_the_evaluation(
     constraint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched = Watched(RETAIN)
-    asked = request(splits={"forget": FORGET, "retain": watched, "holdout": HOLDOUT})
+    asked = asking(splits={"forget": FORGET, "retain": watched, "holdout": HOLDOUT})
     judge, reads = requests.evaluate_unlearning, []
 
     def evaluate(*args: Any, **options: Any) -> UnlearningReport:
@@ -134,7 +141,7 @@ def test_a_retain_term_reads_the_retain_rows(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(
         requests, "evaluate_unlearning", lambda *a, **o: (reads.append(watched.reads), judge(*a, **o))[1]
     )
-    report = request(retain=watched).fulfil(settings(tmp_path / "out", loss="grad_diff"))
+    report = asking(retain=watched).fulfil(settings(tmp_path / "out", loss="grad_diff"))
     assert reads[0] > 0 and report.method["retain_rows_used"] == len(RETAIN)
 
 
@@ -152,7 +159,7 @@ def nan_after_first() -> Iterator[str]:
 
 
 def test_a_failed_run_writes_nothing(nan_after_first: str, tmp_path: Path) -> None:
-    asked = request()
+    asked = asking()
     before = weights(asked.model)
     with pytest.raises(NonFiniteLossError):
         asked.fulfil(settings(tmp_path / "out", loss=nan_after_first))
@@ -161,13 +168,13 @@ def test_a_failed_run_writes_nothing(nan_after_first: str, tmp_path: Path) -> No
 
 
 def test_a_failed_run_leaves_the_old_folder_as_it_was(nan_after_first: str, tmp_path: Path) -> None:
-    request().fulfil(settings(tmp_path / "out"))
+    asking().fulfil(settings(tmp_path / "out"))
     old = files(tmp_path / "out")
     args = settings(tmp_path / "out", loss=nan_after_first, overwrite_output_dir=True)
     with pytest.raises(NonFiniteLossError):
-        request().fulfil(args)
+        asking().fulfil(args)
     assert files(tmp_path / "out") == old and [p.name for p in tmp_path.iterdir()] == ["out"]
-    request().fulfil(args.but(loss="next_best", max_steps=2))
+    asking().fulfil(args.but(loss="next_best", max_steps=2))
     assert files(tmp_path / "out")["model.safetensors"] != old["model.safetensors"]
 
 
@@ -177,7 +184,7 @@ def test_a_failure_while_writing_leaves_no_half_folder(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(requests, "write_card", fail)
     with pytest.raises(RuntimeError, match="disk"):
-        request().fulfil(settings(tmp_path / "out"))
+        asking().fulfil(settings(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -187,7 +194,7 @@ def test_a_folder_that_is_not_empty_is_refused_before_any_work(tmp_path: Path, m
     def never(*args: Any, **options: Any) -> Any:
         raise AssertionError("work began")
 
-    asked = request()
+    asked = asking()
     for name in ("collect_statistics", "UnlearningTrainer", "evaluate_unlearning"):
         monkeypatch.setattr(requests, name, never)
     with pytest.raises(OutputError, match="is not empty"):
@@ -205,7 +212,7 @@ def test_several_runs_start_from_the_same_original_and_judge_it_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     retrained = tiny_vit(seed=3)
-    asked, alone = request(retrained=retrained), request(retrained=retrained)
+    asked, alone = asking(retrained=retrained), asking(retrained=retrained)
     before = weights(asked.model)
     judge, collect, given, collected = requests.evaluate_unlearning, requests.collect_statistics, [], []
 
@@ -214,9 +221,7 @@ def test_several_runs_start_from_the_same_original_and_judge_it_once(
         return judge(*args, **options)
 
     monkeypatch.setattr(requests, "evaluate_unlearning", evaluate)
-    monkeypatch.setattr(
-        requests, "collect_statistics", lambda *a, **o: (collected.append(1), collect(*a, **o))[1]
-    )
+    monkeypatch.setattr(requests, "collect_statistics", lambda *a, **o: (collected.append(1), collect(*a, **o))[1])
     reports = [asked.fulfil(settings(tmp_path / name, constraint=name)) for name in ("none", "energy")]
     assert given == [(True, True), (False, False)] and len(collected) == 1
     assert all(torch.equal(weight, before[name]) for name, weight in weights(asked.model).items())
@@ -235,7 +240,7 @@ def test_samples_show_the_original_before_and_the_unlearned_after(tmp_path: Path
     def samples(model: Any) -> list[dict[str, str]]:
         return [{"prompt": "?", "answer": f"{sum(p.sum().item() for p in model.parameters()):.6f}"}]
 
-    asked = request(samples=samples)
+    asked = asking(samples=samples)
     (original,) = samples(asked.model)
     for name in ("energy", "none"):
         (shown,) = asked.fulfil(settings(tmp_path / name, constraint=name)).samples

@@ -61,6 +61,6 @@ def _config(output_dir: str, constraint: str, seed: int, overwrite: bool) -> Unl
         per_device_train_batch_size=5,
         per_device_eval_batch_size=10,
         eval_strategy="steps",
-        eval_steps=2,
+        eval_steps=1,
         seed=seed,
     )

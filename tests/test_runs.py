@@ -1,0 +1,228 @@
+"""Laws of whole runs with a real tokenizer and trained model: a request from names to folders, from the cache, from
+saved statistics. Skipped where the model or the data set is missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import requires_asset
+
+from hf_unlearn import requests
+from hf_unlearn.cli import main
+from hf_unlearn.config import UnlearningConfig
+from hf_unlearn.constraints import CONSTRAINTS
+from hf_unlearn.errors import DataError, SettingsError
+from hf_unlearn.finetune import FineTuning
+from hf_unlearn.report import UnlearningReport
+from hf_unlearn.runs import RunArguments, collect, evaluate, load_model, load_rows, run
+from hf_unlearn.statistics import RetainStatistics
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    model, data = requires_asset("stories260K"), requires_asset("tofu/full.json").parent
+    return {"model": str(model), "data": str(data), "cache": str(tmp_path_factory.mktemp("cache"))}
+
+
+@pytest.fixture(autouse=True)
+def quick_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of a small request's time, and has its own tests."""
+    monkeypatch.setattr(requests, "save_plots", lambda report, folder: [])
+
+
+def arguments(places: dict[str, str], **changes: Any) -> RunArguments:
+    """Twelve rows to learn, four of them to forget, four never seen."""
+    fine_tune = {"fine_tune": True, "fine_tune_epochs": 25, "fine_tune_learning_rate": 5e-3}
+    named = {"model_name_or_path": places["model"], "dataset_name": places["data"], "cache_dir": places["cache"]}
+    splits = {"train": "full[0:12]", "forget": "full[0:4]", "holdout": "full[200:204]"}
+    return RunArguments(**{**named, **splits, **fine_tune, "fine_tune_batch_size": 6, **changes})
+
+
+def settings(folder: Path, **changes: Any) -> UnlearningConfig:
+    few = {"use_cpu": True, "disable_tqdm": True, "max_steps": 8, "per_device_train_batch_size": 4, "max_length": 128}
+    return UnlearningConfig(str(folder), **{**few, "learning_rate": 5e-3, "eval_strategy": "no", **changes})
+
+
+def probability(report: UnlearningReport, split: str, model: str = "unlearned") -> float:
+    metric = report.get("answer_probability", split, model)
+    assert metric is not None
+    return metric.value
+
+
+def no_fine_tuning(*args: Any, **options: Any) -> Any:
+    raise AssertionError("fine-tuned although the cache has the model")
+
+
+def test_a_run_learns_forgets_and_writes_and_the_next_one_finds_the_model_in_the_cache(
+    places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = arguments(places, samples=1)
+    (name, report), = run(args, settings(tmp_path / "one")).items()  # fmt: skip
+    assert name == "energy"
+    assert probability(report, "forget", "original") > probability(report, "holdout", "original") + 0.1  # it knows them
+    assert probability(report, "forget") < probability(report, "forget", "original") - 0.05
+    lost = {s: probability(report, s, "original") - probability(report, s) for s in ("forget", "retain")}
+    assert lost["forget"] > lost["retain"]
+    assert report.request["rows"] == 4 and report.method["statistics"]["rows"] == 8
+    assert report.get("accuracy", "retain").n == 8  # type: ignore[union-attr]
+    (sample,) = report.samples
+    assert sample["prompt"] and sample["answer"] and "after" in sample
+    for file in ("model.safetensors", "tokenizer.json", "unlearning_report.json", "README.md"):
+        assert (tmp_path / "one" / file).is_file(), file
+    assert report.timings["train original"] > 0
+
+    monkeypatch.setattr(FineTuning, "run", no_fine_tuning)
+    (again,) = run(args, settings(tmp_path / "two")).values()
+    weights = [load_model(str(tmp_path / folder)).state_dict() for folder in ("one", "two")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert [m for m in again.metrics] == [m for m in report.metrics]
+    with pytest.raises(AssertionError, match="cache"):  # other rows are another model
+        run(arguments(places, train="full[0:13]"), settings(tmp_path / "three"))
+
+
+def test_all_constraints_run_from_one_original_into_a_folder_each(places: dict[str, str], tmp_path: Path) -> None:
+    reports = run(arguments(places, constraints="all"), settings(tmp_path, max_steps=2))
+    assert list(reports) == list(CONSTRAINTS)
+    originals = [[m for m in report.metrics if m.model == "original"] for report in reports.values()]
+    assert all(metrics == originals[0] for metrics in originals)
+    for name, report in reports.items():
+        assert UnlearningReport.load(tmp_path / name).method["constraint"] == name == report.method["constraint"]
+        assert (tmp_path / name / "model.safetensors").is_file() and (tmp_path / name / "README.md").is_file()
+        assert probability(report, "forget") < probability(report, "forget", "original")
+    assert len({probability(report, "forget") for report in reports.values()}) == len(reports)
+    drifts = {name: report.drift["relative"] for name, report in reports.items()}
+    assert all(drifts[name] < drifts["none"] for name in drifts if name != "none")
+
+
+def test_an_auto_retrained_model_never_saw_the_forget_rows(places: dict[str, str], tmp_path: Path) -> None:
+    seen: list[int] = []
+    plain = FineTuning.run
+
+    def watch(self: FineTuning, model: Any, rows: Any, *rest: Any) -> Any:
+        seen.append(len(rows))
+        return plain(self, model, rows, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FineTuning, "run", watch)
+        (report,) = run(arguments(places, retrained="auto"), settings(tmp_path / "out", max_steps=1)).values()
+    assert seen[-1] == 8
+    assert probability(report, "forget", "retrained") < probability(report, "forget", "original") - 0.1
+    assert probability(report, "retain", "retrained") > probability(report, "holdout", "retrained") + 0.1
+
+
+def test_collected_statistics_are_what_a_run_takes(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Statistics of the train split, or of the retain split with nothing to subtract, lead to the same weights."""
+    common = ["--model_name_or_path", places["model"], "--dataset_name", places["data"]]
+    cut = ["--max_length", "128"]  # shorter than some of the rows
+    folders = {"full[0:12]": tmp_path / "full", "full[4:12]": tmp_path / "retain"}
+    for rows, folder in folders.items():
+        assert main(["collect", *common, "--rows", rows, "--fisher", *cut, "--output_dir", str(folder)]) == 0
+        assert str(folder) in capsys.readouterr().out
+    whole, retain = (RetainStatistics.from_pretrained(folder) for folder in folders.values())
+    assert (whole.rows, retain.rows) == (12, 8)
+    weights = []
+    for name, subtract in (("full", "True"), ("retain", "False")):
+        flags = ["--train", "full[0:12]", "--forget", "full[0:4]", "--max_steps", "2", "--use_cpu", "True"]
+        flags += ["--statistics", str(tmp_path / name), "--subtract_forget", subtract, "--cache_dir", places["cache"]]
+        flags += ["--output_dir", str(tmp_path / f"out-{name}"), "--constraint", "kronecker", *cut]
+        assert main(["run", *common, *flags]) == 0
+        assert UnlearningReport.load(tmp_path / f"out-{name}").method["statistics"]["rows"] == 8
+        weights.append(load_model(str(tmp_path / f"out-{name}")).state_dict())
+    base = load_model(places["model"]).state_dict()
+    assert any(not torch.equal(weights[0][key], base[key]) for key in base)
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, atol=1e-6, rtol=1e-5)
+
+
+def test_max_rows_of_collect_takes_the_first_ones(places: dict[str, str], tmp_path: Path) -> None:
+    args = arguments(places, max_rows=3)
+    assert collect(args, "full[0:5]", False, str(tmp_path / "s"), False).rows == 3
+    assert RetainStatistics.from_pretrained(tmp_path / "s").rows == 3
+
+
+def test_evaluate_prints_a_table_of_the_splits_and_models(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model_name_or_path", places["model"], "--dataset_name", places["data"], "--forget", "full[0:2]"]
+    flags += ["--holdout", "full[8:11]", "--original", places["model"], "--output_dir", str(tmp_path / "out")]
+    assert main(["evaluate", *flags, "--eval_splits", "real_authors[0:2]"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    header = next(line for line in lines if line.startswith("metric"))
+    assert header.split() == ["metric", "split", "original", "unlearned", "n"]
+    for split, n in (("forget", "2"), ("holdout", "3"), ("real_authors[0:2]", "2")):
+        (line,) = [line for line in lines if line.split()[:2] == ["answer_probability", split]]
+        assert line.split()[-1] == n
+    report = UnlearningReport.load(tmp_path / "out")
+    for metric in report.metrics:
+        if metric.model == "original":  # it is the same model
+            assert report.get(metric.name, metric.split).value == metric.value  # type: ignore[union-attr]
+
+
+def test_max_rows_bounds_what_is_judged(places: dict[str, str]) -> None:
+    args = arguments(places, forget="full[0:5]", train="", max_rows=2)
+    report = evaluate(args, None, 4, 0)
+    assert {m.n for m in report.metrics if m.name == "loss"} == {2}
+
+
+def test_row_ranges_are_those_rows_of_the_file(places: dict[str, str]) -> None:
+    lines = (Path(places["data"]) / "full.json").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+
+    def questions(splits: str) -> list[str]:
+        return [row["question"] for row in load_rows(places["data"], splits, "forget")]
+
+    assert questions("full[3:7]") == [row["question"] for row in rows[3:7]]
+    assert questions("full[:2]") == [row["question"] for row in rows[:2]]
+    assert questions("full[3995:]") == [row["question"] for row in rows[3995:]]
+    assert questions("full[0:2], full[9:10]") == [rows[i]["question"] for i in (0, 1, 9)]
+    assert len(questions("forget01")) == len((Path(places["data"]) / "forget01.json").read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    "splits", ["", "full[1]", "full[1:2:3]", "full[x:2]", "full[0:0]", "full[9999:10000]", "no", ","]
+)
+def test_a_malformed_or_empty_split_is_refused(splits: str, places: dict[str, str]) -> None:
+    with pytest.raises(DataError):
+        load_rows(places["data"], splits, "forget")
+
+
+def test_forget_rows_must_be_among_the_train_rows(places: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="2 forget rows are not in the train split"):
+        run(arguments(places, forget="full[10:14]"), settings(tmp_path / "out"))
+    with pytest.raises(DataError, match="also in the retain set"):
+        run(arguments(places, retain="full[3:12]"), settings(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_constraint_needs_statistics_or_train_rows(places: dict[str, str], tmp_path: Path) -> None:
+    args = arguments(places, train="", fine_tune=False)
+    with pytest.raises(SettingsError, match="--statistics, or --train"):
+        run(args, settings(tmp_path / "out"))
+    (report,) = run(args, settings(tmp_path / "out", constraint="none", max_steps=1)).values()
+    assert report.method["statistics"] is None and report.get("loss", "retain") is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "way_out"), [({"fine_tune": True}, "--train"), ({"retrained": "auto"}, "--retain")]
+)
+def test_training_without_rows_to_train_on_is_refused(
+    changes: dict[str, Any], way_out: str, places: dict[str, str], tmp_path: Path
+) -> None:
+    args = arguments(places, **{"train": "", "fine_tune": False, **changes})
+    with pytest.raises(SettingsError, match=way_out):
+        run(args, settings(tmp_path / "out", constraint="none"))
+
+
+def test_statistics_and_forget_rows_are_all_that_a_request_needs(places: dict[str, str], tmp_path: Path) -> None:
+    collect(arguments(places), "full[4:12]", False, str(tmp_path / "statistics"), False)
+    args = arguments(
+        places, train="", fine_tune=False, holdout=None, statistics=str(tmp_path / "statistics"), subtract_forget=False
+    )
+    (report,) = run(args, settings(tmp_path / "out", max_steps=1)).values()
+    assert {metric.split for metric in report.metrics} == {"forget"} and report.method["statistics"]["rows"] == 8
