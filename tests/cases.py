@@ -1,6 +1,6 @@
 """Tiny models and rows that the tests share: seeded, quick, and far enough from initialisation to be interesting.
 
-A freshly initialised transformer predicts almost uniformly, so that nothing it could lose is there to be seen; `sharpen`
+A freshly initialised transformer predicts almost uniformly: nothing that it could lose is there to be seen; `sharpen`
 scales its matrices up until the logits differ.
 """
 
@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 def requires_asset(name: str) -> Path:
-    """Path of a real model or data set (`stories260K`, `tofu`, `tofu/full.json`); skips the test where it is missing."""
+    """Path of a real model or data set (`stories260K`, `tofu`, `tofu/full.json`); skips the test without it."""
     path = ASSETS / name
     if not path.exists():
         pytest.skip(f"asset {name!r} is missing in {ASSETS}; set HF_UNLEARN_ASSETS to the folder that has it")

@@ -1,5 +1,4 @@
-"""Laws of collecting: the sums equal slow twins, whatever the batching and padding, and nothing of the model is changed.
-"""
+"""Laws of collecting: the sums equal slow twins, whatever batching and padding, and the model is not changed."""
 
 from __future__ import annotations
 
@@ -73,7 +72,9 @@ def test_the_fishers_equal_autograd_label_by_label(kind: str) -> None:
         assert statistics.labels == labels
         scale = np.abs(twin_OO).max()
         np.testing.assert_allclose(statistics.fisher_sums[name], twin_OO, atol=1e-4 * scale)
-        assert np.abs(statistics.fisher_sums[name].numpy() - other_OO).max() > 1e-2 * scale  # other labels, other Fisher
+        assert (
+            np.abs(statistics.fisher_sums[name].numpy() - other_OO).max() > 1e-2 * scale
+        )  # other labels, other Fisher
         assert statistics.positions_per_label(name) == statistics.positions[statistics.layers[name].inputs] / labels
 
 
@@ -122,14 +123,19 @@ def test_masked_labels_do_not_mask_inputs() -> None:
     assert_same_sums(collect(model, short), collect(model, none))
     fishers = [collect(model, rows, fisher=True) for rows in (short, long, none)]
     assert [f.labels for f in fishers] == [22, 14, 22]  # they do say where the model predicts; without: everywhere
-    assert relative(fishers[0].fisher_sums["transformer.h.0.mlp.c_fc"], fishers[1].fisher_sums["transformer.h.0.mlp.c_fc"]) > 0.01
+    assert (
+        relative(fishers[0].fisher_sums["transformer.h.0.mlp.c_fc"], fishers[1].fisher_sums["transformer.h.0.mlp.c_fc"])
+        > 0.01
+    )
 
 
 def test_llama_has_four_grams_for_seven_layers_of_a_block() -> None:
     statistics = collect(cases.tiny_llama(), cases.text_rows(3), fisher=True)
     assert (len(statistics.layers), len(statistics.gram_sums), len(statistics.fisher_sums)) == (14, 8, 14)
     for block in range(2):
-        owner = {n.rsplit(".", 1)[1]: s.inputs.rsplit(".", 1)[1] for n, s in statistics.layers.items() if f".{block}." in n}
+        owner = {
+            n.rsplit(".", 1)[1]: s.inputs.rsplit(".", 1)[1] for n, s in statistics.layers.items() if f".{block}." in n
+        }
         assert owner == {
             "q_proj": "q_proj", "k_proj": "q_proj", "v_proj": "q_proj", "o_proj": "o_proj",
             "gate_proj": "gate_proj", "up_proj": "gate_proj", "down_proj": "down_proj",
@@ -321,5 +327,5 @@ def test_models_that_cannot_be_collected_are_named() -> None:
 def test_a_layer_that_never_ran_is_an_error() -> None:
     model = cases.tiny_mlp()
     model.third = nn.Linear(2, 2)
-    with pytest.raises(ModelError, match="third .* never ran"):
+    with pytest.raises(ModelError, match=r"third .* never ran"):
         collect(model, cases.vector_rows(2))

@@ -1,5 +1,4 @@
-"""Laws of the layer descriptions: what is found, what is left out, and that a weight's gradient lies in its inputs' span.
-"""
+"""Laws of the layer descriptions: what is found and left out, and that gradients lie in the inputs' span."""
 
 from __future__ import annotations
 
@@ -105,7 +104,9 @@ def test_a_tied_layer_is_left_out_and_asking_for_it_is_an_error() -> None:
     model = cases.tiny_llama(tied=True)
     assert tied_parameters(model) == {"lm_head.weight": "model.embed_tokens.weight"}
     assert "lm_head" not in find_layers(model)
-    with pytest.raises(ModelError, match=r"lm_head has a tied weight \(lm_head\.weight = model\.embed_tokens\.weight\)"):
+    with pytest.raises(
+        ModelError, match=r"lm_head has a tied weight \(lm_head\.weight = model\.embed_tokens\.weight\)"
+    ):
         find_layers(model, ["lm_head"])
     assert tied_parameters(cases.tiny_llama()) == {}
 

@@ -1,5 +1,4 @@
-"""Laws of `RetainStatistics`: sums that add and subtract like the rows behind them, and files that are whole or refused.
-"""
+"""Laws of `RetainStatistics`: sums add and subtract like the rows behind them; files are whole or refused."""
 
 from __future__ import annotations
 
@@ -31,7 +30,9 @@ def distance(a: RetainStatistics, b: RetainStatistics) -> float:
     counts = [(s.layers, s.positions, s.rows, s.labels, s.data, s.weights) for s in (a, b)]
     if counts[0] != counts[1] or a.fisher_sums.keys() != b.fisher_sums.keys():
         return float("inf")
-    pairs = [(a.gram_sums[k], v) for k, v in b.gram_sums.items()] + [(a.fisher_sums[k], v) for k, v in b.fisher_sums.items()]
+    pairs = [(a.gram_sums[k], v) for k, v in b.gram_sums.items()] + [
+        (a.fisher_sums[k], v) for k, v in b.fisher_sums.items()
+    ]
     return max(float((x - y).norm() / y.norm()) for x, y in pairs)
 
 
@@ -212,11 +213,20 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated metadata": (lambda f: (f / METADATA).write_text('{"format_version": 1,'), "cannot be read"),
     "metadata of another kind": (lambda f: edit(f / METADATA, lambda c: [1]), "cannot be read"),
     "metadata of no text": (lambda f: (f / METADATA).write_bytes(b"\xff\xfe\x00"), "cannot be read"),
-    "metadata without a version": (lambda f: edit(f / METADATA, lambda c: c.pop("format_version") and None), "cannot be"),
-    "metadata with a strange version": (lambda f: edit(f / METADATA, lambda c: c.update(format_version="x")), "cannot be"),
+    "metadata without a version": (
+        lambda f: edit(f / METADATA, lambda c: c.pop("format_version") and None),
+        "cannot be",
+    ),
+    "metadata with a strange version": (
+        lambda f: edit(f / METADATA, lambda c: c.update(format_version="x")),
+        "cannot be",
+    ),
     "metadata without a checksum": (lambda f: edit(f / METADATA, lambda c: c.pop("sha256") and None), "cannot be read"),
     "metadata without the rows": (lambda f: edit(f / METADATA, lambda c: c.pop("rows") and None), "cannot be read"),
-    "metadata with a strange layer": (lambda f: edit(f / METADATA, lambda c: c["layers"].update(a={})), "cannot be read"),
+    "metadata with a strange layer": (
+        lambda f: edit(f / METADATA, lambda c: c["layers"].update(a={})),
+        "cannot be read",
+    ),
     "metadata of an unknown Gram": (
         lambda f: edit(f / METADATA, lambda c: c["layers"]["first"].update(inputs="third")),
         "cannot be read",
