@@ -9,10 +9,11 @@ A new type is one registration:
 Shapes: N rows (positions), I input features, O output features.
 """
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache, singledispatch
+from functools import singledispatch
 
 from torch import Tensor, nn
 
@@ -35,6 +36,8 @@ class Layer:
 @singledispatch
 def describe_layer(module: nn.Module) -> Layer | None:
     """Description of a layer type that can be protected; None for any other."""
+    if "transformers" in sys.modules and _register_transformers_layers():
+        return describe_layer(module)
     return None
 
 
@@ -43,14 +46,18 @@ def _(module: nn.Linear) -> Layer:
     return Layer(outputs=module.out_features, inputs=module.in_features)
 
 
-@cache
-def _register_transformers_layers() -> None:
-    """Register what transformers defines; late, so that the statistics need no transformers to be imported."""
+def _register_transformers_layers() -> bool:
+    """Register what transformers defines, late, so that this module need not import it; False if done before."""
     from transformers.pytorch_utils import Conv1D
+
+    if Conv1D in describe_layer.registry:
+        return False
 
     @describe_layer.register
     def _(module: Conv1D) -> Layer:  # GPT-2's linear layer, weight stored as [I, O]
         return Layer(outputs=module.nf, inputs=module.nx, transposed=True)
+
+    return True
 
 
 def tied_parameters(model: nn.Module) -> dict[str, str]:
@@ -74,7 +81,6 @@ def find_layers(model: nn.Module, patterns: Iterable[str] | None = None) -> dict
     Raises:
         ModelError: No layer of a known type; a pattern that matches none; a tied layer asked for by name.
     """
-    _register_transformers_layers()
     known = {name: module for name, module in model.named_modules() if describe_layer(module) is not None}
     if not known:
         types = sorted({type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(recurse=False))})

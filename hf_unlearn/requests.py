@@ -157,7 +157,7 @@ class Request:
                 "frozen": len(trainer.coverage.frozen),
                 "exposed": list(trainer.coverage.exposed),
             },
-            "base_model": getattr(config, "_name_or_path", "") or None,
+            "base_model": _public_name(getattr(config, "_name_or_path", "")),
             "stopped": trainer.stop_reason,
             "steps": trainer.state.global_step,
             "retain_rows_used": 0 if self.retain is None else len(self.retain),
@@ -187,6 +187,11 @@ def _settings_of(args: UnlearningConfig) -> dict[str, Any]:
     built = args.build_constraint()
     built = built["*"] if isinstance(built, Mapping) else built
     return asdict(built) if built is not None else {}  # type: ignore[call-overload]
+
+
+def _public_name(name: str) -> str | None:
+    """A Hub id as it is, of a local folder the last part alone: the report is published."""
+    return (Path(name).name if Path(name).exists() else name) or None
 
 
 @contextmanager

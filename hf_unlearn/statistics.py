@@ -207,8 +207,8 @@ class RetainStatistics:
 
     @classmethod
     def _from_content(cls, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "RetainStatistics":
-        order = content.get("order", content["layers"])
-        layers = {name: LayerSums(**content["layers"][name]) for name in order}
+        place = {name: index for index, name in enumerate(content.get("order", content["layers"]))}
+        layers = {n: LayerSums(**content["layers"][n]) for n in sorted(content["layers"], key=lambda n: place[n])}
         return cls(
             gram_sums={key: tensors[f"gram.{key}"] for key in dict.fromkeys(sums.inputs for sums in layers.values())},
             fisher_sums={name: tensors[f"fisher.{name}"] for name in layers if f"fisher.{name}" in tensors},
