@@ -66,9 +66,10 @@ class Request:
             UnlearningError: Whatever is wrong with the request; nothing is written then.
         """
         target = check_output(args.output_dir or "unlearned", args.overwrite_output_dir)
-        timings = dict(self.timings)
-        with clock(timings, "subtract"):
-            statistics = self._retain_statistics(args)
+        if self._retained is None:
+            with clock(self.timings, "subtract"):
+                self._retained = self._retain_statistics(args)
+        statistics, timings = self._retained, dict(self.timings)
         with _scratch(target) as scratch, clock(timings, "unlearn"):
             with clock(timings, "decompose"):
                 trainer = self._trainer(args.but(output_dir=str(scratch)), statistics)
@@ -85,16 +86,13 @@ class Request:
         """Statistics of the full set minus those of the forget rows on the current model (PGU, section 3.3)."""
         if self.statistics is None or not self.subtract_forget:
             return self.statistics
-        if self._retained is not None:
-            return self._retained
         settings = self.statistics.settings
         forget = collect_statistics(
             self.model, self.forget, collator=self.collator, processing_class=self.processing_class,
             batch_size=args.per_device_eval_batch_size, fisher=settings["fisher"], layers=settings["layers"],
             progress=not args.disable_tqdm,
         )  # fmt: skip
-        self._retained = self.statistics - forget
-        return self._retained
+        return self.statistics - forget
 
     def _trainer(self, args: UnlearningConfig, statistics: RetainStatistics | None) -> UnlearningTrainer:
         stopping = {name: self.splits[name] for name in ("forget", "holdout") if name in self.splits}

@@ -22,6 +22,7 @@ from hf_unlearn.constraints import (
     KroneckerConstraint,
     Remove,
     RidgeConstraint,
+    Shrink,
     bind_constraints,
     build_constraint,
     constraint_for,
@@ -266,5 +267,6 @@ def test_negative_energy_is_warned_of_once_and_clamped() -> None:
     worst = max(full.gram_sums, key=lambda name: eigen((full - foreign).gram(name)).negative_share)
     assert f"of {worst} is negative after the subtraction" in str(caught[0].message)
     for one in bound.values():  # a shrinkage never enlarges, whatever was subtracted
-        step_OI = torch.randn(5, one.right(torch.eye(1)).shape[0] if False else one.right.matrix_II.shape[0])  # type: ignore[attr-defined]
+        assert isinstance(one.right, Shrink)
+        step_OI = torch.randn(5, len(one.right.matrix_II))
         assert one(step_OI).norm() <= step_OI.norm() * (1 + 1e-5)
