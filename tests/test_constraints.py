@@ -1,4 +1,4 @@
-"""Laws of the constraints: each equals its dense twin and keeps the promise of its docstring, and other steps break it."""
+"""Laws of the constraints: each equals its dense twin and keeps its docstring's promise; other steps break it."""
 
 from __future__ import annotations
 

@@ -127,15 +127,19 @@ def run_digits(
 
 
 def _config(output_dir: str, name: str, by_class: bool, seed: int, overwrite: bool, several: bool) -> UnlearningConfig:
-    """The demonstration's settings: `next_best` in steps of 0.4% of the weights, stopped as the request says."""
+    """The demonstration's settings: `next_best` in steps of fixed relative norm, stopped as the request says.
+
+    Single rows want finer, full-batch steps than a class: the stop compares two accuracies that are close from the
+    start, and coarse steps take retain rows along before they meet (chosen on seeds 3 and 4; reported are 0 to 2).
+    """
     return UnlearningConfig(
         str(Path(output_dir) / name) if several else output_dir,
         overwrite_output_dir=overwrite,
         loss="next_best",
         constraint=name,
-        learning_rate=4e-3,
-        num_train_epochs=60,
-        per_device_train_batch_size=64,
+        learning_rate=4e-3 if by_class else 2e-3,
+        num_train_epochs=60 if by_class else 200,
+        per_device_train_batch_size=64 if by_class else 1024,
         per_device_eval_batch_size=256,
         eval_on_start=True,
         forget_metric="accuracy",
