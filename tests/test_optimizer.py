@@ -409,6 +409,7 @@ def test_an_anchored_bfloat16_weight_does_not_drift_and_one_projected_step_by_st
         constrainer = StepConstrainer(model, statistics, EnergyConstraint(1.0))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
         constrainer.attach(optimizer)
+        constrainer.measure_leak = True  # measuring keeps the weights before the step; they are no anchor
         first = constrainer.parts[0].anchor.clone()
         for _ in range(steps):
             if not anchored:
@@ -433,6 +434,18 @@ def test_gradients_are_constrained_before_clipping_if_asked_and_once() -> None:
         twin_OI = gradient_OI @ reference.energy_projector(setting.rows_NI[layer], 1.0)
         np.testing.assert_allclose(parameter.grad, twin_OI, atol=1e-6)
         assert np.linalg.norm(gradient_OI - twin_OI) > 1e-3
+
+
+def test_the_moments_hold_constrained_gradients_only() -> None:
+    """What a step would lose anyway must not fill the optimizer's moments."""
+    for constraint, law in ((EnergyConstraint(1.0), True), (None, False)):
+        setting = Setting()
+        optimizer = OPTIMIZERS["adamw"](setting.parameters)
+        constrain_optimizer(optimizer, setting.model, setting.statistics, constraint)
+        setting.train(optimizer, 5)
+        for layer, parameter in zip(LAYERS, setting.parameters, strict=True):
+            moment_OI = optimizer.state[parameter]["exp_avg"].double().numpy()
+            assert (inside(moment_OI, setting.rows_NI[layer]) < 1e-5) == law
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
