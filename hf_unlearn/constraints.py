@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_unlearn.errors import SettingsError, StatisticsError
-from hf_unlearn.linalg import Eigen, Spectrum, check_energy, eigen, rank_for_energy
+from hf_unlearn.linalg import Eigen, Spectrum, check_energy, rank_for_energy
 from hf_unlearn.statistics import RetainStatistics
 
 NEGATIVE_ENERGY_WARNING = 1e-6
@@ -212,8 +212,10 @@ def constraint_for(layer: str, constraint: ConstraintLike) -> Constraint | None:
     raise SettingsError(f"no pattern of the constraint settings matches layer {layer}; add '*' as the last pattern")
 
 
-def bind_constraints(statistics: RetainStatistics, constraint: ConstraintLike) -> dict[str, BoundConstraint]:
-    """Decompose the statistics and return the bound constraint of each layer that has one.
+def bind_constraints(
+    statistics: RetainStatistics, constraint: ConstraintLike, device: torch.device | str = "cpu"
+) -> dict[str, BoundConstraint]:
+    """Decompose the statistics and return the bound constraint of each layer that has one, with factors on `device`.
 
     Layers that share a Gram share its decomposition. Negative energy, which only a subtraction of foreign rows leaves,
     is clamped, with one warning that says how much there was and where.
@@ -232,14 +234,14 @@ def bind_constraints(statistics: RetainStatistics, constraint: ConstraintLike) -
             continue
         key = statistics.layers[name].inputs
         if (key, kind) not in rights:
-            parts = eigen(statistics.gram(name))
+            parts = statistics.gram_eigen(name)
             grams[key] = parts.negative_share
-            rights[key, kind] = kind.right(parts)
+            rights[key, kind] = kind.right(parts.to(device))
         left = None
         if kind.needs_fisher:
-            parts = eigen(statistics.fisher(name))
+            parts = statistics.fisher_eigen(name)
             grams[f"{name} (Fisher)"] = parts.negative_share
-            left = kind.left(parts)
+            left = kind.left(parts.to(device))
         bound[name] = BoundConstraint(rights[key, kind], left, kind.anchored)
     _warn_negative(grams)
     return bound
@@ -247,9 +249,9 @@ def bind_constraints(statistics: RetainStatistics, constraint: ConstraintLike) -
 
 def _shrink(parts: Eigen, strength: float) -> Shrink:
     """`(I + A / (strength * mean_eig(A)))^-1` from the eigen-decomposition of A; the identity where A is zero."""
-    mean = parts.values_I.mean()
+    mean, vectors_II = parts.values_I.mean(), parts.vectors_II.double()
     scaled_I = parts.values_I / (strength * mean) if mean > 0 else torch.zeros_like(parts.values_I)
-    matrix_II = (parts.vectors_II / (1 + scaled_I)) @ parts.vectors_II.T
+    matrix_II = (vectors_II / (1 + scaled_I)) @ vectors_II.T
     return Shrink(matrix_II.float())
 
 

@@ -26,6 +26,18 @@ class Eigen:
     vectors_II: Tensor
     negative_share: float
 
+    def to(self, device: torch.device | str) -> "Eigen":
+        return Eigen(self.values_I.to(device), self.vectors_II.to(device), self.negative_share)
+
+    @property
+    def root_II(self) -> Tensor:
+        """`gram_II = root_II @ root_II.T`.
+
+        `|D @ root_II|^2 = tr(D gram_II D^T)` without the cancellation of the right-hand side: a constrained move lies
+        where the Gram is small, and there the product with the root is exact to rounding even in float32.
+        """
+        return self.vectors_II * self.values_I.sqrt().to(self.vectors_II)
+
 
 def eigen(gram_II: Tensor) -> Eigen:
     """Decompose a symmetric matrix in float64 (float32 spectra turn negative on the steep Grams of real networks)."""

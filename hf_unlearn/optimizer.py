@@ -5,7 +5,7 @@ Shapes: weight_OI, step_OI of one layer; gram_II and fisher_OO of the statistics
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,7 +66,9 @@ class _Part:
     layer: Layer | None
     bound: BoundConstraint | None
     anchor: Tensor
-    before: Tensor | None = field(default=None)
+    before: Tensor | None = None
+    anchor_output: Tensor | None = None
+    """`|W_0 X^T|`, the root mean square of the layer's original outputs; computed once, by `drift`."""
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -118,7 +120,8 @@ class StepConstrainer:
         self.statistics, self.relative_step = statistics, relative_step
         self.measure_leak = False
         self.leak: float | None = None
-        bound = bind_constraints(statistics, constraint) if statistics is not None else {}
+        device = next(model.parameters()).device
+        bound = bind_constraints(statistics, constraint, device) if statistics is not None else {}
         self.parts = [_part(model, name, bound) for name, p in model.named_parameters() if p.requires_grad]
         self._gradients_constrained = False
 
@@ -149,15 +152,16 @@ class StepConstrainer:
             name = part.name.removesuffix(".weight")
             if self.statistics is None or name not in self.statistics.layers or part.layer is None:
                 continue
-            weight_OI, anchor_OI = (_precise(part.matrix(tensor)) for tensor in (part.parameter.detach(), part.anchor))
-            gram_II = self.statistics.gram(name).to(weight_OI)
-            move_OI = weight_OI - anchor_OI
-            seen_OI = move_OI @ gram_II
-            moved, size = (move_OI * seen_OI).sum(), (anchor_OI * (anchor_OI @ gram_II)).sum()
-            by_layer[name] = (moved.clamp(min=0) / size.clamp(min=1e-30)).sqrt().item()
+            anchor_OI = part.matrix(part.anchor).float()
+            move_OI = part.matrix(part.parameter.detach()).float() - anchor_OI
+            root_II = self.statistics.gram_eigen(name).root_II.to(move_OI)
+            if part.anchor_output is None:
+                part.anchor_output = (anchor_OI @ root_II).norm().clamp(min=1e-30)
+            seen_OI = move_OI @ root_II
+            by_layer[name] = (seen_OI.norm() / part.anchor_output).item()
             if self.statistics.fisher_sums:
-                fisher_OO = self.statistics.fisher(name).to(weight_OI)
-                share = ((fisher_OO @ move_OI) * seen_OI).sum().item()
+                root_OO = self.statistics.fisher_eigen(name).root_II.to(move_OI)
+                share = (root_OO.T @ seen_OI).square().sum().item()
                 kl += 0.5 * self.statistics.positions_per_label(name) * share
         return Drift(by_layer, kl if self.statistics is not None and self.statistics.fisher_sums else None)
 
@@ -217,23 +221,20 @@ class StepConstrainer:
     def _normalise_gradients(self) -> None:
         """Bring the gradients to the norm of the weights, so that `lr` times them is not lost in rounding."""
         gradients = [p.parameter.grad for p in self.parts if p.parameter.grad is not None]
+        self._weight_norm = torch.nn.utils.get_total_norm([part.parameter.detach() for part in self.parts])
+        if not gradients:
+            return
         size = torch.nn.utils.get_total_norm(gradients)
-        scale = self._weight_norm() / size.clamp(min=torch.finfo(size.dtype).tiny)
-        for gradient in gradients:
-            gradient.mul_(scale)
-
-    def _weight_norm(self) -> Tensor:
-        return torch.nn.utils.get_total_norm([part.parameter.detach() for part in self.parts])
+        torch._foreach_mul_(gradients, self._weight_norm / size.clamp(min=torch.finfo(size.dtype).tiny))
 
     def _rescale_step(self, relative: float) -> None:
         """Give the realised step the norm `relative * |weights|`, weights before the step."""
-        befores = [part.before for part in self.parts if part.before is not None]
-        steps = [p.parameter.detach() - before for p, before in zip(self.parts, befores, strict=True)]
-        size = torch.nn.utils.get_total_norm(steps)
+        moves = [(part.parameter.detach(), part.before) for part in self.parts if part.before is not None]
+        size = torch.stack([(weight - before).norm() for weight, before in moves]).norm()
         if size > 0:
-            scale = relative * torch.nn.utils.get_total_norm(befores) / size
-            for part, before, step in zip(self.parts, befores, steps, strict=True):
-                part.parameter.copy_(before + scale * step)
+            scale = relative * self._weight_norm / size
+            for weight, before in moves:
+                weight.lerp_(before, (1 - scale).to(weight.dtype))
 
     def _leak(self) -> float | None:
         """`|D U| / |D|` of the last realised step, over all weights with an anchored constraint."""
@@ -244,12 +245,6 @@ class StepConstrainer:
                 inside, size = part.bound.leak(part.matrix(step))
                 removed, total = removed + inside.item(), total + size.item()
         return (removed / total) ** 0.5 if total else None
-
-
-def _precise(tensor: Tensor) -> Tensor:
-    """Float64, where the device has it: a constrained move lies where the Gram is small, and float32 sums would show
-    a drift of 1e-4 of rounding where it is 1e-7."""
-    return tensor.float() if tensor.device.type == "mps" else tensor.double()
 
 
 def _part(model: nn.Module, name: str, bound: dict[str, BoundConstraint]) -> _Part:

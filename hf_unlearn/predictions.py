@@ -6,10 +6,12 @@ classification; the positions whose label is not -100 for language models).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 
 from hf_unlearn.errors import DataError, ModelError
@@ -83,13 +85,21 @@ def _without_labels(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
     return rest
 
 
-def output_logits(model: nn.Module, inputs: Batch) -> Tensor:
+def output_logits(model: nn.Module, inputs: Batch, **forward_options: Any) -> Tensor:
     """Forward pass without labels; returns the logits, `[B, V]` or `[B, T, V]`."""
-    outputs: Any = model(**_without_labels(model, inputs))
+    outputs: Any = model(**_without_labels(model, inputs), **forward_options)
     logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
     if logits is None:
         raise ModelError(f"{type(model).__name__} returns no logits; use a model with a head (AutoModelFor...)")
     return logits
+
+
+def _can_keep_logits(model: nn.Module) -> bool:
+    """Whether the model computes the logits of a batch's last positions alone when asked to."""
+    model = getattr(model, "module", model)
+    if isinstance(model, PeftModel):  # its forward hides the names
+        model = model.get_base_model()
+    return "logits_to_keep" in signature(model.forward).parameters
 
 
 def predict(model: nn.Module, inputs: Batch, skip_first: bool = False) -> Predictions:
@@ -102,10 +112,14 @@ def predict(model: nn.Module, inputs: Batch, skip_first: bool = False) -> Predic
     labels = inputs.get("labels")
     if labels is None:
         raise DataError(f"the batch has no column 'labels', only {sorted(inputs)}; a label is what is forgotten")
-    logits = output_logits(model, inputs)
     mask = label_positions(model, labels, skip_first)
     if not mask.any():
         raise DataError(f"every label of a batch of {len(labels)} rows is -100 (masked); nothing is left to predict")
-    if logits.ndim == 3 and labels.ndim == 2 and shifts_labels(model):
-        logits, labels = logits[:, :-1], labels[:, 1:]
+    if labels.ndim == 2 and shifts_labels(model):
+        first = int(mask.any(0).nonzero()[0])  # the prompt's logits would be a large part of the work of a pass
+        options = {"logits_to_keep": mask.shape[1] + 1 - first} if _can_keep_logits(model) else {}
+        logits = output_logits(model, inputs, **options)
+        logits, labels, mask = logits[:, -1 - mask.shape[1] + first : -1], labels[:, 1 + first :], mask[:, first:]
+    else:
+        logits = output_logits(model, inputs)
     return Predictions(logits[mask], labels[mask], mask.nonzero()[:, 0], len(labels))

@@ -5,7 +5,7 @@ Shapes: N positions (unmasked rows of the layer inputs), I input features, O out
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from hf_unlearn.errors import StatisticsError
 from hf_unlearn.files import replace_folder, sha256_of, write_json
 from hf_unlearn.fingerprint import combine_rows, package_versions, weights_fingerprint
 from hf_unlearn.layers import describe_layer
-from hf_unlearn.linalg import eigen, rank_for_energy
+from hf_unlearn.linalg import Eigen, eigen, rank_for_energy
 
 FORMAT_VERSION = 1
 TENSORS, METADATA = "statistics.safetensors", "statistics.json"
@@ -64,6 +64,7 @@ class RetainStatistics:
     data: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=package_versions)
+    _eigen: dict[tuple[str, str], Eigen] = field(default_factory=dict, init=False, repr=False)
 
     def gram(self, layer: str) -> Tensor:
         """`gram_II = X^T X / N`: uncentred second moment of the inputs of `layer`, float64."""
@@ -75,6 +76,20 @@ class RetainStatistics:
         if layer not in self.fisher_sums:
             raise StatisticsError(f"{layer} has no Fisher; collect the statistics with fisher=True")
         return self.fisher_sums[layer] / max(self.positions[self.layers[layer].inputs], 1)
+
+    def gram_eigen(self, layer: str) -> Eigen:
+        """Eigen-decomposition of `gram(layer)`, vectors rounded to float32; made once, shared with the Gram."""
+        return self._decomposed("gram", self.layers[layer].inputs, self.gram, layer)
+
+    def fisher_eigen(self, layer: str) -> Eigen:
+        """Eigen-decomposition of `fisher(layer)`, vectors rounded to float32; made once."""
+        return self._decomposed("fisher", layer, self.fisher, layer)
+
+    def _decomposed(self, kind: str, key: str, matrix: Callable[[str], Tensor], layer: str) -> Eigen:
+        if (kind, key) not in self._eigen:
+            parts = eigen(matrix(layer))
+            self._eigen[kind, key] = replace(parts, vectors_II=parts.vectors_II.float())
+        return self._eigen[kind, key]
 
     def positions_per_label(self, layer: str) -> float:
         """N over the number of sampled labels: turns `tr(fisher D gram D^T) / 2` into nats per label."""
@@ -137,7 +152,7 @@ class RetainStatistics:
             f"{'negative':>9}",
         ]
         for key, gram in self.gram_sums.items():
-            parts = eigen(gram)
+            parts = self.gram_eigen(key)
             ranks = [rank_for_energy(parts.values_I, energy) for energy in (0.9, 0.99, 1.0)]
             sharing = sum(sums.inputs == key for sums in self.layers.values())
             label = key if sharing == 1 else f"{key} (+{sharing - 1})"

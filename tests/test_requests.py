@@ -238,7 +238,7 @@ def test_several_runs_start_from_the_same_original_and_judge_it_once(
 
 def test_samples_show_the_original_before_and_the_unlearned_after(tmp_path: Path) -> None:
     def samples(model: Any) -> list[dict[str, str]]:
-        return [{"prompt": "?", "answer": f"{sum(p.sum().item() for p in model.parameters()):.6f}"}]
+        return [{"prompt": "?", "answer": f"{sum(p.abs().sum().item() for p in model.parameters()):.6f}"}]
 
     asked = asking(samples=samples)
     (original,) = samples(asked.model)

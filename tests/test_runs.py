@@ -137,7 +137,7 @@ def test_collected_statistics_are_what_a_run_takes(
     base = load_model(places["model"]).state_dict()
     assert any(not torch.equal(weights[0][key], base[key]) for key in base)
     for key, value in weights[0].items():
-        torch.testing.assert_close(weights[1][key], value, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(weights[1][key], value, atol=1e-5, rtol=1e-4)
 
 
 def test_max_rows_of_collect_takes_the_first_ones(places: dict[str, str], tmp_path: Path) -> None:

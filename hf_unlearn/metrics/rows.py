@@ -49,10 +49,11 @@ def row_scores(predictions: Predictions) -> Tensor:
     if not predictions.lengths_B.all():
         row = int((predictions.lengths_B == 0).nonzero()[0])
         raise DataError(f"row {row} of a batch of {predictions.n_rows} has no label to predict; leave such rows out")
-    log_p_LV = predictions.logits_LV.double().log_softmax(-1)
-    nll_L = -log_p_LV.gather(1, predictions.labels_L.unsqueeze(1)).squeeze(1)
+    logits_LV = predictions.logits_LV
+    log_p_LV = (logits_LV if logits_LV.dtype == torch.float64 else logits_LV.float()).log_softmax(-1)
+    nll_L = -log_p_LV.gather(1, predictions.labels_L.unsqueeze(1)).squeeze(1).double()
     right_L = (log_p_LV.argmax(-1) == predictions.labels_L).double()
-    entropy_L = -(log_p_LV.exp() * log_p_LV).nan_to_num().sum(-1)
+    entropy_L = torch.special.entr(log_p_LV.exp()).sum(-1).double()
     lengths_B = predictions.lengths_B.double()
     loss_B, accuracy_B, entropy_B = (predictions.sum_by_row(v) / lengths_B for v in (nll_L, right_L, entropy_L))
     return torch.stack([loss_B, (-loss_B).exp(), accuracy_B, entropy_B], dim=1)
