@@ -1,5 +1,6 @@
 """When to stop: forgotten as far as never-seen rows, or the predicted retain drift is used up."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -9,44 +10,76 @@ from hf_unlearn.optimizer import StepConstrainer
 
 
 class OverUnlearningCallback(TrainerCallback):
-    """Stop at the first evaluation at which forget rows look like held-out ones (PGU, WACV 2024, section 3.5).
+    """Stop where forget rows look like rows that were never seen (PGU, WACV 2024, section 3.5).
 
-    To forget more than a model that never saw the rows is itself a leak. Of this evaluation and the one before, the
-    weights with the smaller gap between the two sets are kept. With a fixed `target` the run stops once it is reached.
+    To forget more than a model that never saw the rows is itself a leak. The mark is the metric on held-out rows under
+    the *original* model: a run that harms held-out rows must not go after its own damage. The last step is shortened
+    until the mark is just reached; constraints are linear, so that every point of a step is as allowed as its end.
+    With a fixed `target` the run stops at the first evaluation that reaches it.
 
-    Needs evaluations of `forget` and, without a target, of `holdout`.
+    Needs evaluations of `forget`.
+
+    Args:
+        constrainer: Holds the weights, now and at first.
+        metric: `loss` rises to the mark, the others fall to it.
+        score: Value of the metric on the split `forget` or `holdout` under the weights of the moment.
+        target: A fixed mark.
     """
 
-    def __init__(self, constrainer: StepConstrainer, metric: str, target: float | None = None):
-        self.constrainer, self.metric, self.target = constrainer, metric, target
+    HALVINGS = 3
+
+    def __init__(
+        self, constrainer: StepConstrainer, metric: str, score: Callable[[str], float], target: float | None = None
+    ):
+        self.constrainer, self.metric, self.score, self.target = constrainer, metric, score, target
+        self.mark = target
         self.reason: str | None = None
-        self.previous: tuple[float, int, list[Tensor]] | None = None
-        self._seen: dict[str, tuple[int, float]] = {}
+        self.previous: tuple[int, list[Tensor]] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.mark is None:
+            with self.constrainer.original():
+                self.mark = self.score("holdout")
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs: Any
     ) -> None:
-        for split in ("forget", "holdout"):
-            if (value := metrics.get(f"eval_{split}_{self.metric}")) is not None:
-                self._seen[split] = (state.global_step, value)
-        forget, holdout = self._seen.get("forget"), self._seen.get("holdout")
-        if forget is None or (self.target is None and (holdout is None or holdout[0] != forget[0])):
+        forget = metrics.get(f"eval_forget_{self.metric}")
+        if forget is None or self.mark is None:
             return
-        self._seen.clear()
-        reference = self.target if self.target is not None else holdout[1]  # type: ignore[index]
-        self._decide(forget[1], reference, state.global_step, control)
-
-    def _decide(self, forget: float, reference: float, step: int, control: TrainerControl) -> None:
-        gap = reference - forget if self.metric == "loss" else forget - reference
-        if gap > 0:
-            self.previous = (gap, step, self.constrainer.weights())
+        step: float = state.global_step
+        if not self._reached(forget):
+            self.previous = (state.global_step, self.constrainer.weights())
             return
+        if self.target is None and self.previous is not None:
+            forget, step = self._shorten(forget, *self.previous, state.global_step)
         control.should_training_stop = True
-        what = f"forget {self.metric} {forget:.4f} reached {'the target' if self.target is not None else 'held-out'}"
-        self.reason = f"{what} {reference:.4f} at step {step}"
-        if self.target is None and self.previous is not None and self.previous[0] < -gap:
-            self.constrainer.restore(self.previous[2])
-            self.reason += f"; the weights of step {self.previous[1]} were closer and are kept"
+        mark = "the target" if self.target is not None else "what held-out rows had before,"
+        self.reason = f"forget {self.metric} {forget:.4f} reached {mark} {self.mark:.4f} at step {step:g}"
+
+    def _reached(self, forget: float) -> bool:
+        assert self.mark is not None
+        return forget >= self.mark if self.metric == "loss" else forget <= self.mark
+
+    def _shorten(self, forget: float, before: int, start: list[Tensor], after: int) -> tuple[float, float]:
+        """Go back from the end of the last stretch to its first point (in eighths) that has reached the mark."""
+        end = self.constrainer.weights()
+        low, high = 0.0, 1.0
+        for _ in range(self.HALVINGS):
+            middle = (low + high) / 2
+            self._place(start, end, middle)
+            found = self.score("forget")
+            if self._reached(found):
+                high, forget = middle, found
+            else:
+                low = middle
+        self._place(start, end, high)
+        return forget, before + high * (after - before)
+
+    def _place(self, start: list[Tensor], end: list[Tensor], share: float) -> None:
+        self.constrainer.restore([a.lerp(b, share) for a, b in zip(start, end, strict=True)])
 
 
 class DriftBudgetCallback(TrainerCallback):

@@ -71,7 +71,7 @@ def _demo(argv: list[str]) -> None:
             None, "class:C or rows:N (digits, default class:3); person:P (text, default person:1)."
         )
         constraint: str | None = setting(
-            None, f"{', '.join(CONSTRAINTS)}, or all from the same original; default kronecker (digits), energy (text)."
+            None, f"{', '.join(CONSTRAINTS)} or all of them; default kronecker (class), ridge (rows), energy (text)."
         )
         seed: int = setting(0, "Seed of the splits and of training.")
         model: str | None = setting(None, "Folder or Hub id of the chat model of the text task.")
@@ -80,21 +80,20 @@ def _demo(argv: list[str]) -> None:
 
     (args,) = _parse("demo", [DemoArguments], argv)
     _check_choice("task", args.task, ("digits", "text"))
+    if args.constraint is not None:
+        _check_choice("constraint", args.constraint, (*CONSTRAINTS, "all"))
     _hush(bars=args.task == "text")
     common = {"seed": args.seed, "overwrite": args.overwrite_output_dir}
     if args.task == "digits":
         from hf_unlearn.demo.digits import run_digits
 
-        constraint = args.constraint or "kronecker"
-        _check_choice("constraint", constraint, (*CONSTRAINTS, "all"))
-        _show(run_digits(args.output_dir, args.forget or "class:3", constraint, **common), args.output_dir, "accuracy")
+        reports = run_digits(args.output_dir, args.forget or "class:3", args.constraint, **common)
+        _show(reports, args.output_dir, "accuracy")
         return
     from hf_unlearn.demo.people import DEFAULT_MODEL, run_people
 
-    constraint = args.constraint or "energy"
-    _check_choice("constraint", constraint, (*CONSTRAINTS, "all"))
     common |= {"model": args.model or DEFAULT_MODEL, "cache_dir": args.cache_dir}
-    reports = run_people(args.output_dir, args.forget or "person:1", constraint, **common)
+    reports = run_people(args.output_dir, args.forget or "person:1", args.constraint or "energy", **common)
     _show(reports, args.output_dir, "answer_probability")
 
 

@@ -50,7 +50,7 @@ class UnlearningConfig(TrainingArguments):
         "probability", "What early stopping compares between forget and held-out rows: probability, accuracy or loss."
     )
     forget_target: float | None = setting(
-        None, "Stop once the forget metric has reached this value; default: its value on the held-out rows."
+        None, "Stop once the forget metric has reached this; default: its value on held-out rows before unlearning."
     )
     max_retain_drift: float | None = setting(
         None, "Stop once the predicted retain drift (root mean square over layers, relative) exceeds this."

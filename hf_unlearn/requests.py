@@ -95,10 +95,10 @@ class Request:
         return self.statistics - forget
 
     def _trainer(self, args: UnlearningConfig, statistics: RetainStatistics | None) -> UnlearningTrainer:
-        stopping = {name: self.splits[name] for name in ("forget", "holdout") if name in self.splits}
         trainer = UnlearningTrainer(
-            self.model, args, self.forget, self.retain, statistics=statistics, eval_dataset=stopping,
-            data_collator=self.collator, processing_class=self.processing_class,
+            self.model, args, self.forget, self.retain, statistics=statistics,
+            holdout_dataset=self.splits.get("holdout"), data_collator=self.collator,
+            processing_class=self.processing_class,
         )  # fmt: skip
         if args.disable_tqdm:  # Trainer would print each log line instead; the report has them
             trainer.remove_callback(PrinterCallback)

@@ -36,7 +36,9 @@ class UnlearningTrainer(Trainer):
         retain_dataset: Rows to keep, if any are at hand: for the loss's retain term and, where no `statistics` are
             given, to collect them.
         statistics: Statistics of the retain rows on this model, as object, folder or Hub id.
-        eval_dataset: Splits by name; `forget` and `holdout` drive early stopping.
+        holdout_dataset: Rows like the forget rows that were never seen: training stops where forget rows look like
+            them (`OverUnlearningCallback`), judged at each evaluation.
+        eval_dataset: Further splits by name, evaluated as in Trainer.
         data_collator: Plain rows to a batch; default pads on the right.
         processing_class: Tokenizer or processor; loaded with `model` where that is a name.
         callbacks, optimizers, compute_metrics: As in Trainer.
@@ -46,7 +48,8 @@ class UnlearningTrainer(Trainer):
         coverage: Which parameters are protected, frozen and exposed.
 
     Raises:
-        SettingsError: A constraint without statistics and without retain rows to collect them from.
+        SettingsError: A constraint without statistics and without retain rows to collect them from, or an
+            `eval_dataset` without names.
         DataError: No forget rows, or forget rows that are also in the retain set.
         StatisticsError: Statistics of another model.
         CoverageError: A parameter that would train unprotected.
@@ -60,6 +63,7 @@ class UnlearningTrainer(Trainer):
         retain_dataset: Any = None,
         *,
         statistics: RetainStatistics | str | os.PathLike | None = None,
+        holdout_dataset: Any = None,
         eval_dataset: Mapping[str, Any] | Any = None,
         data_collator: Callable | None = None,
         processing_class: Any = None,
@@ -82,14 +86,17 @@ class UnlearningTrainer(Trainer):
         constraint = args.build_constraint()
         statistics = _statistics(model, statistics, retain, collator, args)
         self.coverage = _freeze(model, statistics, constraint, args)
-        if eval_dataset is None:
+        splits = _encode_splits(eval_dataset, encode)
+        if holdout_dataset is not None or args.forget_target is not None:
+            splits = {"forget": forget, **splits}
+        if not splits:
             args.eval_strategy = IntervalStrategy.NO
         super().__init__(
             model=model,
             args=args,
             data_collator=PairedCollator(collator),
             train_dataset=PairedDataset(forget, retain if self.loss.alpha > 0 else None, args.seed),
-            eval_dataset=_encode_splits(eval_dataset, encode),
+            eval_dataset=splits or None,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -99,6 +106,7 @@ class UnlearningTrainer(Trainer):
         self._own_metrics = compute_metrics is None
         self._attached: torch.optim.Optimizer | None = None
         self.constrainer = StepConstrainer(self.model, statistics, constraint, relative_step=args.relative_step)
+        self._stopping_rows = {"forget": forget, "holdout": encode(holdout_dataset, "holdout")}
         self._add_stopping()
 
     @property
@@ -198,22 +206,25 @@ class UnlearningTrainer(Trainer):
         return upload(self.args.output_dir, self.hub_model_id, commit_message=commit_message, **options)
 
     def _add_stopping(self) -> None:
-        args, splits = self.args, self.eval_dataset
-        if isinstance(splits, dict) and "forget" in splits and ("holdout" in splits or args.forget_target is not None):
-            self.add_callback(OverUnlearningCallback(self.constrainer, args.forget_metric, args.forget_target))
-        elif args.forget_target is not None:
-            raise SettingsError(
-                "forget_target needs an evaluation split named 'forget'; pass eval_dataset={'forget': ...}"
+        args = self.args
+        if self._stopping_rows["holdout"] is not None or args.forget_target is not None:
+            self.add_callback(
+                OverUnlearningCallback(self.constrainer, args.forget_metric, self._stopping_score, args.forget_target)
             )
         if args.max_retain_drift is not None:
             if self.constrainer.statistics is None:
                 raise SettingsError("max_retain_drift needs statistics; pass `statistics` or `retain_dataset`")
             self.add_callback(DriftBudgetCallback(self.constrainer, args.max_retain_drift))
 
+    def _stopping_score(self, split: str) -> float:
+        """The forget metric on `forget` or `holdout` rows as `evaluate` has it, without a log line."""
+        loader = self.get_eval_dataloader(self._stopping_rows[split])
+        return self.evaluation_loop(loader, f"Comparing {split}").metrics[f"eval_{self.args.forget_metric}"]
+
     def _stop_on_nonfinite(self, loss: float) -> None:
         previous = next((p for cb in self.callback_handler.callbacks if (p := getattr(cb, "previous", None))), None)
-        self.constrainer.restore(previous[2] if previous else None)
-        kept = f"those of step {previous[1]}" if previous else "the original ones"
+        self.constrainer.restore(previous[1] if previous else None)
+        kept = f"those of step {previous[0]}" if previous else "the original ones"
         raise NonFiniteLossError(
             f"the loss is {loss} after step {self.state.global_step}; the weights are back to {kept}: "
             "lower learning_rate, or choose a bounded loss such as ce_u or npo"
@@ -229,10 +240,12 @@ def _encoder(processing_class: Any, max_length: int | None) -> Callable[[Any, st
     return encode
 
 
-def _encode_splits(eval_dataset: Any, encode: Callable[[Any, str], Any]) -> Any:
-    if isinstance(eval_dataset, Mapping):
-        return {name: encode(rows, name) for name, rows in eval_dataset.items()}
-    return encode(eval_dataset, "evaluation")
+def _encode_splits(eval_dataset: Any, encode: Callable[[Any, str], Any]) -> dict[str, Any]:
+    if eval_dataset is None:
+        return {}
+    if not isinstance(eval_dataset, Mapping):
+        raise SettingsError("eval_dataset must name its splits, such as {'retain': rows}")
+    return {name: encode(rows, name) for name, rows in eval_dataset.items()}
 
 
 def _statistics(

@@ -148,7 +148,7 @@ def test_the_demonstration_forgets_a_class_and_keeps_the_others(
 
 @pytest.mark.slow
 def test_the_demonstration_makes_forgotten_rows_look_like_rows_never_seen(tmp_path: Path) -> None:
-    found = accuracies(demo(tmp_path / "demo", "--constraint", "kronecker", "--forget", "rows:140", "--seed", "0"))
+    found = accuracies(demo(tmp_path / "demo", "--forget", "rows:140", "--seed", "1"))
     assert abs(found["forget", "unlearned"] - found["holdout", "unlearned"]) <= 0.03
     assert found["retain", "unlearned"] >= found["retain", "original"] - 0.015
     assert found["forget", "original"] > found["forget", "unlearned"]

@@ -4,7 +4,8 @@ nothing unpublishable leaves. Each guarantee has a negative control."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
@@ -206,85 +207,109 @@ def test_an_optimizer_has_its_hooks_once_whatever_is_called_how_often(tmp_path: 
         assert len(ours) == 1
 
 
-class Recorder:
-    """Stands in for a StepConstrainer: `weights()` is the number of the call, `restore` keeps what it was given."""
+class Line:
+    """Stands in for a StepConstrainer whose weights are one number; the metric is a function of it."""
 
-    def __init__(self) -> None:
-        self.taken, self.restored = 0, []
+    def __init__(self, forget: Callable[[float], float], holdout: float = 0.3) -> None:
+        self.weight, self.forget, self.holdout, self.scored = torch.zeros(()), forget, holdout, 0
 
-    def weights(self) -> list[Any]:
-        self.taken += 1
-        return [self.taken]
+    def weights(self) -> list[Tensor]:
+        return [self.weight.clone()]
 
-    def restore(self, weights: Any = None) -> None:
-        self.restored.append(weights)
+    def restore(self, weights: list[Tensor]) -> None:
+        self.weight = weights[0].clone()
 
+    @contextmanager
+    def original(self) -> Iterator[None]:
+        kept, self.weight = self.weight, torch.zeros(())
+        yield
+        self.weight = kept
 
-def evaluations(
-    pairs: list[tuple[float, float | None]], metric: str = "probability", target: float | None = None
-) -> tuple[Recorder, OverUnlearningCallback, list[bool]]:
-    """Feed (forget, holdout) values to the callback, each split its own call as Trainer does; whether it stopped."""
-    recorder, control, stops = Recorder(), TrainerControl(), []
-    callback = OverUnlearningCallback(recorder, metric, target)  # type: ignore[arg-type]
-    for step, (forget, holdout) in enumerate(pairs, start=1):
-        state = SimpleNamespace(global_step=step)
-        callback.on_evaluate(None, state, control, {f"eval_forget_{metric}": forget})  # type: ignore[arg-type]
-        if holdout is not None:
-            callback.on_evaluate(None, state, control, {f"eval_holdout_{metric}": holdout})  # type: ignore[arg-type]
-        stops.append(control.should_training_stop)
-        if stops[-1]:
-            break
-    return recorder, callback, stops
+    def score(self, split: str) -> float:
+        self.scored += 1
+        return self.forget(self.weight.item()) if split == "forget" else self.holdout + self.weight.item()
 
 
-def test_the_closer_of_the_last_two_evaluations_is_kept() -> None:
-    recorder, callback, stops = evaluations([(0.9, 0.3), (0.35, 0.3), (0.1, 0.3)])
-    assert stops == [False, False, True] and recorder.restored == [[2]]
-    assert "step 2" in (callback.reason or "")
-    recorder, callback, stops = evaluations([(0.9, 0.3), (0.6, 0.3), (0.25, 0.3)])
-    assert stops == [False, False, True] and recorder.restored == []
-    assert "step 3" in (callback.reason or "")
+def walk(line: Line, metric: str = "probability", target: float | None = None) -> tuple[OverUnlearningCallback, int]:
+    """Take steps of length 1 with an evaluation after each until the callback stops; the number of steps, at most 9."""
+    callback, control = OverUnlearningCallback(line, metric, line.score, target), TrainerControl()  # type: ignore
+    callback.on_train_begin(None, SimpleNamespace(global_step=0), control)  # type: ignore[arg-type]
+    for step in range(1, 10):
+        line.weight = torch.tensor(float(step))
+        found = {f"eval_forget_{metric}": line.forget(step)}
+        callback.on_evaluate(None, SimpleNamespace(global_step=step), control, found)  # type: ignore[arg-type]
+        if control.should_training_stop:
+            return callback, step
+    return callback, 9
 
 
-def test_forget_equal_to_holdout_stops_and_above_it_never_does() -> None:
-    assert evaluations([(0.3, 0.3)])[2] == [True]
-    assert evaluations([(0.9, 0.3), (0.8, 0.3), (0.31, 0.3)])[2] == [False] * 3
+def test_the_last_step_is_shortened_to_the_first_eighth_that_has_reached_the_mark() -> None:
+    line = Line(lambda w: 0.9 - 0.2 * w)  # passes 0.3 at w = 3
+    callback, step = walk(line)
+    assert step == 3 and line.weight == 3  # reached exactly: no shorter step does
+    line = Line(lambda w: 0.9 - 0.25 * w)  # passes 0.3 at w = 2.4
+    callback, step = walk(line)
+    assert step == 3 and line.weight == 2.5 and "step 2.5" in (callback.reason or "")
+    assert callback.mark == 0.3  # of the original weights, though held-out rows moved since
 
 
-def test_a_loss_rises_to_its_reference() -> None:
-    recorder, _, stops = evaluations([(0.1, 2.0), (1.9, 2.0), (3.0, 2.0)], "loss")
-    assert stops == [False, False, True] and recorder.restored == [[2]]
-    assert evaluations([(3.0, 2.0)], "loss")[2] == [True]
-    assert evaluations([(1.0, 2.0)], "loss")[2] == [False]
+def test_the_first_evaluation_has_no_step_to_shorten() -> None:
+    line = Line(lambda w: 0.1)
+    assert walk(line)[1] == 1 and line.weight == 1
 
 
-def test_an_explicit_target_needs_no_holdout_and_never_restores() -> None:
-    recorder, _, stops = evaluations([(0.9, None), (0.06, None), (0.0, None)], target=0.05)
-    assert stops == [False, False, True] and recorder.restored == []
-    assert evaluations([(0.2, 0.9)], target=0.05)[2] == [False]  # the held-out value plays no part
+def test_forget_above_the_mark_never_stops() -> None:
+    line = Line(lambda w: 0.31)
+    callback, step = walk(line)
+    assert step == 9 and line.weight == 9 and callback.reason is None
 
 
-def test_a_split_alone_or_of_another_step_decides_nothing() -> None:
-    assert evaluations([(0.0, None), (0.0, None)])[2] == [False, False]
-    recorder, control = Recorder(), TrainerControl()
-    callback = OverUnlearningCallback(recorder, "probability")  # type: ignore[arg-type]
-    for step, split in ((1, "forget"), (2, "holdout")):
-        state = SimpleNamespace(global_step=step)
-        callback.on_evaluate(None, state, control, {f"eval_{split}_probability": 0.0})  # type: ignore[arg-type]
+def test_a_loss_rises_to_its_mark() -> None:
+    line = Line(lambda w: w, holdout=2.2)
+    assert walk(line, "loss")[1] == 3 and line.weight == 2.25
+
+
+def test_an_explicit_target_scores_nothing_and_keeps_the_whole_step() -> None:
+    line = Line(lambda w: 0.9 - 0.25 * w)
+    callback, step = walk(line, target=0.3)
+    assert step == 3 and line.weight == 3 and line.scored == 0 and "the target 0.3" in (callback.reason or "")
+
+
+def test_evaluations_of_other_splits_decide_nothing() -> None:
+    line, control = Line(lambda w: 0.0), TrainerControl()
+    callback = OverUnlearningCallback(line, "probability", line.score)  # type: ignore[arg-type]
+    state = SimpleNamespace(global_step=1)
+    callback.on_train_begin(None, state, control)  # type: ignore[arg-type]
+    callback.on_evaluate(None, state, control, {"eval_retain_probability": 0.0})  # type: ignore[arg-type]
     assert not control.should_training_stop
 
 
-def test_a_run_stops_at_the_step_at_which_forget_reaches_holdout(tmp_path: Path) -> None:
+def test_a_run_stops_just_where_forget_rows_reach_what_holdout_rows_had(tmp_path: Path) -> None:
     model = tiny_llama()
-    held = [row | {"labels": [-100] * 2 + row["input_ids"][2:]} for row in FORGET[:2]]
-    known = score_rows(model, held, PaddingCollator()).loss.mean()
-    args = settings(tmp_path, max_steps=40, learning_rate=2e-2, loss="grad_ascent", forget_metric="loss")
-    splits = {"forget": FORGET, "holdout": HOLDOUT}
-    args = args.but(forget_target=float(score_rows(model, FORGET, PaddingCollator()).loss.mean() + 0.5))
-    trainer = UnlearningTrainer(model, args, FORGET, RETAIN, eval_dataset=splits)
+    start, mark = (score_rows(model, rows, PaddingCollator()).loss.mean() for rows in (FORGET, HOLDOUT))
+    assert start < mark - 0.1
+    args = settings(
+        tmp_path, max_steps=40, learning_rate=2e-2, loss="grad_ascent", forget_metric="loss", eval_strategy="steps",
+        eval_steps=2, logging_steps=1,
+    )  # fmt: skip
+    trainer = UnlearningTrainer(model, args, FORGET, RETAIN, holdout_dataset=HOLDOUT)
     trainer.train()
-    assert math.isfinite(known) and 0 < trainer.state.global_step < 40 and "reached the target" in trainer.stop_reason
-    assert score_rows(model, FORGET, PaddingCollator()).loss.mean() >= args.forget_target
+    loss = score_rows(model, FORGET, PaddingCollator()).loss.mean()
+    ends = [line["eval_forget_loss"] for line in trainer.state.log_history if "eval_forget_loss" in line]
+    assert 0 < trainer.state.global_step < 40 and "held-out rows had before" in trainer.stop_reason
+    assert mark <= loss <= ends[-1] and (len(ends) == 1 or loss < mark + (ends[-1] - ends[-2]) / 4)
+
+
+def test_a_target_needs_no_holdout_rows(tmp_path: Path) -> None:
+    model = tiny_llama()
+    target = float(score_rows(model, FORGET, PaddingCollator()).loss.mean() + 0.5)
+    args = settings(
+        tmp_path, max_steps=40, learning_rate=2e-2, loss="grad_ascent", forget_metric="loss", forget_target=target
+    )
+    trainer = UnlearningTrainer(model, args, FORGET, RETAIN)
+    trainer.train()
+    assert 0 < trainer.state.global_step < 40 and "reached the target" in trainer.stop_reason
+    assert score_rows(model, FORGET, PaddingCollator()).loss.mean() >= target
 
 
 def test_a_drift_budget_is_never_exceeded(tmp_path: Path) -> None:
@@ -349,7 +374,7 @@ def build(tmp_path: Path, forget: Any = FORGET, retain: Any = None, statistics: 
         ({"retain": RETAIN, "constraint_settings": {"power": 1}}, SettingsError, "power"),
         ({"retain": RETAIN, "forget_metric": "vibes"}, SettingsError, "forget_metric"),
         ({"loss": "grad_diff", "constraint": "none"}, SettingsError, "needs retain rows"),
-        ({"retain": RETAIN, "forget_target": 0.1}, SettingsError, "split named 'forget'"),
+        ({"retain": RETAIN, "eval_dataset": HOLDOUT}, SettingsError, "name its splits"),
         ({"constraint": "none", "max_retain_drift": 0.1}, SettingsError, "max_retain_drift needs statistics"),
     ],
     ids=lambda value: next(iter(value), "nothing") if isinstance(value, dict) else None,
