@@ -13,9 +13,10 @@ class OverUnlearningCallback(TrainerCallback):
     """Stop where forget rows look like rows that were never seen (PGU, WACV 2024, section 3.5).
 
     To forget more than a model that never saw the rows is itself a leak. The mark is the metric on held-out rows under
-    the *original* model: a run that harms held-out rows must not go after its own damage. The last step is shortened
-    until the mark is just reached; constraints are linear, so that every point of a step is as allowed as its end.
-    With a fixed `target` the run stops at the first evaluation that reaches it.
+    the *original* model: a run that harms held-out rows must not go after its own damage. The last step is halved
+    until it ends within `TOLERANCE` beyond the mark, `HALVINGS` times at most; constraints are linear, so that every
+    point of a step is as allowed as its end. With a fixed `target` the run stops at the first evaluation that reaches
+    it.
 
     Needs evaluations of `forget`.
 
@@ -26,7 +27,7 @@ class OverUnlearningCallback(TrainerCallback):
         target: A fixed mark.
     """
 
-    HALVINGS = 3
+    HALVINGS, TOLERANCE = 6, 0.02
 
     def __init__(
         self, constrainer: StepConstrainer, metric: str, score: Callable[[str], float], target: float | None = None
@@ -64,10 +65,13 @@ class OverUnlearningCallback(TrainerCallback):
         return forget >= self.mark if self.metric == "loss" else forget <= self.mark
 
     def _shorten(self, forget: float, before: int, start: list[Tensor], after: int) -> tuple[float, float]:
-        """Go back from the end of the last stretch to its first point (in eighths) that has reached the mark."""
+        """Go back from the end of the last stretch to a point that has just reached the mark."""
+        assert self.mark is not None
         end = self.constrainer.weights()
         low, high = 0.0, 1.0
         for _ in range(self.HALVINGS):
+            if abs(forget - self.mark) <= self.TOLERANCE:
+                break
             middle = (low + high) / 2
             self._place(start, end, middle)
             found = self.score("forget")

@@ -59,7 +59,7 @@ class RunArguments(DataArguments):
     fine_tune_learning_rate: float = setting(2e-4, "Its peak learning rate (AdamW, linear decay).")
     fine_tune_batch_size: int = setting(10, "Its batch size.")
     retrained: str | None = setting(
-        None, "Model trained without the forget rows: a folder or Hub id, or 'auto' to fine-tune one."
+        None, "Model trained without the forget rows: a folder or Hub id, 'auto' to fine-tune one, or 'none'."
     )
     constraints: str | None = setting(
         None, "Run several from the same original, with commas, or 'all'; a folder each below output_dir."
@@ -163,7 +163,7 @@ def prepare(args: RunArguments, config: UnlearningConfig, *, fisher: bool) -> Re
     retrained = None
     if args.retrained == "auto":
         retrained, timings["retrain"] = fine_tuned(load, splits["retain"], settings, collator, cache)
-    elif args.retrained is not None:
+    elif args.retrained not in (None, "none"):
         retrained = load_model(args.retrained)
     statistics, timings["collect"] = _full_statistics(args, config, model, train, collator, cache, fisher)
     forget, retain = splits["forget"], splits.get("retain")
