@@ -134,6 +134,7 @@ def _evaluate(argv: list[str]) -> None:
     @dataclass
     class EvaluateArguments(RunArguments):
         original: str | None = setting(None, "Folder or Hub id of the model before unlearning.")
+        max_length: int | None = setting(512, "Longest row in tokens, as in the run; longer rows are cut.")
         per_device_eval_batch_size: int = setting(16, "Rows a forward pass.")
         seed: int = setting(0, "Seed of the bootstrap.")
         output_dir: str | None = setting(None, "Also write the report to this folder.")
@@ -145,7 +146,7 @@ def _evaluate(argv: list[str]) -> None:
 
     if args.output_dir:
         check_output(args.output_dir, args.overwrite_output_dir)
-    report = evaluate(args, args.original, args.per_device_eval_batch_size, args.seed)
+    report = evaluate(args, args.original, args.per_device_eval_batch_size, args.seed, args.max_length)
     print(report.table())
     if args.output_dir:
         with replace_folder(args.output_dir, args.overwrite_output_dir) as folder:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_unlearn.errors import SettingsError, StatisticsError
-from hf_unlearn.linalg import Eigen, Spectrum, check_energy, rank_for_energy
+from hf_unlearn.linalg import Eigen, Spectrum, check_energy, eigen, rank_for_energy
 from hf_unlearn.statistics import RetainStatistics
 
 NEGATIVE_ENERGY_WARNING = 1e-6
@@ -25,6 +25,10 @@ class Factor(Protocol):
     """A symmetric matrix, applied from the right: `step_OI -> step_OI @ matrix_II`."""
 
     def __call__(self, step_OI: Tensor) -> Tensor: ...
+
+    def root(self) -> "Factor":
+        """The symmetric square root: applied twice it is this factor; a projection is its own."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +41,9 @@ class Remove:
         basis_IK = self.basis_IK.to(step_OI)
         return step_OI - (step_OI @ basis_IK) @ basis_IK.T
 
+    def root(self) -> Factor:
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class Keep:
@@ -48,6 +55,9 @@ class Keep:
         basis_IM = self.basis_IM.to(step_OI)
         return (step_OI @ basis_IM) @ basis_IM.T
 
+    def root(self) -> Factor:
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class Shrink:
@@ -57,6 +67,10 @@ class Shrink:
 
     def __call__(self, step_OI: Tensor) -> Tensor:
         return step_OI @ self.matrix_II.to(step_OI)
+
+    def root(self) -> Factor:
+        parts = eigen(self.matrix_II)
+        return Shrink(((parts.vectors_II * parts.values_I.sqrt()) @ parts.vectors_II.T).float())
 
 
 class Constraint(Protocol):
@@ -169,12 +183,12 @@ class BoundConstraint:
     once to each realised step.
     """
 
-    right: Factor
+    right: Factor | None
     left: Factor | None
     anchored: bool
 
     def __call__(self, step_OI: Tensor) -> Tensor:
-        allowed_OI = self.right(step_OI)
+        allowed_OI = step_OI if self.right is None else self.right(step_OI)
         return allowed_OI if self.left is None else self.left(allowed_OI.T).T
 
     def leak(self, step_OI: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from hf_unlearn.adapters import base_name, layer_of
 from hf_unlearn.errors import CoverageError
 from hf_unlearn.layers import tied_parameters
 
@@ -44,7 +45,7 @@ def freeze_unprotected(
     for pattern in (*allow_exposed, *freeze):
         if not any(fnmatchcase(name, pattern) for name in parameters):
             raise CoverageError(f"pattern {pattern!r} matches no parameter, such as {next(iter(parameters))!r}")
-    weights = {f"{layer}.weight" for layer in protected}
+    layers = set(protected)
     sorted_names: dict[str, list[str]] = {"protected": [], "frozen": [], "exposed": [], "uncovered": []}
     default = _frozen_by_default(model)
     for name, parameter in parameters.items():
@@ -52,7 +53,7 @@ def freeze_unprotected(
             kind = "frozen"
         elif any(fnmatchcase(name, p) for p in allow_exposed):
             kind = "exposed"
-        elif name in weights:
+        elif _is_weight_of(name, layers):
             kind = "protected"
         else:
             kind = "frozen" if name in default else "uncovered"
@@ -72,11 +73,12 @@ def check_covered(
 ) -> None:
     """Raise `CoverageError` where an optimizer holds a trainable parameter without statistics."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    weights = {f"{layer}.weight" for layer in protected}
+    layers = set(protected)
     uncovered = [
         name
         for parameter in trained
-        if parameter.requires_grad and (name := names.get(id(parameter), "a parameter of another model")) not in weights
+        if parameter.requires_grad
+        if not _is_weight_of(name := names.get(id(parameter), "a parameter of another model"), layers)
         if not any(fnmatchcase(name, pattern) for pattern in allow_exposed)
     ]
     if uncovered:
@@ -84,6 +86,11 @@ def check_covered(
             f"trainable but without statistics: {', '.join(uncovered)}; call freeze_unprotected(model, "
             f"statistics.layers) before you make the optimizer, or pass allow_exposed=({uncovered[0]!r}, ...)"
         )
+
+
+def _is_weight_of(parameter: str, layers: set[str]) -> bool:
+    """Whether a parameter is the weight, or a factor of the adapter, of one of the layers."""
+    return parameter.endswith(".weight") and layer_of(parameter)[0] in layers
 
 
 def hold_norm_statistics(model: nn.Module) -> None:
@@ -97,10 +104,13 @@ def _frozen_by_default(model: nn.Module) -> set[str]:
     """Biases, norms and other vectors; input and output embeddings and whatever is tied to one."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     tied = tied_parameters(model)
-    frozen = set(tied) | set(tied.values())
+    aliased = set(tied) | set(tied.values())
+    frozen = {name for name, _ in model.named_parameters() if base_name(name) in aliased}
     for prefix, module in model.named_modules():
         embedding = isinstance(module, nn.Embedding) or module is output or "embed" in prefix
         for name, parameter in module.named_parameters(prefix, recurse=False):
+            if ".lora_" in name:  # asked for by name: covered or an error, never frozen in silence
+                continue
             if embedding or parameter.ndim <= 1 or "embed" in name:
                 frozen.add(name)
     return frozen

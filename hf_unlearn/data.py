@@ -201,6 +201,11 @@ def row_key(row: Row) -> bytes:
     return digest.digest()
 
 
+def labelled_row_key(row: Row) -> bytes:
+    """Hash of a row's model input and labels: what a fine-tune learns from it."""
+    return row_key(row) + hashlib.sha256(_value_key(row.get("labels"))).digest()
+
+
 def _value_key(value: Any) -> bytes:
     """Bytes of a value, the same whatever container and precision a row's numbers come in."""
     if isinstance(value, Tensor):

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from hf_unlearn.data import Row, row_key
+from hf_unlearn.data import Row, labelled_row_key
 from hf_unlearn.files import replace_folder
 from hf_unlearn.fingerprint import weights_fingerprint
 
@@ -85,6 +85,6 @@ def fine_tuned(
 def _key(base: nn.Module, rows: Sequence[Row], settings: FineTuning) -> str:
     digest = sha256(weights_fingerprint(base).encode())
     for row in rows:
-        digest.update(row_key(row))
+        digest.update(labelled_row_key(row))
     digest.update(repr({name: float(value) for name, value in asdict(settings).items()}).encode())
     return digest.hexdigest()[:20]

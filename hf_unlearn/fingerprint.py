@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_unlearn.adapters import base_name, is_adapter
+
 _MODULUS = 1 << 256
 _PACKAGES = ("hf-unlearn", "torch", "transformers", "datasets", "accelerate", "peft")
 
@@ -20,11 +22,13 @@ def _add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
 def weights_fingerprint(model: nn.Module) -> str:
     """SHA-256 over parameters and persistent buffers, by name, with floating values as float32.
 
-    A bf16 checkpoint has the same fingerprint loaded as bf16 or as float32; tied weights count once.
+    A bf16 checkpoint has the same fingerprint loaded as bf16 or as float32, and with or without PEFT adapters; tied
+    weights count once.
     """
     digest = hashlib.sha256()
     seen: set[int] = set()
-    for name, tensor in sorted(model.state_dict().items()):
+    weights = {base_name(name): tensor for name, tensor in model.state_dict().items() if not is_adapter(name)}
+    for name, tensor in sorted(weights.items()):
         if tensor.data_ptr() not in seen or tensor.numel() == 0:
             seen.add(tensor.data_ptr())
             _add_tensor(digest, name, tensor.float() if tensor.is_floating_point() else tensor)

@@ -17,6 +17,7 @@ from functools import singledispatch
 
 from torch import Tensor, nn
 
+from hf_unlearn.adapters import base_name
 from hf_unlearn.errors import ModelError
 
 
@@ -36,7 +37,8 @@ class Layer:
 @singledispatch
 def describe_layer(module: nn.Module) -> Layer | None:
     """Description of a layer type that can be protected; None for any other."""
-    if "transformers" in sys.modules and _register_transformers_layers():
+    new = "transformers" in sys.modules and _register_transformers_layers()
+    if ("peft" in sys.modules and _register_peft_layers()) or new:
         return describe_layer(module)
     return None
 
@@ -60,11 +62,37 @@ def _register_transformers_layers() -> bool:
     return True
 
 
+def _register_peft_layers() -> bool:
+    """Register LoRA layers as their base layers: they see the same input and add to the same output."""
+    from peft.tuners.lora import LoraLayer
+
+    if LoraLayer in describe_layer.registry:
+        return False
+
+    @describe_layer.register
+    def _(module: LoraLayer) -> Layer | None:
+        return describe_layer(module.get_base_layer())
+
+    return True
+
+
+def known_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer of a known type, by its name in the base model; LoRA layers stand for what they wrap."""
+    found: dict[str, nn.Module] = {}
+    whole = ""
+    for name, module in model.named_modules():
+        if (not whole or not name.startswith(f"{whole}.")) and describe_layer(module) is not None:
+            found[base_name(name)] = module  # of modules_to_save the trained copy, which comes last
+            whole = name
+    return found
+
+
 def tied_parameters(model: nn.Module) -> dict[str, str]:
     """Names of parameters that are another one's alias (`lm_head.weight` -> `model.embed_tokens.weight`)."""
     first: dict[int, str] = {}
     tied: dict[str, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for raw, parameter in model.named_parameters(remove_duplicate=False):
+        name = base_name(raw)
         if first.setdefault(id(parameter), name) != name:
             tied[name] = first[id(parameter)]
     return tied
@@ -81,7 +109,7 @@ def find_layers(model: nn.Module, patterns: Iterable[str] | None = None) -> dict
     Raises:
         ModelError: No layer of a known type; a pattern that matches none; a tied layer asked for by name.
     """
-    known = {name: module for name, module in model.named_modules() if describe_layer(module) is not None}
+    known = known_layers(model)
     if not known:
         types = sorted({type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(recurse=False))})
         raise ModelError(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_unlearn.adapters import check_adapters, layer_of, lora_layers
 from hf_unlearn.constraints import BoundConstraint, ConstraintLike, bind_constraints
 from hf_unlearn.coverage import check_covered
 from hf_unlearn.errors import SettingsError
@@ -58,9 +59,13 @@ def constrain_optimizer(
 
 @dataclass
 class _Part:
-    """One trained parameter: where it lives, its constraint if it has one, and its values to come back to."""
+    """One trained parameter: where it lives, its constraint if it has one, and its values to come back to.
 
-    name: str
+    `owner` is its layer's name in the base model, `factor` is "A" or "B" for those of an adapter.
+    """
+
+    owner: str
+    factor: str
     module: nn.Module
     attribute: str
     layer: Layer | None
@@ -78,6 +83,56 @@ class _Part:
     def matrix(self, tensor: Tensor) -> Tensor:
         """View as `[O, I]` where the parameter belongs to a known layer."""
         return self.layer.weight_OI(tensor) if self.layer is not None else tensor
+
+    @property
+    def original_OI(self) -> Tensor:
+        """The layer's original weight."""
+        return self.matrix(self.anchor)
+
+    def move_times(self, root_II: Tensor) -> Tensor:
+        """The move of the layer's weight so far, times a matrix."""
+        return (self.matrix(self.parameter.detach()).float() - self.original_OI.float()) @ root_II
+
+
+@dataclass
+class _Adapter:
+    """A LoRA layer with both its factors: the base weight moves by `scaling * B A`, B being 0 at first."""
+
+    owner: str
+    base: nn.Module
+    a: _Part
+    b: _Part
+    scaling: float
+    anchor_output: Tensor | None = None
+    base_norm: Tensor | None = None
+
+    @property
+    def original_OI(self) -> Tensor:
+        """The base weight, of a quantised layer as it is used."""
+        from peft.utils.integrations import dequantize_module_weight
+
+        shape = describe_layer(self.base)
+        assert shape is not None
+        return shape.weight_OI(dequantize_module_weight(self.base).detach())
+
+    def move_times(self, root_II: Tensor) -> Tensor:
+        """The move of the merged weight so far, times a matrix."""
+        a_rI, b_Or = (part.parameter.detach().float() for part in (self.a, self.b))
+        return self.scaling * (b_Or @ (a_rI @ root_II))
+
+    def norm(self) -> Tensor:
+        if self.base_norm is None:
+            self.base_norm = self.original_OI.float().norm()
+        return self.base_norm
+
+    def step_norm(self) -> Tensor:
+        """Norm of the merged weight's last step to first order, `scaling |dB A + B dA|`, from `[2r, 2r]` products."""
+        assert self.a.before is not None and self.b.before is not None
+        a_rI, b_Or = self.a.before.float(), self.b.before.float()
+        step_a_rI = self.a.parameter.detach().float() - a_rI
+        step_b_Or = self.b.parameter.detach().float() - b_Or
+        left, right = torch.cat([step_b_Or, b_Or], 1), torch.cat([a_rI, step_a_rI])
+        return self.scaling * ((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt()
 
 
 @dataclass(frozen=True)
@@ -105,6 +160,13 @@ class StepConstrainer:
     Anchored constraints (energy) restore `W = W_0 + (W - W_0)(I - U U^T)` after each step, so that neither momentum,
     preconditioning, weight decay nor rounding accumulates. The others (ridge, Kronecker) are applied once to the
     realised step; for SGD with or without momentum that equals applying them to the gradient.
+
+    LoRA (base weight + `scaling * B A`): A gets the right factor R, B the left factor L. With an energy constraint A
+    stays in the residual space, so that the merged move is orthogonal to the core space exactly. With the others A
+    starts as `A_0 R^(1/2)` and the steps of A and B are multiplied by R and L, which is the steps of `A = A' R^(1/2)`,
+    `B = L^(1/2) B'` in A' and B': the merged move always is `L^(1/2) X R^(1/2)` with X of rank r (exact), and a small
+    step of it is the one that the same optimizer would make without constraint, with L and R on the part through B
+    and on that through A (approximate: a full-weight step has both on the whole).
     """
 
     def __init__(
@@ -122,7 +184,9 @@ class StepConstrainer:
         self.leak: float | None = None
         device = next(model.parameters()).device
         bound = bind_constraints(statistics, constraint, device) if statistics is not None else {}
+        check_adapters(model)
         self.parts = [_part(model, name, bound) for name, p in model.named_parameters() if p.requires_grad]
+        self.adapters = _adapters(model, self.parts)
         self._gradients_constrained = False
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
@@ -148,19 +212,18 @@ class StepConstrainer:
     def drift(self) -> Drift:
         """Predicted retain drift of the move so far; empty without statistics."""
         by_layer, kl = {}, 0.0
-        for part in self.parts:
-            name = part.name.removesuffix(".weight")
-            if self.statistics is None or name not in self.statistics.layers or part.layer is None:
+        for moved in [part for part in self.parts if part.layer is not None and not part.factor] + self.adapters:
+            name = moved.owner
+            if self.statistics is None or name not in self.statistics.layers:
                 continue
-            anchor_OI = part.matrix(part.anchor).float()
-            move_OI = part.matrix(part.parameter.detach()).float() - anchor_OI
-            root_II = self.statistics.gram_eigen(name).root_II.to(move_OI)
-            if part.anchor_output is None:
-                part.anchor_output = (anchor_OI @ root_II).norm().clamp(min=1e-30)
-            seen_OI = move_OI @ root_II
-            by_layer[name] = (seen_OI.norm() / part.anchor_output).item()
+            original_OI = moved.original_OI
+            root_II = self.statistics.gram_eigen(name).root_II.to(original_OI.device)
+            if moved.anchor_output is None:
+                moved.anchor_output = (original_OI.float() @ root_II).norm().clamp(min=1e-30)
+            seen_OI = moved.move_times(root_II)
+            by_layer[name] = (seen_OI.norm() / moved.anchor_output).item()
             if self.statistics.fisher_sums:
-                root_OO = self.statistics.fisher_eigen(name).root_II.to(move_OI)
+                root_OO = self.statistics.fisher_eigen(name).root_II.to(original_OI.device)
                 share = (root_OO.T @ seen_OI).square().sum().item()
                 kl += 0.5 * self.statistics.positions_per_label(name) * share
         return Drift(by_layer, kl if self.statistics is not None and self.statistics.fisher_sums else None)
@@ -219,20 +282,23 @@ class StepConstrainer:
             part.before = None
 
     def _normalise_gradients(self) -> None:
-        """Bring the gradients to the norm of the weights, so that `lr` times them is not lost in rounding."""
+        """Bring the gradients to the norm of the trained weights, so that `lr` times them is not lost in rounding."""
         gradients = [p.parameter.grad for p in self.parts if p.parameter.grad is not None]
-        self._weight_norm = torch.nn.utils.get_total_norm([part.parameter.detach() for part in self.parts])
         if not gradients:
             return
+        weight = torch.nn.utils.get_total_norm([part.parameter.detach() for part in self.parts])
         size = torch.nn.utils.get_total_norm(gradients)
-        torch._foreach_mul_(gradients, self._weight_norm / size.clamp(min=torch.finfo(size.dtype).tiny))
+        torch._foreach_mul_(gradients, weight / size.clamp(min=torch.finfo(size.dtype).tiny))
 
     def _rescale_step(self, relative: float) -> None:
-        """Give the realised step the norm `relative * |weights|`, weights before the step."""
+        """Give the realised step the norm `relative * |weights|`; of an adapter the merged step and weight count."""
         moves = [(part.parameter.detach(), part.before) for part in self.parts if part.before is not None]
-        size = torch.stack([(weight - before).norm() for weight, before in moves]).norm()
+        plain = [(p.parameter.detach(), p.before) for p in self.parts if p.before is not None and not p.factor]
+        steps = [(weight - before).norm() for weight, before in plain] + [a.step_norm() for a in self.adapters]
+        sizes = [before.norm() for _, before in plain] + [adapter.norm() for adapter in self.adapters]
+        size = torch.stack(steps).norm()
         if size > 0:
-            scale = relative * self._weight_norm / size
+            scale = relative * torch.stack(sizes).norm() / size
             for weight, before in moves:
                 weight.lerp_(before, (1 - scale).to(weight.dtype))
 
@@ -252,4 +318,29 @@ def _part(model: nn.Module, name: str, bound: dict[str, BoundConstraint]) -> _Pa
     module = model.get_submodule(prefix)
     layer = describe_layer(module) if attribute == "weight" else None
     anchor = getattr(module, attribute).detach().clone()
-    return _Part(name, module, attribute, layer, bound.get(prefix) if layer else None, anchor)
+    owner, factor = layer_of(name)
+    whole = bound.get(owner) if layer else None
+    if whole is not None and factor:
+        right, left = (whole.right, None) if factor == "A" else (None, whole.left)
+        whole = BoundConstraint(right, left, whole.anchored)
+    return _Part(owner, factor, module, attribute, layer, whole, anchor)
+
+
+def _adapters(model: nn.Module, parts: list[_Part]) -> list[_Adapter]:
+    """The LoRA layers among the trained parts; A is brought to where the constraint lets it be, which is its anchor.
+
+    That changes nothing yet: B is 0.
+    """
+    by_factor = {(part.owner, part.factor): part for part in parts if part.factor}
+    found = []
+    for owner, module, adapter in lora_layers(model):
+        a, b = by_factor.get((owner, "A")), by_factor.get((owner, "B"))
+        if a is None and b is None:
+            continue
+        if a is None or b is None:
+            raise SettingsError(f"of the adapter of {owner} only one factor is trained; train both or neither")
+        if a.bound is not None and a.bound.right is not None:
+            a.anchor = a.bound.right.root()(a.anchor)
+            a.parameter.data.copy_(a.anchor)
+        found.append(_Adapter(owner, module.get_base_layer(), a, b, module.scaling[adapter]))
+    return found

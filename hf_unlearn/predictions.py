@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 
+from hf_unlearn.adapters import without_wrapper
 from hf_unlearn.errors import DataError, ModelError
 
 IGNORED = -100
@@ -97,9 +97,7 @@ def output_logits(model: nn.Module, inputs: Batch, **forward_options: Any) -> Te
 def _can_keep_logits(model: nn.Module) -> bool:
     """Whether the model computes the logits of a batch's last positions alone when asked to."""
     model = getattr(model, "module", model)
-    if isinstance(model, PeftModel):  # its forward hides the names
-        model = model.get_base_model()
-    return "logits_to_keep" in signature(model.forward).parameters
+    return "logits_to_keep" in signature(without_wrapper(model).forward).parameters  # a wrapper's hides the names
 
 
 def predict(model: nn.Module, inputs: Batch, skip_first: bool = False) -> Predictions:

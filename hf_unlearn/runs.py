@@ -16,7 +16,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig, setting
 from hf_unlearn.constraints import CONSTRAINTS
-from hf_unlearn.data import Row, default_collator, encode_dataset, require_disjoint, require_rows, row_key
+from hf_unlearn.data import (
+    Row,
+    default_collator,
+    encode_dataset,
+    labelled_row_key,
+    require_disjoint,
+    require_rows,
+    row_key,
+)
 from hf_unlearn.errors import DataError, ModelError, SettingsError
 from hf_unlearn.evaluation import evaluate_unlearning
 from hf_unlearn.files import check_output
@@ -191,15 +199,17 @@ def collect(
     return statistics
 
 
-def evaluate(args: RunArguments, original: str | None, batch_size: int, seed: int) -> UnlearningReport:
-    """`hf-unlearn evaluate`: the table of a finished model."""
+def evaluate(
+    args: RunArguments, original: str | None, batch_size: int, seed: int, max_length: int | None
+) -> UnlearningReport:
+    """`hf-unlearn evaluate`: the table of a finished model; rows are cut as `run` cuts them."""
     tokenizer = load_tokenizer(args.model_name_or_path)
-    splits = _splits(args, tokenizer, None)
+    splits = _splits(args, tokenizer, max_length)
     splits.pop("train")
     return evaluate_unlearning(
         load_model(args.model_name_or_path), {name: rows[: args.max_rows] for name, rows in splits.items()},
         original=load_model(original) if original else None,
-        retrained=load_model(args.retrained) if args.retrained else None,
+        retrained=load_model(args.retrained) if args.retrained not in (None, "none") else None,
         collator=default_collator(tokenizer), batch_size=batch_size, seed=seed,
     )  # fmt: skip
 
@@ -260,7 +270,9 @@ def _full_statistics(
         if config.constraint == "none" and args.constraints is None:
             return None, 0.0
         raise SettingsError("a constraint needs statistics; pass --statistics, or --train to collect them on")
-    digest = sha256(weights_fingerprint(model).encode() + b"".join(map(row_key, train)) + bytes([fisher])).hexdigest()
+    digest = sha256(
+        weights_fingerprint(model).encode() + b"".join(map(labelled_row_key, train)) + bytes([fisher])
+    ).hexdigest()
     folder = cache / f"statistics-{digest[:20]}"
     if folder.is_dir():
         return RetainStatistics.from_pretrained(folder, model=model), time.perf_counter() - start

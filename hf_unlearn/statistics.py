@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hf_unlearn.errors import StatisticsError
 from hf_unlearn.files import replace_folder, sha256_of, write_json
 from hf_unlearn.fingerprint import combine_rows, package_versions, weights_fingerprint
-from hf_unlearn.layers import describe_layer
+from hf_unlearn.layers import describe_layer, known_layers
 from hf_unlearn.linalg import Eigen, eigen, rank_for_energy
 
 FORMAT_VERSION = 1
@@ -127,7 +127,7 @@ class RetainStatistics:
 
     def check_model(self, model: nn.Module, *, allow_other_weights: bool = False) -> None:
         """Raise `StatisticsError` unless these are statistics of `model`: same layers and, by default, same weights."""
-        modules = dict(model.named_modules())
+        modules = known_layers(model)
         for name, sums in self.layers.items():
             layer = describe_layer(modules[name]) if name in modules else None
             size = tuple(self.gram_sums[sums.inputs].shape)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, IntervalStrategy
 
+from hf_unlearn.adapters import layer_of, with_adapter
 from hf_unlearn.callbacks import DriftBudgetCallback, OverUnlearningCallback
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
@@ -41,6 +42,8 @@ class UnlearningTrainer(Trainer):
         eval_dataset: Further splits by name, evaluated as in Trainer.
         data_collator: Plain rows to a batch; default pads on the right.
         processing_class: Tokenizer or processor; loaded with `model` where that is a name.
+        peft_config: Train a LoRA adapter of this configuration instead of the weights; the constraint holds for the
+            merged weights. `model` may also have an untrained adapter already.
         callbacks, optimizers, compute_metrics: As in Trainer.
 
     Attributes:
@@ -67,6 +70,7 @@ class UnlearningTrainer(Trainer):
         eval_dataset: Mapping[str, Any] | Any = None,
         data_collator: Callable | None = None,
         processing_class: Any = None,
+        peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
@@ -85,6 +89,8 @@ class UnlearningTrainer(Trainer):
             raise SettingsError(f"loss {args.loss!r} needs retain rows; pass retain_dataset or choose another loss")
         constraint = args.build_constraint()
         statistics = _statistics(model, statistics, retain, collator, args)
+        if peft_config is not None:
+            model = with_adapter(model, peft_config)
         self.coverage = _freeze(model, statistics, constraint, args)
         splits = _encode_splits(eval_dataset, encode)
         if holdout_dataset is not None or args.forget_target is not None:
@@ -275,7 +281,8 @@ def _freeze(model: nn.Module, statistics: RetainStatistics | None, constraint: A
     if constraint is not None and statistics is not None:
         return freeze_unprotected(model, statistics.layers, args.allow_exposed, args.freeze)
     layers = statistics.layers if statistics is not None else find_layers(model)
-    return freeze_unprotected(model, (), [*(f"{name}.weight" for name in layers), *args.allow_exposed], args.freeze)
+    exposed = [name for name, _ in model.named_parameters() if layer_of(name)[0] in layers]
+    return freeze_unprotected(model, (), [*exposed, *args.allow_exposed], args.freeze)
 
 
 def _mean_scores(prediction: EvalPrediction) -> dict[str, float]:

@@ -136,10 +136,10 @@ def test_soft_constraints_on_sgd_equal_constrained_gradients(layer: str, constra
     predict(model, _labelled(FORGET)).nll_L.mean().backward()
     optimizer.step()
     for part in optimizer.constrainer.parts:  # type: ignore[attr-defined]
-        name = part.name.removesuffix(".weight")
+        name = part.owner
         gradient_OI = part.matrix(part.parameter.grad).double()
         wanted_OI = -lr * _dense(constraint, statistics.gram(name), statistics.fisher(name), gradient_OI)
-        moved_OI = part.matrix(part.parameter.detach() - before[part.name]).double()
+        moved_OI = part.matrix(part.parameter.detach() - before[f"{name}.weight"]).double()
         torch.testing.assert_close(moved_OI, wanted_OI, rtol=1e-3, atol=1e-6)
 
 

@@ -26,10 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Left to right. A name is a module or a sub-package of hf_unlearn.
 LEVELS = (
-    ("errors", "linalg", "files", "fingerprint", "predictions", "report", "losses", "metrics"),
+    ("errors", "linalg", "files", "adapters", "fingerprint", "predictions", "report", "losses", "metrics"),
     ("layers", "statistics", "sharding", "data", "hub"),
     ("collect", "constraints"),
-    ("optimizer", "coverage", "peft"),
+    ("optimizer", "coverage"),
     ("config", "callbacks", "trainer", "finetune"),
     ("benchmarks", "audit", "evaluation"),
     ("card", "ledger", "plots"),
@@ -44,7 +44,8 @@ ALLOWED = {
     "errors": frozenset[str](),
     "linalg": frozenset({"errors"}),
     "files": frozenset({"errors"}),
-    "fingerprint": frozenset({"errors"}),
+    "adapters": frozenset({"errors"}),
+    "fingerprint": frozenset({"errors", "adapters"}),
     "losses": frozenset({"errors", "linalg", "predictions"}),
     "metrics": frozenset({"errors", "linalg", "predictions"}),
 }
@@ -278,7 +279,7 @@ def test_checker_flags_a_wrong_import(module: str, source: str) -> None:
         ("linalg", "if TYPE_CHECKING:\n    from .trainer import UnlearningTrainer"),
         ("linalg", "if typing.TYPE_CHECKING:\n    import transformers"),
         ("losses.npo", "from ..linalg import leading_basis\nfrom . import registry\nfrom .registry import register"),
-        ("peft", "import peft\nfrom peft import LoraConfig"),
+        ("optimizer", "import peft\nfrom peft import LoraConfig"),
         ("data", "def f():\n    from transformers import AutoTokenizer"),
         ("cli", "from .demo import run\nimport argparse"),
     ],

@@ -56,7 +56,7 @@ def _config(output_dir: str, constraint: str, seed: int, overwrite: bool) -> Unl
         overwrite_output_dir=overwrite,
         loss="ce_u",
         constraint="energy" if constraint == "all" else constraint,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         num_train_epochs=8,
         per_device_train_batch_size=5,
         per_device_eval_batch_size=10,
