@@ -51,6 +51,19 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
             yield from ((base_name(name), layer, adapter) for adapter in layer.active_adapters if adapter in factors)
 
 
+def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """State dict of the base model with the active adapters merged in; `model` itself stays as it is."""
+    state = {
+        base_name(name): tensor
+        for name, tensor in model.state_dict().items()
+        if ".lora_" not in name and ".original_module." not in name
+    }
+    for name, module, adapter in lora_layers(model):
+        weight = state[f"{name}.weight"]
+        state[f"{name}.weight"] = weight + module.get_delta_weight(adapter).to(weight)
+    return state
+
+
 def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
     """`peft.get_peft_model`, for a model that has no adapter yet."""
     from peft import PeftConfig, get_peft_model

@@ -43,6 +43,7 @@ class OverUnlearningCallback(TrainerCallback):
         if self.mark is None:
             with self.constrainer.original():
                 self.mark = self.score("holdout")
+        self.previous = (state.global_step, self.constrainer.weights())
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs: Any
@@ -54,7 +55,7 @@ class OverUnlearningCallback(TrainerCallback):
         if not self._reached(forget):
             self.previous = (state.global_step, self.constrainer.weights())
             return
-        if self.target is None and self.previous is not None:
+        if self.target is None and self.previous is not None and self.previous[0] < state.global_step:
             forget, step = self._shorten(forget, *self.previous, state.global_step)
         control.should_training_stop = True
         mark = "the target" if self.target is not None else "what held-out rows had before,"

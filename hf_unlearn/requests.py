@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PrinterCallback
 
+from hf_unlearn.adapters import merged_state_dict
 from hf_unlearn.card import write_card
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
@@ -37,6 +38,8 @@ class Request:
         retain: Retain rows for the loss, if it has a retain term.
         retrained: The model trained without the forget rows, to compare with.
         processing_class, collator: As in `UnlearningTrainer`.
+        peft_config: Train a LoRA adapter instead of the weights; see `UnlearningTrainer`.
+        merge_adapter: Write the merged model instead of the adapter.
         source: Where the rows come from, in words, for the report.
         samples: Given a model, answers to show; called before and after.
         timings: Seconds spent before this request (training, collecting).
@@ -51,6 +54,8 @@ class Request:
     retrained: nn.Module | None = None
     processing_class: Any = None
     collator: Callable | None = None
+    peft_config: Any = None
+    merge_adapter: bool = False
     source: str = ""
     samples: Callable[[nn.Module], list[dict[str, str]]] | None = None
     timings: dict[str, float] = field(default_factory=dict)
@@ -80,6 +85,8 @@ class Request:
         with replace_folder(target, args.overwrite_output_dir) as folder:
             self._write(folder, trainer, report, target.name)
         trainer.constrainer.restore()
+        if self.peft_config is not None:
+            trainer.model.unload()
         return report
 
     def _retain_statistics(self, args: UnlearningConfig) -> RetainStatistics | None:
@@ -98,7 +105,7 @@ class Request:
         trainer = UnlearningTrainer(
             self.model, args, self.forget, self.retain, statistics=statistics,
             holdout_dataset=self.splits.get("holdout"), data_collator=self.collator,
-            processing_class=self.processing_class,
+            processing_class=self.processing_class, peft_config=self.peft_config,
         )  # fmt: skip
         if args.disable_tqdm:  # Trainer would print each log line instead; the report has them
             trainer.remove_callback(PrinterCallback)
@@ -166,7 +173,10 @@ class Request:
         report.drift = asdict(drift) | {"relative": drift.relative}
 
     def _write(self, folder: Path, trainer: UnlearningTrainer, report: UnlearningReport, name: str) -> None:
-        trainer.model.save_pretrained(folder)
+        if self.peft_config is not None and self.merge_adapter:
+            self.model.save_pretrained(folder, state_dict=merged_state_dict(trainer.model))  # type: ignore[operator]
+        else:
+            trainer.model.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         report.save(folder)

@@ -72,6 +72,13 @@ class RunArguments(DataArguments):
     constraints: str | None = setting(
         None, "Run several from the same original, with commas, or 'all'; a folder each below output_dir."
     )
+    use_peft: bool = setting(False, "Train a LoRA adapter instead of the weights.")
+    lora_r: int = setting(16, "Its rank.")
+    lora_alpha: int = setting(32, "Its scale: the update is multiplied by alpha over rank.")
+    lora_dropout: float = setting(0.0, "Its dropout.")
+    lora_target_modules: list[str] = setting([], "Names of the modules to adapt; default: all linear ones.")
+    use_rslora: bool = setting(False, "Scale by alpha over the square root of the rank.")
+    merge_adapter: bool = setting(False, "Write the merged model instead of the adapter.")
     samples: int = setting(0, "Show so many answers before and after; only for rows that may be published.")
     fine_tune_seed: int = setting(0, "Seed of the fine-tunes.")
 
@@ -179,7 +186,8 @@ def prepare(args: RunArguments, config: UnlearningConfig, *, fisher: bool) -> Re
         splits[name] = rows[: args.max_rows] if name != "forget" else rows
     return Request(
         model, forget, splits, statistics, args.subtract_forget, retain if args.use_retain_rows else None, retrained,
-        tokenizer, collator, f"{args.dataset_name.rstrip('/').split('/')[-1]} {args.forget}",
+        tokenizer, collator, _peft_config(args), args.merge_adapter,
+        f"{args.dataset_name.rstrip('/').split('/')[-1]} {args.forget}",
         _sampler(forget[: args.samples], tokenizer) if args.samples else None, timings,
     )  # fmt: skip
 
@@ -200,7 +208,7 @@ def collect(
 
 
 def evaluate(
-    args: RunArguments, original: str | None, batch_size: int, seed: int, max_length: int | None
+    args: RunArguments, original: str | None, batch_size: int, seed: int, max_length: int | None = 512
 ) -> UnlearningReport:
     """`hf-unlearn evaluate`: the table of a finished model; rows are cut as `run` cuts them."""
     tokenizer = load_tokenizer(args.model_name_or_path)
@@ -212,6 +220,21 @@ def evaluate(
         retrained=load_model(args.retrained) if args.retrained not in (None, "none") else None,
         collator=default_collator(tokenizer), batch_size=batch_size, seed=seed,
     )  # fmt: skip
+
+
+def _peft_config(args: RunArguments) -> Any:
+    if not args.use_peft:
+        return None
+    from peft import LoraConfig, TaskType
+
+    targets: Any = args.lora_target_modules or "all-linear"
+    try:
+        return LoraConfig(
+            task_type=TaskType.CAUSAL_LM, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
+            target_modules=targets, use_rslora=args.use_rslora,
+        )  # fmt: skip
+    except (ValueError, TypeError) as error:
+        raise SettingsError(f"LoRA settings: {str(error).splitlines()[0]}") from error
 
 
 def _constraints(args: RunArguments, config: UnlearningConfig) -> list[str]:

@@ -15,10 +15,12 @@ from hf_unlearn import requests
 from hf_unlearn.cli import main
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.constraints import CONSTRAINTS
+from hf_unlearn.data import default_collator, encode_dataset
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.finetune import FineTuning
+from hf_unlearn.metrics import score_rows
 from hf_unlearn.report import UnlearningReport
-from hf_unlearn.runs import RunArguments, collect, evaluate, load_model, load_rows, run
+from hf_unlearn.runs import RunArguments, collect, evaluate, load_model, load_rows, load_tokenizer, run
 from hf_unlearn.statistics import RetainStatistics
 
 
@@ -96,6 +98,28 @@ def test_all_constraints_run_from_one_original_into_a_folder_each(places: dict[s
     assert len({probability(report, "forget") for report in reports.values()}) == len(reports)
     drifts = {name: report.drift["relative"] for name, report in reports.items()}
     assert all(drifts[name] < drifts["none"] for name in drifts if name != "none")
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["adapter", "merged"])
+def test_an_adapter_is_trained_and_written_for_each_constraint(
+    merge: bool, places: dict[str, str], tmp_path: Path
+) -> None:
+    lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "down_proj"], "merge_adapter": merge}
+    reports = run(arguments(places, constraints="energy,ridge", **lora), settings(tmp_path, max_steps=2))
+    assert list(reports) == ["energy", "ridge"]
+    first, second = ([m for m in r.metrics if m.model == "original"] for r in reports.values())
+    assert first == second  # the model is as it was after each
+    for name, report in reports.items():
+        files = {path.name for path in (tmp_path / name).iterdir()}
+        assert ("model.safetensors" in files) == merge and ("adapter_model.safetensors" in files) != merge
+        assert "machine-unlearning" in (tmp_path / name / "README.md").read_text()  # our card, not PEFT's
+        assert probability(report, "forget") < probability(report, "forget", "original")
+        if merge:
+            loaded = load_model(str(tmp_path / name))
+            rows = load_rows(places["data"], "full[0:4]", "forget")
+            encoded = encode_dataset(rows, load_tokenizer(places["model"]), max_length=128)
+            found = score_rows(loaded, encoded, default_collator(load_tokenizer(places["model"])))
+            assert found.probability.mean() == pytest.approx(probability(report, "forget"), rel=1e-3)
 
 
 def test_an_auto_retrained_model_never_saw_the_forget_rows(places: dict[str, str], tmp_path: Path) -> None:

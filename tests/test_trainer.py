@@ -256,9 +256,18 @@ def test_the_last_step_is_halved_until_it_ends_just_beyond_the_mark() -> None:
     assert callback.mark == 0.3  # of the original weights, though held-out rows moved since
 
 
-def test_the_first_evaluation_has_no_step_to_shorten() -> None:
-    line = Line(lambda w: 0.1)
-    assert walk(line)[1] == 1 and line.weight == 1
+def test_the_first_step_is_shortened_like_any_other() -> None:
+    line = Line(lambda w: 0.9 - 0.8 * w)
+    assert walk(line)[1] == 1 and 0.75 <= line.weight <= 0.775
+
+
+def test_what_is_forgotten_at_the_start_takes_no_step() -> None:
+    line, control = Line(lambda w: 0.1), TrainerControl()
+    callback = OverUnlearningCallback(line, "probability", line.score)  # type: ignore[arg-type]
+    state = SimpleNamespace(global_step=0)
+    callback.on_train_begin(None, state, control)  # type: ignore[arg-type]
+    callback.on_evaluate(None, state, control, {"eval_forget_probability": 0.1})  # type: ignore[arg-type]
+    assert control.should_training_stop and line.weight == 0 and line.scored == 1
 
 
 def test_forget_above_the_mark_never_stops() -> None:
