@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 a wrong input (one line on standard error), 1 anything els
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -34,7 +35,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hf-unlearn: unknown command {argv[0]!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     debug = "--debug" in argv
-    return _guarded(globals()[f"_{argv[0]}"], [a for a in argv[1:] if a != "--debug"], debug)
+    argv = [a for a in argv if a != "--debug"]
+    if argv[0] != "demo" and any(a.split("=")[0] == "--accelerate_config" for a in argv):
+        codes: list[int] = []
+        return _guarded(lambda argv: codes.append(_launch(argv)), argv, debug) or codes[0]
+    return _guarded(globals()[f"_{argv[0]}"], argv[1:], debug)
+
+
+def _launch(argv: list[str]) -> int:
+    """Start the same command, without the flags of the launcher, on several processes; its exit code."""
+    from hf_unlearn.launch import launch
+
+    parser = argparse.ArgumentParser(prog="hf-unlearn", allow_abbrev=False, add_help=False)
+    parser.add_argument("--accelerate_config", required=True)
+    parser.add_argument("--num_processes", type=int)
+    flags, rest = parser.parse_known_args(argv)
+    return launch(flags.accelerate_config, flags.num_processes, rest)
 
 
 def _usage() -> str:
@@ -42,7 +58,8 @@ def _usage() -> str:
     return "\n".join(["usage: hf-unlearn COMMAND [options]", "", __doc__.splitlines()[0], "", *lines, "", _FOOTER])
 
 
-_FOOTER = "hf-unlearn COMMAND --help lists the options; --debug shows the traceback of an error."
+_FOOTER = """hf-unlearn COMMAND --help lists the options; --debug shows the traceback of an error.
+collect, run and evaluate start on several processes with --accelerate_config ddp [--num_processes N]."""
 
 
 def _guarded(command: Callable[[list[str]], None], argv: list[str], debug: bool) -> int:
@@ -50,11 +67,16 @@ def _guarded(command: Callable[[list[str]], None], argv: list[str], debug: bool)
     from hf_unlearn.errors import UnlearningError
 
     try:
+        if "HF_UNLEARN_PROCESSES" in os.environ:
+            from hf_unlearn.launch import check_processes
+
+            check_processes()
         command(argv)
     except UnlearningError as error:
         if debug:
             raise
-        print(f"hf-unlearn: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one tells
+            print(f"hf-unlearn: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -100,6 +122,7 @@ def _demo(argv: list[str]) -> None:
 def _collect(argv: list[str]) -> None:
     from hf_unlearn.config import setting
     from hf_unlearn.runs import DataArguments, collect
+    from hf_unlearn.sharding import is_main
 
     @dataclass
     class CollectArguments(DataArguments):
@@ -110,26 +133,32 @@ def _collect(argv: list[str]) -> None:
         overwrite_output_dir: bool = setting(False, "Replace what is in the output folder.")
 
     (args,) = _parse("collect", [CollectArguments], argv)
+    _join_processes()
     _hush()
     statistics = collect(
         args, args.rows, args.fisher, args.output_dir, args.overwrite_output_dir, max_length=args.max_length
     )
-    print(statistics.summary())
-    print(f"saved to {args.output_dir}")
+    if is_main():
+        print(statistics.summary())
+        print(f"saved to {args.output_dir}")
 
 
 def _run(argv: list[str]) -> None:
     from hf_unlearn.config import UnlearningConfig
     from hf_unlearn.runs import RunArguments, run
+    from hf_unlearn.sharding import is_main
 
     args, config = _parse("run", [RunArguments, UnlearningConfig], argv)
     _hush()
-    _show(run(args, config), config.output_dir or "unlearned", "answer_probability")
+    reports = run(args, config)
+    if is_main():
+        _show(reports, config.output_dir or "unlearned", "answer_probability")
 
 
 def _evaluate(argv: list[str]) -> None:
     from hf_unlearn.config import setting
     from hf_unlearn.runs import RunArguments, evaluate
+    from hf_unlearn.sharding import is_main
 
     @dataclass
     class EvaluateArguments(RunArguments):
@@ -141,12 +170,15 @@ def _evaluate(argv: list[str]) -> None:
         overwrite_output_dir: bool = setting(False, "Replace what is in the output folder.")
 
     (args,) = _parse("evaluate", [EvaluateArguments], argv)
+    _join_processes()
     _hush()
     from hf_unlearn.files import check_output, replace_folder
 
     if args.output_dir:
         check_output(args.output_dir, args.overwrite_output_dir)
     report = evaluate(args, args.original, args.per_device_eval_batch_size, args.seed, args.max_length)
+    if not is_main():
+        return
     print(report.table())
     if args.output_dir:
         with replace_folder(args.output_dir, args.overwrite_output_dir) as folder:
@@ -195,6 +227,13 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
     if value not in choices:
         raise SettingsError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
+
+
+def _join_processes() -> None:
+    """Meet the other processes of a distributed run, where training arguments have not done so."""
+    from accelerate import PartialState
+
+    PartialState()
 
 
 def _hush(bars: bool = True) -> None:

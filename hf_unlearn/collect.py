@@ -19,6 +19,7 @@ from hf_unlearn.errors import ModelError, SettingsError
 from hf_unlearn.fingerprint import row_hashes, rows_to_text, weights_fingerprint
 from hf_unlearn.layers import describe_layer, find_layers
 from hf_unlearn.predictions import IGNORED, label_positions, output_logits, shifts_labels
+from hf_unlearn.sharding import gather, is_main, own_indices, sum_over_processes
 from hf_unlearn.statistics import LayerSums, RetainStatistics
 
 MAX_FISHER_SIZE = 1 << 14  # a 16384 x 16384 float64 matrix takes 2 GiB
@@ -42,6 +43,8 @@ def collect_statistics(
     (q, k, v; gate, up) share one Gram. Products and sums are float64. The Fisher's labels are sampled from the model's
     own prediction at the label positions (all unmasked positions where the rows have no labels), with a generator
     seeded by the row's content: the same row gives the same labels in any batch, so that subtraction is exact.
+
+    In a distributed run every process takes its own share of the rows, none twice, and all get the same sums.
 
     The model runs in eval mode; its mode, `requires_grad` flags and hooks are restored, also on errors.
 
@@ -69,12 +72,19 @@ def collect_statistics(
     collector = _Collector(model, find_layers(model, layers), fisher)
     collate = collator or default_collator(processing_class)
     generator = torch.Generator()  # its own: a loader draws a seed even where it shuffles nothing
-    loader = DataLoader(rows, batch_size=batch_size, collate_fn=collate, generator=generator)
+    own = own_indices(len(rows))
+    share = torch.utils.data.Subset(rows, own or range(1))
+    loader = DataLoader(share, batch_size=batch_size, collate_fn=collate, generator=generator)
+    rounds = len(range(0, len(own_indices(len(rows), 0)), batch_size))  # of process 0, which has the most rows
     device = next(model.parameters()).device
-    with collector.recording(), tqdm(total=len(rows), desc="Collecting", unit="row", disable=not progress) as bar:
+    quiet = not (progress and is_main())
+    with collector.recording(), tqdm(total=len(share), desc="Collecting", unit="row", disable=quiet) as bar:
+        inputs: dict[str, Tensor] = {}
         for batch in loader:
             inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
-            bar.update(collector.add(inputs))
+            bar.update(collector.add(inputs, counted=bool(own)))
+        for _ in range(rounds - len(loader)):  # a sharded model needs every process at every forward pass
+            collector.add(inputs, counted=False)
     return collector.finish({"fisher": fisher, "layers": layers and list(layers), "max_rows": max_rows})
 
 
@@ -111,6 +121,7 @@ class _Collector:
         self.owner: dict[str, str] = {}  # layer -> the layer whose Gram it shares
         self.positions: dict[str, int] = {}
         self.rows = self.labels = self.data = 0
+        self._counted = True
         self._mask_BT: Tensor | None = None
         self._last: tuple[weakref.ref, int, str] | None = None
 
@@ -132,8 +143,9 @@ class _Collector:
             for parameter in trainable:
                 parameter.requires_grad_(True)
 
-    def add(self, inputs: Mapping[str, Tensor]) -> int:
-        """Run one batch through the model; returns its number of rows."""
+    def add(self, inputs: Mapping[str, Tensor], counted: bool = True) -> int:
+        """Run one batch through the model; returns its number of rows. Not `counted`, it leaves no trace."""
+        self._counted = counted
         mask = inputs.get("attention_mask")
         self._mask_BT = mask.bool() if mask is not None and mask.ndim == 2 else None
         self._last = None
@@ -141,14 +153,16 @@ class _Collector:
         logits = output_logits(self.model, inputs)
         if self.fisher:
             self._backward(logits, inputs, hashes)
-        self.rows += len(hashes)
-        self.data += sum(hashes)
+        if counted:
+            self.rows += len(hashes)
+            self.data += sum(hashes)
         return len(hashes)
 
     def finish(self, settings: dict[str, Any]) -> RetainStatistics:
         missing = [name for name in self.layers if name not in self.owner]
         if missing:
             raise ModelError(f"{missing[0]} (and {len(missing) - 1} more layers) never ran; leave them out of `layers`")
+        self._sum_over_processes()
         return RetainStatistics(
             gram_sums=self.gram_sums,
             fisher_sums={name: self.fisher_sums[name] for name in self.layers} if self.fisher else {},
@@ -160,6 +174,16 @@ class _Collector:
             data=rows_to_text(self.data),
             settings=settings,
         )
+
+    def _sum_over_processes(self) -> None:
+        sum_over_processes(self.gram_sums)
+        sum_over_processes(self.fisher_sums)
+        counts = {name: torch.tensor(count) for name, count in self.positions.items()}
+        totals = {"rows": torch.tensor(self.rows), "labels": torch.tensor(self.labels)}
+        sum_over_processes(counts)
+        sum_over_processes(totals)
+        self.positions = {name: int(count) for name, count in counts.items()}
+        self.rows, self.labels, self.data = int(totals["rows"]), int(totals["labels"]), sum(gather(self.data))
 
     def _unmasked(self, tensor: Tensor) -> Tensor:
         """Rows of a layer's input or output that count: `[B, T, F]`, `[B * T, F]` or `[B, F] -> [N, F]`."""
@@ -178,8 +202,9 @@ class _Collector:
         if name not in self.gram_sums:
             self.gram_sums[name] = rows_NI.new_zeros(size, size)
             self.positions[name] = 0
-        self.gram_sums[name].addmm_(rows_NI.t(), rows_NI)
-        self.positions[name] += len(rows_NI)
+        if self._counted:
+            self.gram_sums[name].addmm_(rows_NI.t(), rows_NI)
+            self.positions[name] += len(rows_NI)
 
     def _is_shared(self, name: str, tensor: Tensor) -> bool:
         """Whether the layer that ran last saw this very tensor; decided on the first batch, then relied upon."""
@@ -206,6 +231,8 @@ class _Collector:
         return output
 
     def _add_gradient(self, name: str, gradient: Tensor) -> None:
+        if not self._counted:
+            return
         rows_NO = self._unmasked(gradient).double()
         self.fisher_sums[name].addmm_(rows_NO.t(), rows_NO)
 
@@ -219,7 +246,7 @@ class _Collector:
             [_uniforms(seed, n) for seed, n in zip(hashes, mask.reshape(len(mask), -1).sum(1).tolist(), strict=True)]
         )
         sampled_L = sample_labels(logits_LV.detach(), uniforms_L.to(logits.device))
-        self.labels += len(sampled_L)
+        self.labels += len(sampled_L) if self._counted else 0
         F.cross_entropy(logits_LV, sampled_L, reduction="sum").backward()
 
 

@@ -240,6 +240,9 @@ def bind_constraints(
     chosen = {name: constraint_for(name, constraint) for name in statistics.layers}
     if statistics.rows == 0 and any(chosen.values()):
         raise StatisticsError("the statistics have no row left (everything was subtracted); nothing to protect")
+    constrained = [name for name, kind in chosen.items() if kind is not None]
+    statistics.decompose(constrained)
+    statistics.decompose([n for n in constrained if (kind := chosen[n]) is not None and kind.needs_fisher], fisher=True)
     rights: dict[tuple[str, Constraint], Factor] = {}
     grams: dict[str, float] = {}
     bound = {}

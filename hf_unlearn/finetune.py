@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,15 +14,17 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from hf_unlearn.data import Row, labelled_row_key
+from hf_unlearn.errors import SettingsError
 from hf_unlearn.files import replace_folder
 from hf_unlearn.fingerprint import weights_fingerprint
+from hf_unlearn.sharding import is_main, wait_for_all, world
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """Settings of a plain fine-tune (AdamW, linear decay, loss on the labels)."""
+    """Settings of a plain fine-tune (AdamW, linear decay, loss on the labels); `batch_size` is that of a step."""
 
     epochs: float = 8.0
     learning_rate: float = 1e-4
@@ -31,11 +34,16 @@ class FineTuning:
 
     def run(self, model: nn.Module, rows: Sequence[Row], collator: Callable, scratch: str | os.PathLike) -> nn.Module:
         """Fine-tune `model` in place on `rows` and return it."""
+        _, processes = world()
+        if self.batch_size % processes:
+            raise SettingsError(
+                f"the fine-tune's batch size {self.batch_size} is no multiple of {processes} processes; choose another"
+            )
         set_seed(self.seed)
         args = TrainingArguments(
             str(scratch), num_train_epochs=self.epochs, learning_rate=self.learning_rate, seed=self.seed,
-            per_device_train_batch_size=self.batch_size, weight_decay=self.weight_decay, save_strategy="no",
-            report_to="none", logging_strategy="no", remove_unused_columns=False,
+            per_device_train_batch_size=self.batch_size // processes, weight_decay=self.weight_decay,
+            save_strategy="no", report_to="none", logging_strategy="no", remove_unused_columns=False,
         )  # fmt: skip
         trainer = Trainer(model, args, train_dataset=rows, data_collator=collator)
         trainer.train()
@@ -74,11 +82,15 @@ def fine_tuned(
         logger.info(f"using {folder}")
         return load(folder), json.loads((folder / "fine_tuning.json").read_text())["seconds"]
     start = time.perf_counter()
-    with replace_folder(folder) as new:
-        model = settings.run(base, rows, collator, new / "scratch")
-        seconds = round(time.perf_counter() - start, 1)
-        model.save_pretrained(new)  # type: ignore[operator]
-        (new / "fine_tuning.json").write_text(json.dumps({**asdict(settings), "rows": len(rows), "seconds": seconds}))
+    with tempfile.TemporaryDirectory() as scratch:
+        model = settings.run(base, rows, collator, scratch)
+    seconds = round(time.perf_counter() - start, 1)
+    if is_main():
+        with replace_folder(folder) as new:
+            model.save_pretrained(new)  # type: ignore[operator]
+            about = {**asdict(settings), "rows": len(rows), "seconds": seconds}
+            (new / "fine_tuning.json").write_text(json.dumps(about))
+    wait_for_all()
     return model.eval(), seconds
 
 

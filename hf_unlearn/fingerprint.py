@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_unlearn.adapters import base_name, is_adapter
+from hf_unlearn.sharding import local_part, whole
 
 _MODULUS = 1 << 256
 _PACKAGES = ("hf-unlearn", "torch", "transformers", "datasets", "accelerate", "peft")
@@ -26,11 +27,13 @@ def weights_fingerprint(model: nn.Module) -> str:
     weights count once.
     """
     digest = hashlib.sha256()
-    seen: set[int] = set()
+    seen: set[int | str] = set()
     weights = {base_name(name): tensor for name, tensor in model.state_dict().items() if not is_adapter(name)}
     for name, tensor in sorted(weights.items()):
-        if tensor.data_ptr() not in seen or tensor.numel() == 0:
-            seen.add(tensor.data_ptr())
+        place = local_part(tensor).data_ptr() or name  # an empty shard has no place
+        if place not in seen or tensor.numel() == 0:
+            seen.add(place)
+            tensor = whole(tensor)
             _add_tensor(digest, name, tensor.float() if tensor.is_floating_point() else tensor)
     return digest.hexdigest()
 

@@ -20,6 +20,7 @@ from hf_unlearn.evaluation import evaluate_unlearning
 from hf_unlearn.files import check_output, replace_folder
 from hf_unlearn.plots import save_plots
 from hf_unlearn.report import UnlearningReport
+from hf_unlearn.sharding import is_main, wait_for_all
 from hf_unlearn.statistics import RetainStatistics
 from hf_unlearn.trainer import UnlearningTrainer
 
@@ -82,8 +83,10 @@ class Request:
         with clock(timings, "evaluate"):
             report = self._judge(trainer, args)
         self._describe(report, trainer, args, timings)
-        with replace_folder(target, args.overwrite_output_dir) as folder:
-            self._write(folder, trainer, report, target.name)
+        if is_main():
+            with replace_folder(target, args.overwrite_output_dir) as folder:
+                self._write(folder, trainer, report, target.name)
+        wait_for_all()
         trainer.constrainer.restore()
         if self.peft_config is not None:
             trainer.model.unload()
@@ -217,5 +220,5 @@ def _scratch(target: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        if folder.is_dir() and not any(folder.iterdir()):
+        if is_main() and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate import PartialState
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -33,6 +34,7 @@ from hf_unlearn.fingerprint import weights_fingerprint
 from hf_unlearn.predictions import IGNORED
 from hf_unlearn.report import UnlearningReport
 from hf_unlearn.requests import Request
+from hf_unlearn.sharding import is_main, wait_for_all
 from hf_unlearn.statistics import RetainStatistics
 
 _SPEC = re.compile(r"(?P<name>[\w.-]+)(?P<slice>\[\d*:\d*\])?")
@@ -117,9 +119,12 @@ def _load_split(dataset_name: str, split: str) -> datasets.Dataset:
 
 
 def load_model(name: str) -> nn.Module:
-    """A causal language model in float32 (bf16 weights lose steps of relative size 1e-3), in eval mode."""
+    """A causal language model in float32 (bf16 weights lose steps of relative size 1e-3), in eval mode.
+
+    It is put on this process's device: collecting comes before any Trainer would do so.
+    """
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval().to(PartialState().device)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load model {name!r}: {str(error).splitlines()[0]}") from error
 
@@ -203,7 +208,9 @@ def collect(
     model = load_model(args.model_name_or_path)
     collator = default_collator(tokenizer)
     statistics = collect_statistics(model, data, collator=collator, fisher=fisher, max_rows=args.max_rows)
-    statistics.save_pretrained(output_dir, overwrite=overwrite)
+    if is_main():
+        statistics.save_pretrained(output_dir, overwrite=overwrite)
+    wait_for_all()
     return statistics
 
 
@@ -304,7 +311,9 @@ def _full_statistics(
         progress=not config.disable_tqdm,
     )  # fmt: skip
     seconds = time.perf_counter() - start
-    statistics.save_pretrained(folder)
+    if is_main():
+        statistics.save_pretrained(folder)
+    wait_for_all()
     return statistics, seconds
 
 

@@ -5,7 +5,7 @@ Shapes: N positions (unmasked rows of the layer inputs), I input features, O out
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from hf_unlearn.files import replace_folder, sha256_of, write_json
 from hf_unlearn.fingerprint import combine_rows, package_versions, weights_fingerprint
 from hf_unlearn.layers import describe_layer, known_layers
 from hf_unlearn.linalg import Eigen, eigen, rank_for_energy
+from hf_unlearn.sharding import from_owner, share_out, world
 
 FORMAT_VERSION = 1
 TENSORS, METADATA = "statistics.safetensors", "statistics.json"
@@ -84,6 +85,33 @@ class RetainStatistics:
     def fisher_eigen(self, layer: str) -> Eigen:
         """Eigen-decomposition of `fisher(layer)`, vectors rounded to float32; made once."""
         return self._decomposed("fisher", layer, self.fisher, layer)
+
+    def decompose(self, layers: Iterable[str], fisher: bool = False) -> None:
+        """Make the decompositions that `layers` need, split over the processes of a distributed run."""
+        jobs: dict[tuple[str, str], tuple[str, int]] = {}
+        for layer in layers:
+            sums = self.layers[layer]
+            jobs["gram", sums.inputs] = (layer, len(self.gram_sums[sums.inputs]))
+            if fisher:
+                jobs["fisher", layer] = (layer, sums.outputs)
+        jobs = {job: found for job, found in jobs.items() if job not in self._eigen}
+        owners = share_out({job: size for job, (_, size) in jobs.items()})
+        rank, processes = world()
+        make = {"gram": self.gram_eigen, "fisher": self.fisher_eigen}
+        for (kind, key), (layer, _) in jobs.items():
+            if owners[kind, key] == rank:
+                make[kind](layer)
+        if processes == 1:
+            return
+        for (kind, key), (_, size) in jobs.items():
+            if owners[kind, key] != rank:
+                device = (self.gram_sums if kind == "gram" else self.fisher_sums)[key].device
+                empty = torch.empty(size, dtype=torch.float64, device=device)
+                self._eigen[kind, key] = Eigen(empty, empty.new_empty(size, size, dtype=torch.float32), 0.0)
+            parts = self._eigen[kind, key]
+            share = torch.tensor(parts.negative_share, dtype=torch.float64)
+            from_owner([parts.values_I, parts.vectors_II, share], owners[kind, key])
+            self._eigen[kind, key] = replace(parts, negative_share=share.item())
 
     def _decomposed(self, kind: str, key: str, matrix: Callable[[str], Tensor], layer: str) -> Eigen:
         if (kind, key) not in self._eigen:

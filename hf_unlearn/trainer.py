@@ -108,6 +108,9 @@ class UnlearningTrainer(Trainer):
             optimizers=optimizers,
             compute_metrics=compute_metrics or _mean_scores,
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            kind = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+            raise SettingsError(f"{kind} is not supported yet; run data parallel (DDP), or on one process")
         self.loss_is_scaled_for_ga = True
         self._own_metrics = compute_metrics is None
         self._attached: torch.optim.Optimizer | None = None

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from hf_unlearn.errors import DataError
 from hf_unlearn.predictions import Batch, Predictions, predict
+from hf_unlearn.sharding import gather, own_indices, world
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,28 @@ def score_rows(
 ) -> RowScores:
     """Score every row of `dataset` in eval mode; the model's mode is restored.
 
+    In a distributed run every process scores its share, and all get the scores of all rows, in order.
+
     Raises:
         DataError: A row has no label to predict.
     """
     device = next(model.parameters()).device
     training = model.training
+    own, size = own_indices(len(dataset)), world()[1]
+    share = torch.utils.data.Subset(dataset, own or range(1))
+    loader = DataLoader(share, batch_size=batch_size, collate_fn=collator)
+    rounds = len(range(0, len(own_indices(len(dataset), 0)), batch_size))
     model.eval()
     try:
-        scores = []
-        for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collator):
+        scores, inputs = [], {}
+        for batch in loader:
             inputs = {key: value.to(device) for key, value in batch.items()}
             scores.append(row_scores(predict(model, inputs)).cpu().numpy())
+        for _ in range(rounds - len(loader)):  # a sharded model needs every process at every forward pass
+            predict(model, inputs)
     finally:
         model.train(training)
-    return RowScores.from_matrix(np.concatenate(scores))
+    scores_N4 = np.empty((len(dataset), len(fields(RowScores))))
+    for rank, part_N4 in enumerate(gather(np.concatenate(scores)[: len(own)])):
+        scores_N4[rank::size] = part_N4
+    return RowScores.from_matrix(scores_N4)
