@@ -147,13 +147,14 @@ def run(args: RunArguments, config: UnlearningConfig) -> dict[str, UnlearningRep
     names = _constraints(args, config)
     check_output(config.output_dir or "unlearned", config.overwrite_output_dir)
     request = prepare(args, config, fisher="kronecker" in names)
-    if len(names) == 1:
-        return {names[0]: request.fulfil(config)}
     reports = {}
     for name in names:
-        own = {"constraint_settings": config.constraint_settings if name == config.constraint else None}
-        folder = str(Path(config.output_dir or "unlearned") / name)
-        reports[name] = request.fulfil(config.but(constraint=name, output_dir=folder, **own))
+        own = config
+        if name != config.constraint:  # its settings are another's
+            own = own.but(constraint=name, constraint_settings=None)
+        if len(names) > 1:
+            own = own.but(output_dir=str(Path(config.output_dir or "unlearned") / name))
+        reports[name] = request.fulfil(own)
     return reports
 
 

@@ -100,6 +100,12 @@ def test_all_constraints_run_from_one_original_into_a_folder_each(places: dict[s
     assert all(drifts[name] < drifts["none"] for name in drifts if name != "none")
 
 
+def test_one_constraint_named_among_constraints_is_the_one_that_runs(places: dict[str, str], tmp_path: Path) -> None:
+    config = settings(tmp_path / "out", max_steps=1, constraint_settings={"energy": 0.5})
+    (name, report), = run(arguments(places, constraints="none"), config).items()  # fmt: skip
+    assert name == report.method["constraint"] == "none" and (tmp_path / "out" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("merge", [False, True], ids=["adapter", "merged"])
 def test_an_adapter_is_trained_and_written_for_each_constraint(
     merge: bool, places: dict[str, str], tmp_path: Path
