@@ -43,7 +43,8 @@ class OverUnlearningCallback(TrainerCallback):
         if self.mark is None:
             with self.constrainer.original():
                 self.mark = self.score("holdout")
-        self.previous = (state.global_step, self.constrainer.weights())
+        if self.previous is None:  # else of the checkpoint that this run resumes
+            self.previous = (state.global_step, self.constrainer.weights())
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs: Any
@@ -94,6 +95,11 @@ class DriftBudgetCallback(TrainerCallback):
         self.constrainer, self.budget = constrainer, max_retain_drift
         self.reason: str | None = None
         self._within = constrainer.weights()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._within = self.constrainer.weights()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         drift = self.constrainer.drift().relative

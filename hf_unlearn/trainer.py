@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
-from transformers.trainer_utils import EvalPrediction, IntervalStrategy
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalPrediction,
+    IntervalStrategy,
+    TrainOutput,
+    rotate_checkpoints,
+)
 
 from hf_unlearn.adapters import layer_of, with_adapter
 from hf_unlearn.callbacks import DriftBudgetCallback, OverUnlearningCallback
+from hf_unlearn.checkpoints import PREVIOUS, check_same_run, find_checkpoint, seal
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.coverage import Coverage, freeze_unprotected, hold_norm_statistics
@@ -24,6 +33,7 @@ from hf_unlearn.layers import find_layers
 from hf_unlearn.metrics import RowScores, row_scores
 from hf_unlearn.optimizer import StepConstrainer
 from hf_unlearn.predictions import predict
+from hf_unlearn.sharding import wait_for_all
 from hf_unlearn.statistics import RetainStatistics
 
 
@@ -90,6 +100,7 @@ class UnlearningTrainer(Trainer):
         constraint = args.build_constraint()
         statistics = _statistics(model, statistics, retain, collator, args)
         if peft_config is not None:
+            set_seed(args.seed)  # a resumed run starts from the same A
             model = with_adapter(model, peft_config)
         self.coverage = _freeze(model, statistics, constraint, args)
         splits = _encode_splits(eval_dataset, encode)
@@ -113,6 +124,7 @@ class UnlearningTrainer(Trainer):
             raise SettingsError(f"{kind} is not supported yet; run data parallel (DDP), or on one process")
         self.loss_is_scaled_for_ga = True
         self._own_metrics = compute_metrics is None
+        self._stopped_before: str | None = None
         self._attached: torch.optim.Optimizer | None = None
         self.constrainer = StepConstrainer(self.model, statistics, constraint, relative_step=args.relative_step)
         self._stopping_rows = {"forget": forget, "holdout": encode(holdout_dataset, "holdout")}
@@ -121,6 +133,8 @@ class UnlearningTrainer(Trainer):
     @property
     def stop_reason(self) -> str:
         """Why the last run ended, in words."""
+        if self._stopped_before is not None:
+            return self._stopped_before
         reasons = [r for cb in self.callback_handler.callbacks if (r := getattr(cb, "reason", None))]
         return "; ".join(reasons) or f"all {self.state.max_steps} steps were made"
 
@@ -129,6 +143,72 @@ class UnlearningTrainer(Trainer):
         """The model with its original weights, for the duration of the context."""
         with self.constrainer.original():
             yield self.model
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """As in Trainer; True resumes from the newest complete checkpoint of `output_dir`, or starts if there is none.
+
+        The trainer must be made as for the first start, on the original model. The result is the same, to the bit, as
+        without the interruption.
+
+        Raises:
+            SettingsError: The checkpoint is incomplete, or of a run with other statistics, settings or processes.
+        """
+        stopping = self._stopping_callback()
+        if stopping is not None:
+            stopping.previous = None
+        folder = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if folder is not None:
+            then = check_same_run(folder, self._run_description())
+            if then["stopped"]:
+                return self._take_up_stopped(folder, then["stopped"])
+            if stopping is not None and (folder / PREVIOUS).is_file():
+                saved = load_file(folder / PREVIOUS)
+                stopping.previous = (then["previous_step"], [saved[str(i)] for i in range(len(saved))])
+        return super().train(resume_from_checkpoint=str(folder) if folder else None, **options)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Trainer, then seal the folder; older ones are removed only after that."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        wait_for_all()
+        if self.args.should_save:
+            state: dict[str, Any] = {"stopped": self.stop_reason if self.control.should_training_stop else None}
+            stopping = self._stopping_callback()
+            if stopping is not None and stopping.previous and stopping.previous[0] < self.state.global_step:
+                state["previous_step"], weights = stopping.previous
+                save_file({str(i): w.contiguous() for i, w in enumerate(weights)}, folder / PREVIOUS)
+            seal(folder, self._run_description() | state)
+            rotate_checkpoints(
+                self.args.output_dir, save_total_limit=limit, best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )  # fmt: skip
+        wait_for_all()
+
+    def _take_up_stopped(self, folder: Path, reason: str) -> TrainOutput:
+        """Load the checkpoint of a run that had come to its end."""
+        self._load_from_checkpoint(str(folder))
+        self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        self._stopped_before = reason
+        return TrainOutput(self.state.global_step, 0.0, {})
+
+    def _run_description(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint of one run to be resumed by another."""
+        args, statistics = self.args, self.constrainer.statistics
+        return {
+            "statistics": statistics and {"weights": statistics.weights, "data": statistics.data},
+            "constraint": {"name": args.constraint, "own": args.constraint_settings, "layers": args.layer_constraints},
+            "loss": {"name": args.loss, "own": args.loss_settings},
+            "optimizer": {"optim": str(args.optim), "momentum": args.momentum, "relative_step": args.relative_step},
+            "processes": args.world_size,
+        }
+
+    def _stopping_callback(self) -> OverUnlearningCallback | None:
+        callbacks = self.callback_handler.callbacks
+        return next((cb for cb in callbacks if isinstance(cb, OverUnlearningCallback)), None)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of `args.optim`, with the constraint's step hooks."""

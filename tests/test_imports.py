@@ -30,7 +30,7 @@ LEVELS = (
     ("layers", "statistics", "data", "hub"),
     ("collect", "constraints"),
     ("optimizer", "coverage"),
-    ("config", "callbacks", "trainer", "finetune"),
+    ("config", "callbacks", "checkpoints", "trainer", "finetune"),
     ("benchmarks", "audit", "evaluation"),
     ("card", "ledger", "plots"),
     ("requests",),

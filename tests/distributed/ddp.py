@@ -1,5 +1,6 @@
 """What each process of `test_ddp.py` runs: collect, unlearn, score; process 0 writes what it found to a folder."""
 
+import faulthandler
 import json
 import sys
 from pathlib import Path
@@ -68,4 +69,5 @@ def _everywhere(value: float) -> list[float]:
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(90, exit=True)  # a hang says where
     main(Path(sys.argv[1]), int(sys.argv[2]))
