@@ -230,7 +230,12 @@ class _Collector:
         output.register_hook(lambda gradient: self._add_gradient(name, gradient))
         return output
 
-    def _add_gradient(self, name: str, gradient: Tensor) -> None:
+    def _add_gradient(self, name: str, gradient: Tensor | None) -> None:
+        if gradient is None:
+            raise ModelError(
+                f"no gradient flows back to {name} (4-bit weights on the CPU have none once a pass without gradients "
+                "has packed them); collect right after loading, or without fisher"
+            )
         if not self._counted:
             return
         rows_NO = self._unmasked(gradient).double()

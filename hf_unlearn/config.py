@@ -1,6 +1,7 @@
 """`UnlearningConfig`: TrainingArguments plus the settings of unlearning. Help texts are made from the docstrings."""
 
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from transformers import TrainingArguments
@@ -8,6 +9,12 @@ from transformers import TrainingArguments
 from hf_unlearn.constraints import CONSTRAINTS, ConstraintLike, build_constraint
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.losses import LOSSES, UnlearningLoss, build_loss
+
+REFUSED_OPTIMIZERS = {
+    "*lomo": "steps inside the backward pass, where no step hook runs",
+    "*_layerwise": "steps inside the backward pass, before gradients are constrained",
+    "schedule_free_*": "swaps weights between training and evaluation, outside of any step",
+}
 
 
 def setting(default: Any, help: str) -> Any:
@@ -74,6 +81,9 @@ class UnlearningConfig(TrainingArguments):
         self.remove_unused_columns = False  # batches are pairs of forget and retain rows
         self.build_loss()
         self.build_constraint()
+        for pattern, reason in REFUSED_OPTIMIZERS.items():
+            if fnmatchcase(str(getattr(self.optim, "value", self.optim)), pattern):
+                raise SettingsError(f"optim {pattern!r} {reason}; choose another, such as sgd or adamw_torch")
         if self.forget_metric not in ("probability", "accuracy", "loss"):
             raise SettingsError(f"forget_metric must be probability, accuracy or loss, got {self.forget_metric!r}")
 

@@ -482,3 +482,34 @@ def test_only_publishable_files_are_uploaded(tmp_path: Path, monkeypatch: pytest
         assert not allowed(name), name
     present = {p.name for p in (tmp_path / "out").iterdir() if p.is_file()}
     assert "training_args.json" in present  # it is there, and stays here
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradient_checkpointing_counts_rows_once_and_keeps_the_guarantee(name: str, tmp_path: Path) -> None:
+    plain, checkpointed = MODELS[name](), MODELS[name]()
+    checkpointed.gradient_checkpointing_enable()
+    checkpointed.train()
+    first, second = (collect_statistics(m, RETAIN, fisher=True, progress=False) for m in (plain, checkpointed))
+    assert first.positions == second.positions and first.rows == second.rows
+    for layer in first.layers:
+        torch.testing.assert_close(second.gram(layer), first.gram(layer), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(second.fisher(layer), first.fisher(layer), rtol=1e-5, atol=1e-12)
+    args = settings(tmp_path, gradient_checkpointing=True, learning_rate=1e-2, optim="adamw_torch")
+    retain, forget, _ = moved(MODELS[name](), args)
+    assert retain < 1e-5 and forget > 1e-2
+
+
+def test_bf16_weights_are_anchored(tmp_path: Path) -> None:
+    """bf16 keeps 8 bits: the anchor holds the move to the allowed space up to their rounding, however many steps."""
+
+    def drift(steps: int, constraint: str) -> float:
+        model = tiny_llama().to(torch.bfloat16)
+        args = settings(tmp_path, max_steps=steps, learning_rate=2e-2, constraint=constraint)
+        trainer = UnlearningTrainer(model, args, FORGET, RETAIN, statistics=collect_statistics(model, RETAIN,
+                                    progress=False))  # fmt: skip
+        trainer.train()
+        assert next(model.parameters()).dtype == torch.bfloat16
+        return trainer.constrainer.drift().relative
+
+    short, long = drift(5, "energy"), drift(60, "energy")
+    assert short < 5e-3 and long < 5e-3 and drift(60, "none") > 20 * long
