@@ -27,13 +27,13 @@ from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.coverage import Coverage, freeze_unprotected, hold_norm_statistics
 from hf_unlearn.data import PairedCollator, PairedDataset, default_collator, encode_dataset, require_disjoint
-from hf_unlearn.errors import NonFiniteLossError, SettingsError
+from hf_unlearn.errors import NonFiniteLossError, SettingsError, StatisticsError
 from hf_unlearn.hub import upload
 from hf_unlearn.layers import find_layers
 from hf_unlearn.metrics import RowScores, row_scores
 from hf_unlearn.optimizer import StepConstrainer
 from hf_unlearn.predictions import predict
-from hf_unlearn.sharding import wait_for_all
+from hf_unlearn.sharding import gather, wait_for_all
 from hf_unlearn.statistics import RetainStatistics
 
 
@@ -356,6 +356,9 @@ def _statistics(
         given = RetainStatistics.from_pretrained(given)
     if given is not None:
         given.check_model(model)
+    seen = gather(given and (given.weights, given.data))
+    if len(set(seen)) > 1:
+        raise StatisticsError(f"{len(seen)} processes have {len(set(seen))} different statistics; give all the same")
     return given
 
 

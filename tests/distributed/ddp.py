@@ -16,25 +16,26 @@ from test_trainer import FORGET, HOLDOUT
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.data import PaddingCollator
+from hf_unlearn.errors import StatisticsError
 from hf_unlearn.metrics import score_rows
+from hf_unlearn.statistics import RetainStatistics
 from hf_unlearn.trainer import UnlearningTrainer
 
-ROWS = FORGET + HOLDOUT[:3]  # seven: uneven over two processes, in rows and in batches
+SIX = FORGET + HOLDOUT[:2]
+ROWS = SIX + HOLDOUT[2:3]  # seven: uneven over two and three processes, in rows and in batches
 
 
 def main(folder: Path, processes: int) -> None:
     args = UnlearningConfig(
         str(folder / "scratch"), use_cpu=True, disable_tqdm=True, max_steps=4, seed=0, learning_rate=1e-2,
-        per_device_train_batch_size=4 // processes, per_device_eval_batch_size=2, constraint="kronecker",
+        per_device_train_batch_size=6 // processes, per_device_eval_batch_size=2, constraint="kronecker",
         forget_metric="loss", eval_strategy="steps", eval_steps=2,
     )  # fmt: skip
     assert args.world_size == processes == (dist.get_world_size() if dist.is_initialized() else 1)
     model = tiny_llama()
     statistics = collect_statistics(model, ROWS, fisher=True, batch_size=2, progress=False)
     one = collect_statistics(model, ROWS[:1], fisher=True, progress=False)  # fewer rows than processes
-    trainer = UnlearningTrainer(
-        model, args, FORGET, statistics=statistics, eval_dataset={"forget": FORGET, "rows": ROWS}
-    )
+    trainer = UnlearningTrainer(model, args, SIX, statistics=statistics, eval_dataset={"forget": SIX, "rows": ROWS})
     trainer.train()
     scores = score_rows(model, ROWS, PaddingCollator(), batch_size=2)
     found = {
@@ -45,6 +46,7 @@ def main(folder: Path, processes: int) -> None:
         "evaluation": [line for line in trainer.state.log_history if "eval_rows_loss" in line][-1]["eval_rows_loss"],
         "steps": trainer.state.global_step,
         "drift": trainer.constrainer.drift().relative,
+        "refused": _refused(args, statistics, one),
         "same": len(set(_everywhere(float(sum(p.double().abs().sum() for p in model.parameters()))))) == 1,
     }
     if args.process_index == 0:
@@ -58,6 +60,15 @@ def main(folder: Path, processes: int) -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def _refused(args: UnlearningConfig, whole: RetainStatistics, one: RetainStatistics) -> str:
+    """What processes say that were given different statistics; a hang would say nothing."""
+    try:
+        UnlearningTrainer(tiny_llama(), args, SIX, statistics=one if args.process_index else whole)
+    except StatisticsError as error:
+        return str(error)
+    return ""
 
 
 def _everywhere(value: float) -> list[float]:
