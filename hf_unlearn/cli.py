@@ -72,6 +72,10 @@ def _guarded(command: Callable[[list[str]], None], argv: list[str], debug: bool)
 
             check_processes()
         command(argv)
+        if "RANK" in os.environ:
+            from hf_unlearn.sharding import leave
+
+            leave()
     except UnlearningError as error:
         if debug:
             raise

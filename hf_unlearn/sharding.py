@@ -4,6 +4,7 @@ All of it is a plain call in a run of one process. Processes are those of `torch
 torchrun set up; every process must make these calls in the same order.
 """
 
+import gc
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -84,6 +85,17 @@ def wait_for_all() -> None:
     """Return once every process is here."""
     if world()[1] > 1:
         dist.barrier()
+
+
+def leave() -> None:
+    """Part from the other processes at the end of a command.
+
+    What uses the process group is freed before it: a DistributedDataParallel that was freed later hung at times.
+    """
+    if world()[1] > 1:
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def local_part(tensor: Tensor) -> Tensor:

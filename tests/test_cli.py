@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from cases import tiny_gpt2
+from transformers.utils import logging
 
 from hf_unlearn import __version__, runs
 from hf_unlearn.cli import COMMANDS, main
@@ -19,6 +20,12 @@ from hf_unlearn.errors import DataError, OutputError, SettingsError, UnlearningE
 from hf_unlearn.runs import RunArguments
 
 WORDS = "who wrote the red book anna did and where was it found in paris".split()
+
+
+@pytest.fixture(autouse=True)
+def no_bars() -> None:
+    """Progress bars share standard error with the one line; other tests turn them off for the whole process."""
+    logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.data import PaddingCollator
 from hf_unlearn.errors import StatisticsError
 from hf_unlearn.metrics import score_rows
+from hf_unlearn.sharding import leave
 from hf_unlearn.statistics import RetainStatistics
 from hf_unlearn.trainer import UnlearningTrainer
 
@@ -57,9 +58,6 @@ def main(folder: Path, processes: int) -> None:
         tensors |= {f"weight.{k}": v.detach() for k, v in model.named_parameters()}
         save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / "found.safetensors")
         (folder / "found.json").write_text(json.dumps(found))
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def _refused(args: UnlearningConfig, whole: RetainStatistics, one: RetainStatistics) -> str:
@@ -82,3 +80,4 @@ def _everywhere(value: float) -> list[float]:
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(90, exit=True)  # a hang says where
     main(Path(sys.argv[1]), int(sys.argv[2]))
+    leave()
