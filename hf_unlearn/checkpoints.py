@@ -62,8 +62,8 @@ def read_seal(folder: Path) -> dict[str, Any] | None:
 
 
 def check_same_run(folder: Path, now: dict[str, Any]) -> dict[str, Any]:
-    """The sealed description of a checkpoint's run; raises `SettingsError` where it differs from this run's."""
-    then = read_seal(folder) or {}
+    """The sealed description of a complete checkpoint's run; raises `SettingsError` where it differs from `now`."""
+    then = json.loads((folder / SEAL).read_text(encoding="utf-8"))["run"]
     for name, value in now.items():
         seen = then.get(name)
         if seen != json.loads(json.dumps(value)):

@@ -211,16 +211,10 @@ def _parse(command: str, kinds: list[Any], argv: list[str]) -> tuple[Any, ...]:
 
 
 def _read_yaml(path: Path, known: set[str]) -> dict[str, Any]:
-    import yaml
-
     from hf_unlearn.errors import SettingsError
+    from hf_unlearn.files import read_yaml
 
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise SettingsError(f"cannot read settings {path}: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict):
-        raise SettingsError(f"{path} is not a YAML mapping of settings")
+    content = read_yaml(path)
     if unknown := sorted(set(content) - known):
         raise SettingsError(f"{path} has unknown settings: {', '.join(unknown)}; see hf-unlearn run --help")
     return content

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hf_unlearn.errors import OutputError
+from hf_unlearn.errors import OutputError, SettingsError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
@@ -56,6 +56,19 @@ def write_json(path: Path, content: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that is a mapping; raises `SettingsError` on any other."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"cannot read settings {path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path} is not a YAML mapping of settings")
+    return content
 
 
 def sha256_of(path: Path) -> str:

@@ -5,12 +5,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 
 from hf_unlearn.errors import SettingsError
+from hf_unlearn.files import read_yaml
 
 ASKED = "HF_UNLEARN_PROCESSES"
 
@@ -24,11 +23,13 @@ def launch(config: str, processes: int | None, command: Sequence[str]) -> int:
         command: Name and flags of the command.
 
     Raises:
-        SettingsError: No such configuration.
+        SettingsError: No such configuration, or no number of processes.
     """
     path = _find(config)
-    content = _read(path)
-    count = processes or int(content.get("num_processes", 1))
+    content = read_yaml(path)
+    count = content.get("num_processes", 1) if processes is None else processes
+    if not isinstance(count, int) or count < 1:
+        raise SettingsError(f"num_processes must be a whole number of at least 1, got {count!r}")
     if content.get("use_cpu") or not torch.cuda.is_available():
         # accelerate starts a single process on a machine without accelerators, whatever it is asked for
         start = ["torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
@@ -58,13 +59,3 @@ def _find(config: str) -> Path:
     if config not in known:
         raise SettingsError(f"unknown accelerate configuration {config!r}; use {', '.join(known)}, or a YAML file")
     return next(folder / f"{config}.yaml" for folder in folders if (folder / f"{config}.yaml").is_file())
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise SettingsError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict):
-        raise SettingsError(f"{path} is not a YAML mapping of settings")
-    return content

@@ -161,8 +161,8 @@ class UnlearningTrainer(Trainer):
             then = check_same_run(folder, self._run_description())
             if then["stopped"]:
                 return self._take_up_stopped(folder, then["stopped"])
-            if stopping is not None and (folder / PREVIOUS).is_file():
-                saved = load_file(folder / PREVIOUS)
+            if stopping is not None and "previous_step" in then:
+                saved = load_file(folder / PREVIOUS, device=str(self.args.device))
                 stopping.previous = (then["previous_step"], [saved[str(i)] for i in range(len(saved))])
         return super().train(resume_from_checkpoint=str(folder) if folder else None, **options)
 

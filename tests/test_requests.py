@@ -4,7 +4,6 @@ and every run of one request starts from the same original weights."""
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,7 @@ from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.data import PaddingCollator
 from hf_unlearn.errors import DataError, NonFiniteLossError, OutputError
-from hf_unlearn.losses import LOSSES
-from hf_unlearn.losses.base import LossKind
 from hf_unlearn.metrics import score_rows
-from hf_unlearn.predictions import Predictions
 from hf_unlearn.report import UnlearningReport
 from hf_unlearn.requests import Request
 
@@ -143,19 +139,6 @@ def test_a_retain_term_reads_the_retain_rows(tmp_path: Path, monkeypatch: pytest
     )
     report = asking(retain=watched).fulfil(settings(tmp_path / "out", loss="grad_diff"))
     assert reads[0] > 0 and report.method["retain_rows_used"] == len(RETAIN)
-
-
-@pytest.fixture
-def nan_after_first() -> Iterator[str]:
-    calls: list[int] = []
-
-    def term(predictions: Predictions, original: None) -> Tensor:
-        calls.append(1)
-        return -predictions.nll_L if len(calls) == 1 else predictions.nll_L * math.nan
-
-    LOSSES["nan_after_first"] = LossKind(term)
-    yield "nan_after_first"
-    del LOSSES["nan_after_first"]
 
 
 def test_a_failed_run_writes_nothing(nan_after_first: str, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@ nothing unpublishable leaves. Each guarantee has a negative control."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -22,10 +21,7 @@ from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.data import PaddingCollator
 from hf_unlearn.errors import DataError, NonFiniteLossError, SettingsError, StatisticsError
-from hf_unlearn.losses import LOSSES
-from hf_unlearn.losses.base import LossKind
 from hf_unlearn.metrics import score_rows
-from hf_unlearn.predictions import Predictions
 from hf_unlearn.trainer import UnlearningTrainer
 
 Row = dict[str, Any]
@@ -341,20 +337,6 @@ def test_a_drift_budget_is_never_exceeded(tmp_path: Path) -> None:
     bounded = run(budget)
     assert bounded.state.global_step < 12 and "max_retain_drift" in bounded.stop_reason
     assert 0 < bounded.constrainer.drift().relative <= budget
-
-
-@pytest.fixture
-def nan_after_first() -> Iterator[str]:
-    """A loss that is the likelihood at its first call and NaN from then on."""
-    calls: list[int] = []
-
-    def term(predictions: Predictions, original: None) -> Tensor:
-        calls.append(1)
-        return -predictions.nll_L if len(calls) == 1 else predictions.nll_L * math.nan
-
-    LOSSES["nan_after_first"] = LossKind(term)
-    yield "nan_after_first"
-    del LOSSES["nan_after_first"]
 
 
 def test_a_nan_loss_raises_and_gives_back_the_original_weights(nan_after_first: str, tmp_path: Path) -> None:

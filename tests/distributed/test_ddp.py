@@ -107,7 +107,7 @@ def test_fewer_processes_than_asked_is_an_error(
     assert "2 processes were asked for and 1 started" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["fsdp7", "nowhere.yaml"])
-def test_an_unknown_configuration_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "--accelerate_config", name]) == 2
+@pytest.mark.parametrize("flags", [["fsdp7"], ["nowhere.yaml"], ["ddp", "--num_processes", "0"]], ids=" ".join)
+def test_an_unknown_configuration_is_one_line(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--accelerate_config", *flags]) == 2
     assert capsys.readouterr().err.count("\n") == 1
