@@ -72,7 +72,10 @@ def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
         raise SettingsError(f"peft_config must be a peft.LoraConfig, got {type(peft_config).__name__}")
     if getattr(model, "peft_config", None):
         raise SettingsError("the model has an adapter already; pass either it or peft_config")
-    return get_peft_model(model, peft_config)
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:  # such as target modules that the model has not
+        raise SettingsError(f"LoRA settings: {str(error).splitlines()[0]}") from error
 
 
 def check_adapters(model: nn.Module) -> None:

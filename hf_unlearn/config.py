@@ -82,8 +82,9 @@ class UnlearningConfig(TrainingArguments):
         self.build_loss()
         self.build_constraint()
         for pattern, reason in REFUSED_OPTIMIZERS.items():
-            if fnmatchcase(str(getattr(self.optim, "value", self.optim)), pattern):
-                raise SettingsError(f"optim {pattern!r} {reason}; choose another, such as sgd or adamw_torch")
+            optim = str(getattr(self.optim, "value", self.optim))
+            if fnmatchcase(optim, pattern):
+                raise SettingsError(f"optim {optim!r} {reason}; choose another, such as sgd or adamw_torch")
         if self.forget_metric not in ("probability", "accuracy", "loss"):
             raise SettingsError(f"forget_metric must be probability, accuracy or loss, got {self.forget_metric!r}")
 

@@ -249,9 +249,10 @@ def test_a_trained_adapter_is_refused(tmp_path: Path) -> None:
     [
         ({"peft_config": {"r": 4}}, SettingsError, "must be a peft.LoraConfig"),
         ({"peft_config": lora("llama"), "model": "adapted"}, SettingsError, "has an adapter already"),
+        ({"peft_config": LoraConfig(target_modules=["nope"])}, SettingsError, "LoRA settings"),
         ({"peft_config": LoraConfig(target_modules=["embed_tokens"])}, CoverageError, "embed"),
     ],
-    ids=["no config", "twice", "embedding"],
+    ids=["no config", "twice", "no such module", "embedding"],
 )
 def test_wrong_adapter_settings_are_one_line(
     changes: dict[str, Any], error: type[UnlearningError], message: str, tmp_path: Path
