@@ -6,11 +6,11 @@ weights are never touched. See `optimizer.StepConstrainer` for what is exact.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_unlearn.errors import ModelError, SettingsError
 
@@ -51,17 +51,24 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
             yield from ((base_name(name), layer, adapter) for adapter in layer.active_adapters if adapter in factors)
 
 
-def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """State dict of the base model with the active adapters merged in; `model` itself stays as it is."""
-    state = {
+def merged_state_dict(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """State dict of the base model with the active adapters merged in; `model` itself stays as it is.
+
+    Args:
+        state: All weights by their names in `model`, where the model's own are sharded.
+    """
+    state = model.state_dict() if state is None else state
+    merged = {
         base_name(name): tensor
-        for name, tensor in model.state_dict().items()
+        for name, tensor in state.items()
         if ".lora_" not in name and ".original_module." not in name
     }
+    factors = {layer_of(name): tensor for name, tensor in state.items() if ".lora_" in name}
     for name, module, adapter in lora_layers(model):
-        weight = state[f"{name}.weight"]
-        state[f"{name}.weight"] = weight + module.get_delta_weight(adapter).to(weight)
-    return state
+        move_OI = module.scaling[adapter] * (factors[name, "B"] @ factors[name, "A"])
+        weight = merged[f"{name}.weight"]
+        merged[f"{name}.weight"] = weight + (move_OI.T if module.fan_in_fan_out else move_OI).to(weight)
+    return merged
 
 
 def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:

@@ -9,6 +9,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_unlearn.optimizer import StepConstrainer
 
 
+class EngineCallback(TrainerCallback):
+    """Call `attach` as soon as DeepSpeed's engine exists: before any other callback reads or writes weights."""
+
+    def __init__(self, attach: Callable[[], None]):
+        self.attach = attach
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.attach()
+
+
 class OverUnlearningCallback(TrainerCallback):
     """Stop where forget rows look like rows that were never seen (PGU, WACV 2024, section 3.5).
 
@@ -94,7 +106,7 @@ class DriftBudgetCallback(TrainerCallback):
     def __init__(self, constrainer: StepConstrainer, max_retain_drift: float):
         self.constrainer, self.budget = constrainer, max_retain_drift
         self.reason: str | None = None
-        self._within = constrainer.weights()
+        self._within: list[Tensor] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

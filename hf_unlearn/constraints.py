@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_unlearn.errors import SettingsError, StatisticsError
 from hf_unlearn.linalg import Eigen, Spectrum, check_energy, eigen, rank_for_energy
+from hf_unlearn.placements import apply_right
 from hf_unlearn.statistics import RetainStatistics
 
 NEGATIVE_ENERGY_WARNING = 1e-6
@@ -188,12 +189,8 @@ class BoundConstraint:
     anchored: bool
 
     def __call__(self, step_OI: Tensor) -> Tensor:
-        allowed_OI = step_OI if self.right is None else self.right(step_OI)
-        return allowed_OI if self.left is None else self.left(allowed_OI.T).T
-
-    def leak(self, step_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared norms of the part of a step that an idempotent constraint removes, and of the step."""
-        return (step_OI - self(step_OI)).square().sum(), step_OI.square().sum()
+        allowed_OI = step_OI if self.right is None else apply_right(self.right, step_OI)
+        return allowed_OI if self.left is None else apply_right(self.left, allowed_OI.T).T
 
 
 def build_constraint(name: str, settings: Mapping[str, Any] | None = None) -> Constraint | None:

@@ -3,7 +3,7 @@
 Shapes: weight_OI, step_OI of one layer; gram_II and fisher_OO of the statistics.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_unlearn.adapters import check_adapters, layer_of, lora_layers
-from hf_unlearn.constraints import BoundConstraint, ConstraintLike, bind_constraints
+from hf_unlearn.adapters import check_adapters
+from hf_unlearn.constraints import ConstraintLike, bind_constraints
 from hf_unlearn.coverage import check_covered
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.layers import Layer, describe_layer
+from hf_unlearn.linalg import Eigen
+from hf_unlearn.parts import Adapter, Part, trained_adapters, trained_parts
+from hf_unlearn.placements import (
+    Whole,
+    apply_right,
+    group_of,
+    local_squares,
+    settle,
+    show_written,
+    sum_over_shards,
+    times,
+)
 from hf_unlearn.statistics import RetainStatistics
 
 
@@ -55,84 +66,6 @@ def constrain_optimizer(
     constrainer.attach(inner)
     inner.constrainer = constrainer
     return optimizer
-
-
-@dataclass
-class _Part:
-    """One trained parameter: where it lives, its constraint if it has one, and its values to come back to.
-
-    `owner` is its layer's name in the base model, `factor` is "A" or "B" for those of an adapter.
-    """
-
-    owner: str
-    factor: str
-    module: nn.Module
-    attribute: str
-    layer: Layer | None
-    bound: BoundConstraint | None
-    anchor: Tensor
-    before: Tensor | None = None
-    anchor_output: Tensor | None = None
-    """`|W_0 X^T|`, the root mean square of the layer's original outputs; computed once, by `drift`."""
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """Read at each use: sharding replaces parameter objects."""
-        return getattr(self.module, self.attribute)
-
-    def matrix(self, tensor: Tensor) -> Tensor:
-        """View as `[O, I]` where the parameter belongs to a known layer."""
-        return self.layer.weight_OI(tensor) if self.layer is not None else tensor
-
-    @property
-    def original_OI(self) -> Tensor:
-        """The layer's original weight."""
-        return self.matrix(self.anchor)
-
-    def move_times(self, root_II: Tensor) -> Tensor:
-        """The move of the layer's weight so far, times a matrix."""
-        return (self.matrix(self.parameter.detach()).float() - self.original_OI.float()) @ root_II
-
-
-@dataclass
-class _Adapter:
-    """A LoRA layer with both its factors: the base weight moves by `scaling * B A`, B being 0 at first."""
-
-    owner: str
-    base: nn.Module
-    a: _Part
-    b: _Part
-    scaling: float
-    anchor_output: Tensor | None = None
-    base_norm: Tensor | None = None
-
-    @property
-    def original_OI(self) -> Tensor:
-        """The base weight, of a quantised layer as it is used."""
-        from peft.utils.integrations import dequantize_module_weight
-
-        shape = describe_layer(self.base)
-        assert shape is not None
-        return shape.weight_OI(dequantize_module_weight(self.base).detach())
-
-    def move_times(self, root_II: Tensor) -> Tensor:
-        """The move of the merged weight so far, times a matrix."""
-        a_rI, b_Or = (part.parameter.detach().float() for part in (self.a, self.b))
-        return self.scaling * (b_Or @ (a_rI @ root_II))
-
-    def norm(self) -> Tensor:
-        if self.base_norm is None:
-            self.base_norm = self.original_OI.float().norm()
-        return self.base_norm
-
-    def step_norm(self) -> Tensor:
-        """Norm of the merged weight's last step to first order, `scaling |dB A + B dA|`, from `[2r, 2r]` products."""
-        assert self.a.before is not None and self.b.before is not None
-        a_rI, b_Or = self.a.before.float(), self.b.before.float()
-        step_a_rI = self.a.parameter.detach().float() - a_rI
-        step_b_Or = self.b.parameter.detach().float() - b_Or
-        left, right = torch.cat([step_b_Or, b_Or], 1), torch.cat([a_rI, step_a_rI])
-        return self.scaling * ((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt()
 
 
 @dataclass(frozen=True)
@@ -185,14 +118,33 @@ class StepConstrainer:
         device = next(model.parameters()).device
         bound = bind_constraints(statistics, constraint, device) if statistics is not None else {}
         check_adapters(model)
-        self.parts = [_part(model, name, bound) for name, p in model.named_parameters() if p.requires_grad]
-        self.adapters = _adapters(model, self.parts)
+        self.model = model
+        self.parts = trained_parts(model, bound)
+        self.adapters = trained_adapters(model, self.parts)
         self._gradients_constrained = False
+        self._zero_optimizer: Any = None
+        self._original_outputs: dict[str, float] = {}
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Register the step hooks on a torch optimizer."""
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
+    def attach(self, optimizer: Any) -> None:
+        """Register the step hooks on a torch optimizer, or around the steps of a DeepSpeed engine.
+
+        The engine's optimizer steps on flat pieces of several weights, which no hook of its own could tell apart.
+        """
+        if isinstance(optimizer, torch.optim.Optimizer):
+            optimizer.register_step_pre_hook(self._before_step)
+            optimizer.register_step_post_hook(self._after_step)
+            return
+        step, self._zero_optimizer = optimizer.step, optimizer.optimizer
+        if self.relative_step:
+            optimizer.optimizer.clip_grad = 0.0  # it would clip gradients that were brought to the weights' norm
+
+        def constrained_step(*args: Any, **kwargs: Any) -> Any:
+            self._before_step(optimizer.optimizer)
+            result = step(*args, **kwargs)
+            self._after_step(optimizer.optimizer)
+            return result
+
+        optimizer.step = constrained_step
 
     @torch.no_grad()
     def constrain_gradients(self) -> None:
@@ -202,59 +154,103 @@ class StepConstrainer:
         if nobody called it before.
         """
         for part in self.parts:
-            gradient = part.parameter.grad
-            if gradient is not None and part.bound is not None and part.bound.anchored:
-                gradient_OI = part.matrix(gradient)
-                gradient_OI.copy_(part.bound(gradient_OI))
+            if part.bound is not None and part.bound.anchored:
+                part.constrain_gradient()
         self._gradients_constrained = True
 
     @torch.no_grad()
     def drift(self) -> Drift:
         """Predicted retain drift of the move so far; empty without statistics."""
-        by_layer, kl = {}, 0.0
-        for moved in [part for part in self.parts if part.layer is not None and not part.factor] + self.adapters:
-            name = moved.owner
-            if self.statistics is None or name not in self.statistics.layers:
-                continue
-            original_OI = moved.original_OI
-            root_II = self.statistics.gram_eigen(name).root_II.to(original_OI.device)
-            if moved.anchor_output is None:
-                moved.anchor_output = (original_OI.float() @ root_II).norm().clamp(min=1e-30)
-            seen_OI = moved.move_times(root_II)
-            by_layer[name] = (seen_OI.norm() / moved.anchor_output).item()
-            if self.statistics.fisher_sums:
-                root_OO = self.statistics.fisher_eigen(name).root_II.to(original_OI.device)
-                share = (root_OO.T @ seen_OI).square().sum().item()
-                kl += 0.5 * self.statistics.positions_per_label(name) * share
-        return Drift(by_layer, kl if self.statistics is not None and self.statistics.fisher_sums else None)
+        self._settle()
+        statistics, fisher = self.statistics, self.statistics is not None and bool(self.statistics.fisher_sums)
+        moved = self._covered()
+        if statistics is None or not moved:
+            return Drift({}, 0.0 if fisher else None)
+        seen: list[Tensor] = []
+        divergence: list[Tensor] = []
+        groups: list[Any] = []
+        for one in moved:
+            root_II = self._root(statistics.gram_eigen(one.owner))
+            seen_OI = one.move_times(root_II)
+            seen.append(local_squares([seen_OI])[0])
+            groups.append(group_of(seen_OI))
+            if fisher:
+                root_OO = self._root(statistics.fisher_eigen(one.owner))
+                share = local_squares([apply_right(times(root_OO), seen_OI.T)])[0]
+                divergence.append(0.5 * statistics.positions_per_label(one.owner) * share)
+        sums = sum_over_shards(torch.stack(seen + divergence), groups * (2 if fisher else 1)).tolist()
+        outputs = self._outputs(moved)
+        by_layer = {one.owner: square**0.5 / outputs[one.owner] for one, square in zip(moved, sums, strict=False)}
+        return Drift(by_layer, sum(sums[len(moved) :]) if fisher else None)
+
+    def _covered(self) -> list[Part | Adapter]:
+        """The trained layers and adapters that there are statistics of."""
+        layers = self.statistics.layers if self.statistics is not None else {}
+        parts = [part for part in self.parts if part.layer is not None and not part.factor]
+        moved: list[Part | Adapter] = [*parts, *self.adapters]
+        return [one for one in moved if one.owner in layers]
+
+    def _outputs(self, moved: list[Part | Adapter]) -> dict[str, float]:
+        """`|W_0 X^T|`, the root mean square of each layer's original outputs; computed once."""
+        if not self._original_outputs:
+            assert self.statistics is not None
+            squares, groups = [], []
+            for one in moved:
+                root_II = self._root(self.statistics.gram_eigen(one.owner))
+                output_OI = apply_right(times(root_II), one.original_OI)
+                squares.append(local_squares([output_OI])[0])
+                groups.append(group_of(output_OI))
+            sums = sum_over_shards(torch.stack(squares), groups).tolist()
+            self._original_outputs = {
+                one.owner: max(square**0.5, 1e-30) for one, square in zip(moved, sums, strict=True)
+            }
+        return self._original_outputs
+
+    def _root(self, parts: Eigen) -> Tensor:
+        return parts.root_II.to(self.parts[0].place.read().device)
 
     @contextmanager
     def original(self) -> Iterator[None]:
         """Put the original weights into the model for a while: the original model without a second copy of it."""
-        current = [part.parameter.data for part in self.parts]
+        current = self._exchange([part.anchor for part in self._settle()])
         try:
-            self._swap([part.anchor for part in self.parts])
             yield
         finally:
-            self._swap(current)
+            self._settle()
+            self._exchange(current)
 
-    def _swap(self, values: list[Tensor]) -> None:
-        for part, value in zip(self.parts, values, strict=True):
-            part.parameter.data = value
+    def _exchange(self, values: list[Tensor]) -> list[Tensor]:
+        before = [part.place.exchange(value) for part, value in zip(self.parts, values, strict=True)]
+        self._show_written()
         torch.clear_autocast_cache()  # autocast would go on with its low-precision copies of the other weights
+        return before
 
     def weights(self) -> list[Tensor]:
-        """Copies of the trained weights, for `restore`."""
-        return [part.parameter.detach().clone() for part in self.parts]
+        """Copies of the trained weights (of this process's share of them), for `restore`."""
+        return [part.place.read().clone() for part in self._settle()]
 
     @torch.no_grad()
     def restore(self, weights: list[Tensor] | None = None) -> None:
         """Write back weights from `weights()`; the original ones by default."""
-        for part, saved in zip(self.parts, weights or [p.anchor for p in self.parts], strict=True):
-            part.parameter.copy_(saved)
+        parts = self._settle()
+        for part, saved in zip(parts, weights or [p.anchor for p in parts], strict=True):
+            part.place.write(saved)
+        self._show_written()
+
+    def _show_written(self) -> None:
+        if self._zero_optimizer is not None:
+            show_written(self._zero_optimizer)
+
+    def _settle(self) -> list[Part]:
+        """The parts, once nothing gathered stands in for their shards and their anchors are sharded like them."""
+        settle(self.model)
+        for part in self.parts:
+            part.follow()
+        return self.parts
 
     @torch.no_grad()
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    def _before_step(self, optimizer: Any, *hook: Any) -> None:
+        self._settle()
         if not self._gradients_constrained:
             self.constrain_gradients()
         self._gradients_constrained = False
@@ -262,20 +258,16 @@ class StepConstrainer:
             self._normalise_gradients()
         for part in self.parts:
             if self.relative_step or self.measure_leak or (part.bound is not None and not part.bound.anchored):
-                part.before = part.parameter.detach().clone()
+                part.before = part.place.read().clone()
 
     @torch.no_grad()
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    def _after_step(self, optimizer: Any, *hook: Any) -> None:
         for part in self.parts:
-            if part.bound is None:
-                continue
-            weight_OI = part.matrix(part.parameter.detach())
-            reference = part.anchor if part.bound.anchored else part.before
-            assert reference is not None
-            reference_OI = part.matrix(reference)
-            weight_OI.copy_(reference_OI + part.bound(weight_OI - reference_OI))
+            if part.bound is not None:
+                part.constrain()
         if self.relative_step:
             self._rescale_step(optimizer.param_groups[0]["lr"])
+        self._show_written()
         if self.measure_leak:
             self.leak = self._leak()
         for part in self.parts:
@@ -283,64 +275,50 @@ class StepConstrainer:
 
     def _normalise_gradients(self) -> None:
         """Bring the gradients to the norm of the trained weights, so that `lr` times them is not lost in rounding."""
-        gradients = [p.parameter.grad for p in self.parts if p.parameter.grad is not None]
-        if not gradients:
+        places = [part.place for part in self.parts]
+        found = [(place, gradient) for place in places if (gradient := place.gradient()) is not None]
+        if not found:
             return
-        weight = torch.nn.utils.get_total_norm([part.parameter.detach() for part in self.parts])
-        size = torch.nn.utils.get_total_norm(gradients)
+        gradients = [gradient for _, gradient in found]
+        weight = _norm([place.read() for place in places], places)
+        size = _norm(gradients, [place for place, _ in found])
         torch._foreach_mul_(gradients, weight / size.clamp(min=torch.finfo(size.dtype).tiny))
+        for place, gradient in found:
+            place.set_gradient(gradient)
 
     def _rescale_step(self, relative: float) -> None:
         """Give the realised step the norm `relative * |weights|`; of an adapter the merged step and weight count."""
-        moves = [(part.parameter.detach(), part.before) for part in self.parts if part.before is not None]
-        plain = [(p.parameter.detach(), p.before) for p in self.parts if p.before is not None and not p.factor]
-        steps = [(weight - before).norm() for weight, before in plain] + [a.step_norm() for a in self.adapters]
-        sizes = [before.norm() for _, before in plain] + [adapter.norm() for adapter in self.adapters]
-        size = torch.stack(steps).norm()
-        if size > 0:
-            scale = relative * torch.stack(sizes).norm() / size
-            for weight, before in moves:
-                weight.lerp_(before, (1 - scale).to(weight.dtype))
+        moves = [(part.place, part.before) for part in self.parts if part.before is not None]
+        now, before = [place.read() for place, _ in moves], [before for _, before in moves]
+        plain = [i for i, part in enumerate(p for p in self.parts if p.before is not None) if not part.factor]
+        places = [moves[i][0] for i in plain]
+        step, size = (torch.zeros((), device=before[0].device) for _ in range(2))
+        if plain:
+            step = _norm(torch._foreach_sub([now[i] for i in plain], [before[i] for i in plain]), places)
+            size = _norm([before[i] for i in plain], places)
+        step = torch.stack([step, *(adapter.step_norm() for adapter in self.adapters)]).norm()
+        size = torch.stack([size, *(adapter.norm() for adapter in self.adapters)]).norm()
+        if step > 0:
+            scale = (1 - relative * size / step).item()
+            torch._foreach_lerp_(now, before, scale)
+            for (place, _), local in zip(moves, now, strict=True):
+                place.write(local)
 
     def _leak(self) -> float | None:
         """`|D U| / |D|` of the last realised step, over all weights with an anchored constraint."""
-        removed, total = 0.0, 0.0
+        squares: list[Tensor] = []
+        groups: list[Any] = []
         for part in self.parts:
             if part.bound is not None and part.bound.anchored and part.before is not None:
-                step = part.parameter.detach().float() - part.before.float()
-                inside, size = part.bound.leak(part.matrix(step))
-                removed, total = removed + inside.item(), total + size.item()
+                step_OI = part.matrix(part.place.read().float() - part.before.float())
+                squares.append(local_squares([step_OI - part.bound(step_OI), step_OI]))
+                groups += [group_of(step_OI)] * 2
+        if not squares:
+            return None
+        removed, total = sum_over_shards(torch.cat(squares), groups).view(-1, 2).sum(0).tolist()
         return (removed / total) ** 0.5 if total else None
 
 
-def _part(model: nn.Module, name: str, bound: dict[str, BoundConstraint]) -> _Part:
-    prefix, _, attribute = name.rpartition(".")
-    module = model.get_submodule(prefix)
-    layer = describe_layer(module) if attribute == "weight" else None
-    anchor = getattr(module, attribute).detach().clone()
-    owner, factor = layer_of(name)
-    whole = bound.get(owner) if layer else None
-    if whole is not None and factor:
-        right, left = (whole.right, None) if factor == "A" else (None, whole.left)
-        whole = BoundConstraint(right, left, whole.anchored)
-    return _Part(owner, factor, module, attribute, layer, whole, anchor)
-
-
-def _adapters(model: nn.Module, parts: list[_Part]) -> list[_Adapter]:
-    """The LoRA layers among the trained parts; A is brought to where the constraint lets it be, which is its anchor.
-
-    That changes nothing yet: B is 0.
-    """
-    by_factor = {(part.owner, part.factor): part for part in parts if part.factor}
-    found = []
-    for owner, module, adapter in lora_layers(model):
-        a, b = by_factor.get((owner, "A")), by_factor.get((owner, "B"))
-        if a is None and b is None:
-            continue
-        if a is None or b is None:
-            raise SettingsError(f"of the adapter of {owner} only one factor is trained; train both or neither")
-        if a.bound is not None and a.bound.right is not None:
-            a.anchor = a.bound.right.root()(a.anchor)
-            a.parameter.data.copy_(a.anchor)
-        found.append(_Adapter(owner, module.get_base_layer(), a, b, module.scaling[adapter]))
-    return found
+def _norm(tensors: Sequence[Tensor], places: Sequence[Whole]) -> Tensor:
+    """The norm of all values together."""
+    return sum_over_shards(local_squares(tensors), [place.group for place in places]).sum().sqrt()

@@ -83,9 +83,10 @@ class Request:
         with clock(timings, "evaluate"):
             report = self._judge(trainer, args)
         self._describe(report, trainer, args, timings)
+        state = trainer.whole_state_dict()
         if is_main():
             with replace_folder(target, args.overwrite_output_dir) as folder:
-                self._write(folder, trainer, report, target.name)
+                self._write(folder, trainer, state, report, target.name)
         wait_for_all()
         trainer.constrainer.restore()
         if self.peft_config is not None:
@@ -175,11 +176,19 @@ class Request:
         report.history = list(trainer.state.log_history)
         report.drift = asdict(drift) | {"relative": drift.relative}
 
-    def _write(self, folder: Path, trainer: UnlearningTrainer, report: UnlearningReport, name: str) -> None:
+    def _write(
+        self,
+        folder: Path,
+        trainer: UnlearningTrainer,
+        state: dict[str, Any] | None,
+        report: UnlearningReport,
+        name: str,
+    ) -> None:
         if self.peft_config is not None and self.merge_adapter:
-            self.model.save_pretrained(folder, state_dict=merged_state_dict(trainer.model))  # type: ignore[operator]
+            merged = merged_state_dict(trainer.model, state)
+            self.model.save_pretrained(folder, state_dict=merged)  # type: ignore[operator]
         else:
-            trainer.model.save_pretrained(folder)
+            trainer.model.save_pretrained(folder, state_dict=state)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         report.save(folder)

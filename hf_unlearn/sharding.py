@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hf_unlearn.errors import SettingsError
+
 T = TypeVar("T")
 
 
@@ -99,6 +101,42 @@ def leave() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def sharding_of(accelerator: Any) -> str:
+    """How a run's weights lie on its processes: `none` (each has all), `fsdp2`, or `zero1` to `zero3` (DeepSpeed)."""
+    state = accelerator.state
+    if (plugin := getattr(state, "deepspeed_plugin", None)) is not None:
+        return f"zero{plugin.zero_stage}" if plugin.zero_stage else "none"
+    plugin = getattr(state, "fsdp_plugin", None)
+    return f"fsdp{plugin.fsdp_version}" if plugin is not None else "none"
+
+
+def check_sharding(accelerator: Any) -> None:
+    """Raise `SettingsError` on sharding under which a constraint could not be kept."""
+    kind = sharding_of(accelerator)
+    if kind == "fsdp1":
+        raise SettingsError("FSDP version 1 cuts weights in the middle of a matrix; set fsdp_version: 2")
+    if kind == "fsdp2" and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+        raise SettingsError(
+            "fsdp_cpu_ram_efficient_loading leaves all processes but one without the original weights, which are the "
+            "anchor; set it to false"
+        )
+
+
+def shard_on_cpu(accelerator: Any, plugin_settings: Mapping[str, Any] | None) -> None:
+    """Turn FSDP on in a distributed run on CPUs whose settings or launcher ask for it."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    asked = plugin_settings is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    state = accelerator.state
+    if not asked or state.distributed_type != DistributedType.MULTI_CPU:
+        return
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(**(plugin_settings or {}))
+    if state.mixed_precision != "no":
+        state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
+    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
 def local_part(tensor: Tensor) -> Tensor:

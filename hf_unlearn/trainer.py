@@ -1,6 +1,7 @@
 """`UnlearningTrainer`: a Trainer whose loss forgets and whose optimizer steps obey a constraint."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from transformers.trainer_utils import (
 )
 
 from hf_unlearn.adapters import layer_of, with_adapter
-from hf_unlearn.callbacks import DriftBudgetCallback, OverUnlearningCallback
+from hf_unlearn.callbacks import DriftBudgetCallback, EngineCallback, OverUnlearningCallback
 from hf_unlearn.checkpoints import PREVIOUS, check_same_run, find_checkpoint, seal
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
@@ -33,7 +34,7 @@ from hf_unlearn.layers import find_layers
 from hf_unlearn.metrics import RowScores, row_scores
 from hf_unlearn.optimizer import StepConstrainer
 from hf_unlearn.predictions import predict
-from hf_unlearn.sharding import gather, wait_for_all
+from hf_unlearn.sharding import check_sharding, gather, shard_on_cpu, sharding_of, wait_for_all
 from hf_unlearn.statistics import RetainStatistics
 
 
@@ -119,16 +120,24 @@ class UnlearningTrainer(Trainer):
             optimizers=optimizers,
             compute_metrics=compute_metrics or _mean_scores,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            kind = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
-            raise SettingsError(f"{kind} is not supported yet; run data parallel (DDP), or on one process")
         self.loss_is_scaled_for_ga = True
         self._own_metrics = compute_metrics is None
+        self._unfinished_loss: Any = 0.0
         self._stopped_before: str | None = None
-        self._attached: torch.optim.Optimizer | None = None
+        self._attached: Any = None
         self.constrainer = StepConstrainer(self.model, statistics, constraint, relative_step=args.relative_step)
         self._stopping_rows = {"forget": forget, "holdout": encode(holdout_dataset, "holdout")}
-        self._add_stopping()
+        self._add_callbacks()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer; FSDP also where there is no accelerator. Raises `SettingsError` on sharding that is not handled.
+
+        accelerate shards on accelerators only and silently runs data parallel on CPUs instead.
+        """
+        super().create_accelerator_and_postprocess()
+        shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
+        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+        check_sharding(self.accelerator)
 
     @property
     def stop_reason(self) -> str:
@@ -162,7 +171,7 @@ class UnlearningTrainer(Trainer):
             if then["stopped"]:
                 return self._take_up_stopped(folder, then["stopped"])
             if stopping is not None and "previous_step" in then:
-                saved = load_file(folder / PREVIOUS, device=str(self.args.device))
+                saved = load_file(folder / self._previous_file, device=str(self.args.device))
                 stopping.previous = (then["previous_step"], [saved[str(i)] for i in range(len(saved))])
         return super().train(resume_from_checkpoint=str(folder) if folder else None, **options)
 
@@ -174,13 +183,14 @@ class UnlearningTrainer(Trainer):
         finally:
             self.args.save_total_limit = limit
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        state: dict[str, Any] = {"stopped": self.stop_reason if self.control.should_training_stop else None}
+        stopping = self._stopping_callback()
+        if stopping is not None and stopping.previous and stopping.previous[0] < self.state.global_step:
+            state["previous_step"], weights = stopping.previous
+            if self.args.should_save or self.is_sharded:
+                save_file({str(i): w.contiguous() for i, w in enumerate(weights)}, folder / self._previous_file)
         wait_for_all()
         if self.args.should_save:
-            state: dict[str, Any] = {"stopped": self.stop_reason if self.control.should_training_stop else None}
-            stopping = self._stopping_callback()
-            if stopping is not None and stopping.previous and stopping.previous[0] < self.state.global_step:
-                state["previous_step"], weights = stopping.previous
-                save_file({str(i): w.contiguous() for i, w in enumerate(weights)}, folder / PREVIOUS)
             seal(folder, self._run_description() | state)
             rotate_checkpoints(
                 self.args.output_dir, save_total_limit=limit, best_model_checkpoint=self.state.best_model_checkpoint,
@@ -204,7 +214,21 @@ class UnlearningTrainer(Trainer):
             "loss": {"name": args.loss, "own": args.loss_settings},
             "optimizer": {"optim": str(args.optim), "momentum": args.momentum, "relative_step": args.relative_step},
             "processes": args.world_size,
+            "sharding": sharding_of(self.accelerator),
         }
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the (master) weights only."""
+        return sharding_of(self.accelerator) != "none"
+
+    @property
+    def _previous_file(self) -> str:
+        return f"{self.args.process_index}-{PREVIOUS}" if self.is_sharded else PREVIOUS
+
+    def whole_state_dict(self) -> dict[str, Tensor] | None:
+        """All weights, on process 0, where they are sharded (a collective call); None where the model has them all."""
+        return self.accelerator.get_state_dict(self.model_wrapped) if self.is_sharded else None
 
     def _stopping_callback(self) -> OverUnlearningCallback | None:
         callbacks = self.callback_handler.callbacks
@@ -218,11 +242,14 @@ class UnlearningTrainer(Trainer):
                 {"lr": self.args.learning_rate, "momentum": self.args.momentum},
             )
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        inner = getattr(optimizer, "optimizer", optimizer)
-        if inner is not self._attached:  # called again by each train()
-            self.constrainer.attach(inner)
-            self._attached = inner
+        if not self.is_deepspeed_enabled:  # its engine does not exist yet
+            self._attach(getattr(optimizer, "optimizer", optimizer))
         return optimizer
+
+    def _attach(self, optimizer: Any) -> None:
+        if optimizer is not self._attached:  # called again by each train()
+            self.constrainer.attach(optimizer)
+            self._attached = optimizer
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Micro-batches of one optimizer step, and the number of units of each loss term in all of them."""
@@ -236,12 +263,13 @@ class UnlearningTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward pass; the gradient is constrained before it is clipped."""
+        self.constrainer.measure_leak = (self.state.global_step + 1) % max(self.state.logging_steps or 1, 1) == 0
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            self._stop_on_nonfinite(loss.item())
+        self._unfinished_loss += loss.detach()
         if self.accelerator.sync_gradients:
-            self.constrainer.constrain_gradients()
-            self.constrainer.measure_leak = (self.state.global_step + 1) % max(self.state.logging_steps or 1, 1) == 0
+            self._check_finite()
+            if not self.is_deepspeed_enabled:  # its step was a part of the backward pass
+                self.constrainer.constrain_gradients()
         return loss
 
     def compute_loss(
@@ -294,8 +322,10 @@ class UnlearningTrainer(Trainer):
             return None
         return upload(self.args.output_dir, self.hub_model_id, commit_message=commit_message, **options)
 
-    def _add_stopping(self) -> None:
+    def _add_callbacks(self) -> None:
         args = self.args
+        if self.is_deepspeed_enabled:
+            self.add_callback(EngineCallback(lambda: self._attach(self.model_wrapped)))
         if self._stopping_rows["holdout"] is not None or args.forget_target is not None:
             self.add_callback(
                 OverUnlearningCallback(self.constrainer, args.forget_metric, self._stopping_score, args.forget_target)
@@ -310,7 +340,12 @@ class UnlearningTrainer(Trainer):
         loader = self.get_eval_dataloader(self._stopping_rows[split])
         return self.evaluation_loop(loader, f"Comparing {split}").metrics[f"eval_{self.args.forget_metric}"]
 
-    def _stop_on_nonfinite(self, loss: float) -> None:
+    def _check_finite(self) -> None:
+        """Raise, on all processes at once, where a loss since the last step was not finite on any of them."""
+        loss = self.accelerator.reduce(self._unfinished_loss).item()
+        self._unfinished_loss = 0.0
+        if math.isfinite(loss):
+            return
         previous = next((p for cb in self.callback_handler.callbacks if (p := getattr(cb, "previous", None))), None)
         self.constrainer.restore(previous[1] if previous else None)
         kept = f"those of step {previous[0]}" if previous else "the original ones"

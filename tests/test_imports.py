@@ -26,10 +26,22 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Left to right. A name is a module or a sub-package of hf_unlearn.
 LEVELS = (
-    ("errors", "linalg", "files", "sharding", "adapters", "fingerprint", "predictions", "report", "losses", "metrics"),
+    (
+        "errors",
+        "linalg",
+        "files",
+        "sharding",
+        "placements",
+        "adapters",
+        "fingerprint",
+        "predictions",
+        "report",
+        "losses",
+        "metrics",
+    ),
     ("layers", "statistics", "data", "hub"),
     ("collect", "constraints"),
-    ("optimizer", "coverage"),
+    ("parts", "optimizer", "coverage"),
     ("config", "callbacks", "checkpoints", "trainer", "finetune"),
     ("benchmarks", "audit", "evaluation"),
     ("card", "ledger", "plots"),
@@ -46,6 +58,7 @@ ALLOWED = {
     "linalg": frozenset({"errors"}),
     "files": frozenset({"errors"}),
     "sharding": frozenset({"errors"}),
+    "placements": frozenset({"errors", "sharding"}),
     "adapters": frozenset({"errors"}),
     "fingerprint": frozenset({"errors", "adapters", "sharding"}),
     "losses": frozenset({"errors", "linalg", "predictions"}),
