@@ -46,11 +46,7 @@ def _launch(argv: list[str]) -> int:
     """Start the same command, without the flags of the launcher, on several processes; its exit code."""
     from hf_unlearn.launch import launch
 
-    parser = argparse.ArgumentParser(prog="hf-unlearn", allow_abbrev=False, add_help=False)
-    parser.add_argument("--accelerate_config", required=True)
-    parser.add_argument("--num_processes", type=int)
-    flags, rest = parser.parse_known_args(argv)
-    return launch(flags.accelerate_config, flags.num_processes, rest)
+    return launch(argv)
 
 
 def _usage() -> str:
@@ -59,7 +55,8 @@ def _usage() -> str:
 
 
 _FOOTER = """hf-unlearn COMMAND --help lists the options; --debug shows the traceback of an error.
-collect, run and evaluate start on several processes with --accelerate_config ddp [--num_processes N]."""
+collect, run and evaluate start on several processes with --accelerate_config ddp | fsdp2 | zero2 | zero3 | FILE
+[--num_processes N] [--num_machines M --machine_rank I --main_process_ip ADDRESS --main_process_port PORT]."""
 
 
 def _guarded(command: Callable[[list[str]], None], argv: list[str], debug: bool) -> int:
@@ -67,7 +64,7 @@ def _guarded(command: Callable[[list[str]], None], argv: list[str], debug: bool)
     from hf_unlearn.errors import UnlearningError
 
     try:
-        if "HF_UNLEARN_PROCESSES" in os.environ:
+        if command is not _demo:
             from hf_unlearn.launch import check_processes
 
             check_processes()

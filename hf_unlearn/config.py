@@ -1,9 +1,11 @@
 """`UnlearningConfig`: TrainingArguments plus the settings of unlearning. Help texts are made from the docstrings."""
 
+import os
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from hf_unlearn.constraints import CONSTRAINTS, ConstraintLike, build_constraint
@@ -77,7 +79,14 @@ class UnlearningConfig(TrainingArguments):
     report_to: None | str | list[str] = setting("none", "Trackers to report to.")
 
     def __post_init__(self) -> None:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if processes > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # else TrainingArguments would have each of the processes run by itself
         super().__post_init__()
+        if processes != self.world_size:
+            raise SettingsError(
+                f"{processes} processes were started and {self.world_size} joined; see `accelerate env`"
+            )
         self.remove_unused_columns = False  # batches are pairs of forget and retain rows
         self.build_loss()
         self.build_constraint()

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
@@ -17,7 +18,7 @@ from hf_unlearn.data import Row, labelled_row_key
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.files import replace_folder
 from hf_unlearn.fingerprint import weights_fingerprint
-from hf_unlearn.sharding import is_main, wait_for_all, world
+from hf_unlearn.sharding import is_main, sharding_of, wait_for_all, world
 
 logger = logging.get_logger(__name__)
 
@@ -32,8 +33,10 @@ class FineTuning:
     weight_decay: float = 0.0
     seed: int = 0
 
-    def run(self, model: nn.Module, rows: Sequence[Row], collator: Callable, scratch: str | os.PathLike) -> nn.Module:
-        """Fine-tune `model` in place on `rows` and return it."""
+    def run(
+        self, model: nn.Module, rows: Sequence[Row], collator: Callable, scratch: str | os.PathLike
+    ) -> dict[str, Tensor] | None:
+        """Fine-tune `model` in place on `rows`; returns its weights (on process 0 alone) if they are sharded."""
         _, processes = world()
         if self.batch_size % processes:
             raise SettingsError(
@@ -44,10 +47,13 @@ class FineTuning:
             str(scratch), num_train_epochs=self.epochs, learning_rate=self.learning_rate, seed=self.seed,
             per_device_train_batch_size=self.batch_size // processes, weight_decay=self.weight_decay,
             save_strategy="no", report_to="none", logging_strategy="no", remove_unused_columns=False,
+            use_cpu=not torch.accelerator.is_available(),  # said, or several processes would each train by themselves
         )  # fmt: skip
         trainer = Trainer(model, args, train_dataset=rows, data_collator=collator)
         trainer.train()
-        return model
+        if sharding_of(trainer.accelerator) == "none":
+            return None
+        return trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
 
 
 def cache_folder(folder: str | os.PathLike | None) -> Path:
@@ -83,15 +89,15 @@ def fine_tuned(
         return load(folder), json.loads((folder / "fine_tuning.json").read_text())["seconds"]
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        model = settings.run(base, rows, collator, scratch)
+        state = settings.run(base, rows, collator, scratch)
     seconds = round(time.perf_counter() - start, 1)
     if is_main():
         with replace_folder(folder) as new:
-            model.save_pretrained(new)  # type: ignore[operator]
+            base.save_pretrained(new, state_dict=state)  # type: ignore[operator]
             about = {**asdict(settings), "rows": len(rows), "seconds": seconds}
             (new / "fine_tuning.json").write_text(json.dumps(about))
     wait_for_all()
-    return model.eval(), seconds
+    return (base if state is None else load(folder)).eval(), seconds
 
 
 def _key(base: nn.Module, rows: Sequence[Row], settings: FineTuning) -> str:

@@ -262,11 +262,14 @@ class StepConstrainer:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Any, *hook: Any) -> None:
+        relative = optimizer.param_groups[0]["lr"]
+        if relative == 0:  # nothing has moved: torch's checkpoints make such steps to have an optimizer's state
+            return
         for part in self.parts:
             if part.bound is not None:
                 part.constrain()
         if self.relative_step:
-            self._rescale_step(optimizer.param_groups[0]["lr"])
+            self._rescale_step(relative)
         self._show_written()
         if self.measure_leak:
             self.leak = self._leak()
@@ -282,7 +285,7 @@ class StepConstrainer:
         gradients = [gradient for _, gradient in found]
         weight = _norm([place.read() for place in places], places)
         size = _norm(gradients, [place for place, _ in found])
-        torch._foreach_mul_(gradients, weight / size.clamp(min=torch.finfo(size.dtype).tiny))
+        torch._foreach_mul_(gradients, torch.where(size > 0, weight / size, 1.0))
         for place, gradient in found:
             place.set_gradient(gradient)
 

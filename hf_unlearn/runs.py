@@ -34,7 +34,7 @@ from hf_unlearn.fingerprint import weights_fingerprint
 from hf_unlearn.predictions import IGNORED
 from hf_unlearn.report import UnlearningReport
 from hf_unlearn.requests import Request
-from hf_unlearn.sharding import is_main, wait_for_all
+from hf_unlearn.sharding import is_main, loaded_whole, wait_for_all
 from hf_unlearn.statistics import RetainStatistics
 
 _SPEC = re.compile(r"(?P<name>[\w.-]+)(?P<slice>\[\d*:\d*\])?")
@@ -124,7 +124,8 @@ def load_model(name: str) -> nn.Module:
     It is put on this process's device: collecting comes before any Trainer would do so.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval().to(PartialState().device)
+        with loaded_whole():
+            return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval().to(PartialState().device)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load model {name!r}: {str(error).splitlines()[0]}") from error
 
@@ -145,6 +146,8 @@ def load_tokenizer(name: str) -> Any:
 def run(args: RunArguments, config: UnlearningConfig) -> dict[str, UnlearningReport]:
     """One deletion request, or the same one under several constraints; reports by constraint name."""
     names = _constraints(args, config)
+    if len(names) > 1 and config.deepspeed_plugin is not None:
+        raise SettingsError("under DeepSpeed a process unlearns once; run the constraints one by one")
     check_output(config.output_dir or "unlearned", config.overwrite_output_dir)
     request = prepare(args, config, fisher="kronecker" in names)
     reports = {}

@@ -6,12 +6,14 @@ torchrun set up; every process must make these calls in the same order.
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hf_unlearn.errors import SettingsError
@@ -112,9 +114,11 @@ def sharding_of(accelerator: Any) -> str:
     return f"fsdp{plugin.fsdp_version}" if plugin is not None else "none"
 
 
-def check_sharding(accelerator: Any) -> None:
-    """Raise `SettingsError` on sharding under which a constraint could not be kept."""
+def check_sharding(accelerator: Any, model: nn.Module) -> None:
+    """Raise `SettingsError` on sharding under which a constraint could not be kept; `model` may be sharded already."""
     kind = sharding_of(accelerator)
+    if kind == "fsdp2" and any(isinstance(module, FSDPModule) for module in model.modules()):
+        accelerator.state.fsdp_plugin.auto_wrap_policy = None  # it looks for names that FSDP has changed
     if kind == "fsdp1":
         raise SettingsError("FSDP version 1 cuts weights in the middle of a matrix; set fsdp_version: 2")
     if kind == "fsdp2" and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
@@ -137,6 +141,22 @@ def shard_on_cpu(accelerator: Any, plugin_settings: Mapping[str, Any] | None) ->
     if state.mixed_precision != "no":
         state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
     state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+@contextmanager
+def loaded_whole() -> Iterator[None]:
+    """Scope in which `from_pretrained` gives every process whole weights, under ZeRO-3 too.
+
+    Statistics and anchors come before weights are cut up; afterwards only the engine can put them together.
+    """
+    from transformers.integrations import deepspeed
+
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 def local_part(tensor: Tensor) -> Tensor:

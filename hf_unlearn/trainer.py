@@ -34,7 +34,7 @@ from hf_unlearn.layers import find_layers
 from hf_unlearn.metrics import RowScores, row_scores
 from hf_unlearn.optimizer import StepConstrainer
 from hf_unlearn.predictions import predict
-from hf_unlearn.sharding import check_sharding, gather, shard_on_cpu, sharding_of, wait_for_all
+from hf_unlearn.sharding import check_sharding, gather, loaded_whole, shard_on_cpu, sharding_of, wait_for_all
 from hf_unlearn.statistics import RetainStatistics
 
 
@@ -88,7 +88,8 @@ class UnlearningTrainer(Trainer):
     ):
         if not isinstance(model, nn.Module):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+            with loaded_whole():
+                model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         assert isinstance(model, nn.Module)
         encode = _encoder(processing_class, args.max_length)
         forget, retain = encode(forget_dataset, "forget"), encode(retain_dataset, "retain")
@@ -137,7 +138,7 @@ class UnlearningTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
         self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
-        check_sharding(self.accelerator)
+        check_sharding(self.accelerator, self.model)
 
     @property
     def stop_reason(self) -> str:
@@ -171,8 +172,9 @@ class UnlearningTrainer(Trainer):
             if then["stopped"]:
                 return self._take_up_stopped(folder, then["stopped"])
             if stopping is not None and "previous_step" in then:
-                saved = load_file(folder / self._previous_file, device=str(self.args.device))
-                stopping.previous = (then["previous_step"], [saved[str(i)] for i in range(len(saved))])
+                saved = load_file(folder / self._previous_file)
+                weights = [saved[str(i)].to(self.args.device) for i in range(len(saved))]
+                stopping.previous = (then["previous_step"], weights)
         return super().train(resume_from_checkpoint=str(folder) if folder else None, **options)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -200,7 +202,12 @@ class UnlearningTrainer(Trainer):
 
     def _take_up_stopped(self, folder: Path, reason: str) -> TrainOutput:
         """Load the checkpoint of a run that had come to its end."""
-        self._load_from_checkpoint(str(folder))
+        if self.is_sharded:  # such a checkpoint is loaded into a model that is sharded already
+            self._prepare_for_training(self.args.max_steps, self.get_train_dataloader(), str(folder))
+        else:
+            self._load_from_checkpoint(str(folder))
+        if self.is_deepspeed_enabled:
+            self._attach(self.model_wrapped)
         self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         self._stopped_before = reason
         return TrainOutput(self.state.global_step, 0.0, {})

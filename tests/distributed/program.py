@@ -9,14 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from accelerate.state import AcceleratorState
 from cases import text_rows, tiny_gpt2, tiny_llama
 from peft import LoraConfig
+from safetensors.torch import save_file
 from test_trainer import RETAIN, logits
+from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_unlearn.collect import collect_statistics
@@ -111,7 +109,7 @@ def _size(parameter: Any) -> int:
 
 def main(folder: Path, processes: int, modes: list[str]) -> None:
     for mode in modes:
-        _forget_mode()
+        forget_mode()
         (folder / mode).mkdir(parents=True, exist_ok=True)
         args = settings(folder / mode / "scratch", mode, processes)
         assert args.world_size == processes == (dist.get_world_size() if dist.is_initialized() else 1)
@@ -125,7 +123,7 @@ def main(folder: Path, processes: int, modes: list[str]) -> None:
         wait_for_all()
 
 
-def _forget_mode() -> None:
+def forget_mode() -> None:
     """Let one program run under several modes: accelerate's state is the process's, and outlives a Trainer."""
     for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         os.environ.pop(name, None)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
+import socket
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,20 @@ import pytest
 import torch
 from cases import requires_asset
 from filelock import FileLock
+from launching import ENVIRONMENT, can_run, start
 from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_unlearn.cli import main
 from hf_unlearn.report import UnlearningReport
 
-HERE = Path(__file__).resolve().parent
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 PLACEMENT = {"ddp": "Whole", "fsdp2": "Rows", "zero1": "Stretches", "zero2": "Stretches", "zero3": "Pieces"}
 # Three processes divide neither the rows of the data nor those of most weights.
 LAUNCHES = [("ddp", 2), ("ddp", 3), ("fsdp2", 2), ("fsdp2", 3), ("zero1", 2), ("zero2", 3), ("zero3", 2), ("zero3", 3)]
 launches = pytest.mark.parametrize(("mode", "processes"), LAUNCHES, ids=[f"{mode} x{n}" for mode, n in LAUNCHES])
 RUNS = ("kronecker", "conv1d", "signature", "signature, conv1d", "lora")
 Found = tuple[dict[str, Any], dict[str, Tensor]]
-
-
-def start(processes: int, *line: str) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
-    return subprocess.run(
-        [sys.executable, *launcher, *line], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
 
 
 @pytest.fixture(scope="session")
@@ -45,14 +37,13 @@ def found(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Any:
     results: dict[tuple[str, int], Found] = {}
 
     def ask(mode: str, processes: int) -> Found:
-        if not _can_run(mode):
+        if not can_run(mode):
             pytest.skip("DeepSpeed is not installed")
         folder = shared / str(processes)
         with FileLock(f"{folder}.lock"):
-            modes = [name for name, count in LAUNCHES if count == processes and _can_run(name)] or ["ddp"]
+            modes = [name for name, count in LAUNCHES if count == processes and can_run(name)] or ["ddp"]
             if not (folder / modes[-1] / "found.json").exists():
-                done = start(processes, str(HERE / "program.py"), str(folder), str(processes), *modes)
-                assert done.returncode == 0, done.stderr[-3000:]
+                start(processes, "program.py", str(folder), str(processes), *modes)
         if (mode, processes) not in results:
             content = json.loads((folder / mode / "found.json").read_text())
             results[mode, processes] = content, load_file(folder / mode / "found.safetensors")
@@ -60,10 +51,6 @@ def found(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Any:
 
     shared.mkdir(exist_ok=True)
     return ask
-
-
-def _can_run(mode: str) -> bool:
-    return not mode.startswith("zero") or find_spec("deepspeed") is not None
 
 
 def ddp(test: Any) -> Any:
@@ -134,23 +121,56 @@ def test_different_statistics_are_an_error_on_every_process(processes: int, foun
     assert found("ddp", 1)[0]["refused"] == ""
 
 
-def test_the_command_launches_itself_and_writes_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def tiny_request(tmp_path: Path, out: str, batch: int) -> list[str]:
     model, data = requires_asset("stories260K"), requires_asset("tofu/full.json").parent
-    common = ["--model_name_or_path", str(model), "--dataset_name", str(data), "--train", "full[0:12]"]
-    common += ["--forget", "full[0:4]", "--max_length", "128", "--cache_dir", str(tmp_path / "cache")]
-    common += ["--max_steps", "2", "--learning_rate", "5e-3", "--eval_strategy", "no", "--use_cpu", "True"]
-    probabilities = []
-    for processes in (1, 2):
-        out = tmp_path / f"out{processes}"
-        own = ["--output_dir", str(out), "--per_device_train_batch_size", str(4 // processes)]
-        many = ["--accelerate_config", "ddp", "--num_processes", "2"] if processes == 2 else []
-        assert main(["run", *common, *own, *many]) == 0
-        report = UnlearningReport.load(out)
-        metric = report.get("answer_probability", "forget", "unlearned")
-        assert metric is not None and (out / "model.safetensors").is_file()
-        probabilities.append(metric.value)
-    assert probabilities[1] == pytest.approx(probabilities[0], rel=1e-3)
+    return [
+        "--model_name_or_path", str(model), "--dataset_name", str(data), "--train", "full[0:12]", "--forget",
+        "full[0:4]", "--max_length", "128", "--cache_dir", str(tmp_path / "cache"), "--max_steps", "2",
+        "--learning_rate", "5e-3", "--eval_strategy", "no", "--per_device_train_batch_size", str(batch),
+        "--output_dir", str(tmp_path / out),
+    ]  # fmt: skip
+
+
+def forgotten(folder: Path) -> float:
+    metric = UnlearningReport.load(folder).get("answer_probability", "forget", "unlearned")
+    assert metric is not None and (folder / "model.safetensors").is_file()
+    return metric.value
+
+
+@pytest.mark.parametrize("config", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_the_command_launches_itself_and_writes_once(
+    config: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if not can_run(config):
+        pytest.skip("DeepSpeed is not installed")
+    assert main(["run", *tiny_request(tmp_path, "one", 4), "--use_cpu", "True"]) == 0
+    many = ["--accelerate_config", config, "--num_processes", "2"]
+    assert main(["run", *tiny_request(tmp_path, "two", 2), *many]) == 0
+    assert forgotten(tmp_path / "two") == pytest.approx(forgotten(tmp_path / "one"), rel=1e-3)
     assert capfd.readouterr().out.count("answer_probability by split") == 2
+
+
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun", "two nodes"])
+def test_other_launchers_and_two_nodes_do_the_same(launcher: str, tmp_path: Path) -> None:
+    request = tiny_request(tmp_path, "two", 2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script, python = str(RECIPES / "unlearn.py"), sys.executable
+    if launcher == "accelerate":
+        config = f"--config_file={RECIPES / 'accelerate' / 'fsdp2.yaml'}"
+        lines = [[python, "-m", "accelerate.commands.launch", config, "--main_process_port", port, script, *request]]
+    elif launcher == "torchrun":
+        lines = [[python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *request]]
+    else:  # a launcher on each node; here they share one machine, and meet over the loopback interface
+        node = ["-m", "hf_unlearn", "run", *request, "--accelerate_config", "ddp_two_nodes", "--num_processes", "2"]
+        lines = [[python, *node, "--machine_rank", str(rank), "--main_process_port", port] for rank in range(2)]
+    started = [subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) for line in lines]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * len(lines)
+    assert sum(output.count("answer_probability by split") for output in outputs) == 1
+    assert main(["run", *tiny_request(tmp_path, "one", 4), "--use_cpu", "True"]) == 0
+    assert forgotten(tmp_path / "two") == pytest.approx(forgotten(tmp_path / "one"), rel=1e-3)
 
 
 def test_fewer_processes_than_asked_is_an_error(
@@ -161,7 +181,18 @@ def test_fewer_processes_than_asked_is_an_error(
     assert "2 processes were asked for and 1 started" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["fsdp7"], ["nowhere.yaml"], ["ddp", "--num_processes", "0"]], ids=" ".join)
+def test_a_silent_single_process_of_accelerate_is_an_error() -> None:
+    """`accelerate launch --cpu` starts one process, whatever number it is given."""
+    line = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "-m", "hf_unlearn", "run"]
+    done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0 and "2 processes were asked for and 1 started" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["fsdp7"], ["nowhere.yaml"], ["ddp", "--num_processes", "0"], ["ddp_two_nodes", "--num_processes", "3"]],
+    ids=" ".join,
+)
 def test_an_unknown_configuration_is_one_line(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--accelerate_config", *flags]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,28 @@
+"""What a constrained step of sharded weights sends: nothing where the constraint acts on whole rows."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from launching import start
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("counted")
+    start(2, "counted.py", str(folder))
+    return json.loads((folder / "counted.json").read_text())
+
+
+def test_a_right_hand_factor_on_rows_sends_nothing(counted: dict[str, Any]) -> None:
+    assert counted["linear, right"] == {"weights": 14, "total": 0, "counts": {}}
+
+
+@pytest.mark.parametrize(("case", "round_trips"), [("linear, both", 1), ("conv1d, both", 1), ("conv1d, right", 2)])
+def test_the_other_side_takes_one_round_trip_a_weight(case: str, round_trips: int, counted: dict[str, Any]) -> None:
+    """For the step; an anchored one (energy) has another for the gradient. With gloo an all-to-all is a gather."""
+    found = counted[case]
+    assert found["total"] == 2 * round_trips * found["weights"]
+    assert all("all_gather" in kind or "alltoall" in kind for kind in found["counts"])
