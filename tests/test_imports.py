@@ -32,6 +32,7 @@ LEVELS = (
         "files",
         "sharding",
         "placements",
+        "storage",
         "adapters",
         "fingerprint",
         "predictions",
@@ -55,10 +56,11 @@ LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 # The leftmost level has an order of its own: all that these may import from the package.
 ALLOWED = {
     "errors": frozenset[str](),
-    "linalg": frozenset({"errors"}),
+    "linalg": frozenset({"errors", "sharding"}),
     "files": frozenset({"errors"}),
     "sharding": frozenset({"errors"}),
     "placements": frozenset({"errors", "sharding"}),
+    "storage": frozenset({"errors", "sharding"}),
     "adapters": frozenset({"errors"}),
     "fingerprint": frozenset({"errors", "adapters", "sharding"}),
     "losses": frozenset({"errors", "linalg", "predictions"}),
