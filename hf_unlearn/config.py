@@ -35,9 +35,16 @@ class UnlearningConfig(TrainingArguments):
         "layer_constraints",
     ]
 
-    loss: str = setting("ce_u", f"Forget loss: {', '.join(sorted(LOSSES))}.")
+    loss: str = setting(
+        "ce_u", f"Forget loss: {', '.join(sorted(LOSSES))}; or module:function, a term of your own (losses.build_loss)."
+    )
     loss_settings: dict | str | None = setting(
         None, 'Settings of the loss as JSON, such as {"beta": 0.1}; gamma and alpha weigh the forget and retain terms.'
+    )
+    original_logprobs: str | None = setting(
+        None,
+        "Folder of what the loss reads of the original model, on disk instead of by a second forward pass at each "
+        "step; made at the first run.",
     )
     constraint: str = setting("energy", f"Constraint on every step: {', '.join(CONSTRAINTS)}.")
     constraint_settings: dict | str | None = setting(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from inspect import signature
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,11 @@ from hf_unlearn.errors import DataError, ModelError, SettingsError
 IGNORED = -100
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 Batch = Mapping[str, Tensor]
+Task = Literal["language-model", "text-classification", "image-classification"]
+TASKS: dict[str | None, Task] = {
+    "ForSequenceClassification": "text-classification",
+    "ForImageClassification": "image-classification",
+}
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,17 @@ def shifts_labels(model: nn.Module) -> bool:
     if config is None or getattr(config, "is_encoder_decoder", False):
         return False
     return getattr(model, "loss_type", None) in (None, "ForCausalLM", "ForConditionalGeneration")
+
+
+def task_of(model: nn.Module) -> Task | None:
+    """What kind of rows a model takes, by transformers' `loss_type` (that is, its class); None where that says nothing.
+
+    A language model is one that is trained on the tokens of its own answer: decoders and encoder-decoders.
+    """
+    model = without_wrapper(getattr(model, "module", model))
+    task = TASKS.get(getattr(model, "loss_type", None))
+    is_text = shifts_labels(model) or getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return task or ("language-model" if is_text else None)
 
 
 def label_positions(model: nn.Module, labels: Tensor, skip_first: bool = False) -> Tensor:

@@ -154,8 +154,8 @@ class Request:
             "date": datetime.now(timezone.utc).date().isoformat(),
         }
         report.method = {
-            "loss": args.loss,
-            "loss_settings": {"gamma": trainer.loss.gamma, "alpha": trainer.loss.alpha, **trainer.loss.settings},
+            "loss": trainer.loss.name,
+            "loss_settings": trainer.loss.all_settings,
             "constraint": args.constraint,
             "constraint_settings": _settings_of(args),
             "statistics": statistics

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Left to right. A name is a module or a sub-package of hf_unlearn.
 LEVELS = (
     ("errors", "linalg", "files", "sharding", "adapters", "fingerprint", "predictions", "report", "losses", "metrics"),
-    ("layers", "statistics", "data", "hub"),
+    ("layers", "statistics", "formats", "data", "original_outputs", "hub", "selection"),
     ("collect", "constraints"),
     ("optimizer", "coverage"),
     ("config", "callbacks", "checkpoints", "trainer", "finetune"),
@@ -48,7 +48,7 @@ ALLOWED = {
     "sharding": frozenset({"errors"}),
     "adapters": frozenset({"errors"}),
     "fingerprint": frozenset({"errors", "adapters", "sharding"}),
-    "losses": frozenset({"errors", "linalg", "predictions"}),
+    "losses": frozenset({"errors", "linalg", "predictions", "fingerprint"}),
     "metrics": frozenset({"errors", "linalg", "predictions", "sharding"}),
 }
 

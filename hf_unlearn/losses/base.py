@@ -114,6 +114,13 @@ class UnlearningLoss:
         """Whether retain rows are read, if there are any."""
         return self.alpha > 0 or self.dual is not None
 
+    @property
+    def all_settings(self) -> dict[str, Any]:
+        """Everything it was built with, for reports and restarts."""
+        own = dict(self.settings) | ({} if self.layer is None else {"layer": self.layer})
+        weights = {"gamma": self.gamma, "alpha": self.alpha, "retain": self.retain}
+        return weights | own | ({} if self.dual is None else self.dual.settings())
+
     def counts(self, model: nn.Module, batch: Mapping[str, Batch]) -> dict[str, int]:
         """Number of units behind each term's mean, so that gradient accumulation weighs micro-batches rightly."""
         forget = _labels(batch["forget"])
