@@ -154,6 +154,11 @@ class _Collector:
         if missing:
             raise ModelError(f"{missing[0]} (and {len(missing) - 1} more layers) never ran; leave them out of `layers`")
         self._sum_over_processes()
+        for name, gram_II in self.gram_sums.items():
+            if not torch.isfinite(gram_II).all():
+                raise ModelError(
+                    f"the inputs of {name} are not finite (NaN or infinite); the weights or rows are broken"
+                )
         return RetainStatistics(
             gram_sums=self.gram_sums,
             fisher_sums={name: self.fisher_sums[name] for name in self.layers} if self.fisher else {},

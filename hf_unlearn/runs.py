@@ -34,6 +34,7 @@ from hf_unlearn.fingerprint import weights_fingerprint
 from hf_unlearn.predictions import IGNORED
 from hf_unlearn.report import UnlearningReport
 from hf_unlearn.requests import Request
+from hf_unlearn.selection import read_requests, rows_by_index, rows_requested, rows_where
 from hf_unlearn.sharding import is_main, wait_for_all
 from hf_unlearn.statistics import RetainStatistics
 
@@ -56,6 +57,15 @@ class RunArguments(DataArguments):
 
     train: str = setting("", "Split that the model was, or is to be, trained on; it includes the forget rows.")
     forget: str = setting("", "Split to forget.")
+    forget_filter: str | None = setting(
+        None,
+        "Forget the rows of that split (default: of train) that fit, such as 'author == \"A\"'; also !=, <, in, "
+        "contains, joined by and.",
+    )
+    forget_indices: str | None = setting(None, "Forget the rows of it that a file numbers: a JSON list, or one a line.")
+    forget_request: str | None = setting(
+        None, 'Forget the rows of it that a file of JSON lines names: whole rows, or values such as {"id": 7}.'
+    )
     retain: str | None = setting(None, "Split to judge retained knowledge on; default: train without forget.")
     holdout: str | None = setting(None, "Split that was never seen; early stopping compares with it.")
     eval_splits: str | None = setting(None, "Further splits to judge on.")
@@ -162,7 +172,8 @@ def prepare(args: RunArguments, config: UnlearningConfig, *, fisher: bool) -> Re
     """Load or make everything that a request needs: rows, original and retrained model, statistics."""
     tokenizer = load_tokenizer(args.model_name_or_path)
     collator = default_collator(tokenizer)
-    splits = _splits(args, tokenizer, config.max_length)
+    idk_seed = config.seed if config.build_loss().kind.alternates == "idk" else None
+    splits = _splits(args, tokenizer, config.max_length, idk_seed)
     train = splits.pop("train")
     timings: dict[str, float] = {}
 
@@ -193,7 +204,7 @@ def prepare(args: RunArguments, config: UnlearningConfig, *, fisher: bool) -> Re
     return Request(
         model, forget, splits, statistics, args.subtract_forget, retain if args.use_retain_rows else None, retrained,
         tokenizer, collator, _peft_config(args), args.merge_adapter,
-        f"{args.dataset_name.rstrip('/').split('/')[-1]} {args.forget}",
+        f"{args.dataset_name.rstrip('/').split('/')[-1]} {args.forget or args.train}",
         _sampler(forget[: args.samples], tokenizer) if args.samples else None, timings,
     )  # fmt: skip
 
@@ -255,13 +266,35 @@ def _constraints(args: RunArguments, config: UnlearningConfig) -> list[str]:
     return names
 
 
-def _splits(args: RunArguments, tokenizer: Any, max_length: int | None) -> dict[str, list[Row]]:
+def forget_rows(args: RunArguments) -> datasets.Dataset:
+    """The raw rows to forget: a split, or those of it that a filter or a file selects; or a file's own rows.
+
+    Raises:
+        DataError: No such split, or nothing selected.
+        SettingsError: Two ways to select at once.
+    """
+    given = {"filter": args.forget_filter, "indices": args.forget_indices, "request": args.forget_request}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if len(chosen) > 1:
+        raise SettingsError(f"pass only one of {' and '.join('--forget_' + name for name in chosen)}")
+    if args.forget_request is not None and not (args.forget or args.train):  # the file has the rows themselves
+        return datasets.Dataset.from_list(read_requests(args.forget_request))
+    rows = load_rows(args.dataset_name, args.forget or (args.train if chosen else ""), "forget")
+    for name, value in chosen.items():
+        select = {"filter": rows_where, "indices": rows_by_index, "request": rows_requested}[name]
+        rows = rows.select(select(rows, value))
+    return rows
+
+
+def _splits(
+    args: RunArguments, tokenizer: Any, max_length: int | None, idk_seed: int | None = None
+) -> dict[str, list[Row]]:
     """Encoded rows by split; the retain split defaults to the train rows that are not to be forgotten."""
 
     def encoded(splits: str, what: str) -> list[Row]:
         return encode_dataset(load_rows(args.dataset_name, splits, what), tokenizer, what=what, max_length=max_length)
 
-    forget = encoded(args.forget, "forget")
+    forget = encode_dataset(forget_rows(args), tokenizer, what="forget", max_length=max_length, idk_seed=idk_seed)
     train = encoded(args.train, "train") if args.train else []
     if args.retain:
         retain = encoded(args.retain, "retain")
@@ -277,6 +310,7 @@ def _splits(args: RunArguments, tokenizer: Any, max_length: int | None) -> dict[
         found.pop("retain")
     if args.holdout:
         found["holdout"] = encoded(args.holdout, "holdout")
+        require_disjoint(forget, found["holdout"], "holdout")
     for split in (args.eval_splits or "").split(","):
         if split.strip():
             found[split.strip()] = encoded(split.strip(), "eval_splits")

@@ -12,7 +12,7 @@ The left side is a column, the right side JSON (a text in double quotes, a numbe
 import json
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,8 @@ def _parse(expression: str) -> list[tuple[str, str, Any]]:
 def _holds(row: Row, test: tuple[str, str, Any], expression: str) -> bool:
     column, sign, given = test
     value = row[column]
+    if sign == "contains" and value is None:
+        return False
     wanted = given if sign == "in" else [given]
     if sign == "contains":
         fits = isinstance(value, list) or (isinstance(value, str) and isinstance(given, str))
@@ -99,6 +101,10 @@ def _holds(row: Row, test: tuple[str, str, Any], expression: str) -> bool:
 def _kind(value: Any) -> type:
     """Numbers of all kinds are comparable; truth values are no numbers here."""
     return float if isinstance(value, (int, float)) and not isinstance(value, bool) else type(value)
+
+
+def _same(value: Any, given: Any) -> bool:
+    return _kind(value) == _kind(given) and value == given
 
 
 def rows_by_index(rows: Any, path: str, what: str = "forget") -> list[int]:
@@ -163,7 +169,7 @@ def rows_requested(rows: Any, path: str, what: str = "forget") -> list[int]:
             raise DataError(
                 f"{path}, request {number}: there is no column {unknown[0]!r}, only {', '.join(sorted(columns))}"
             )
-        fits = [i for i, row in enumerate(all_rows) if all(row[name] == value for name, value in request.items())]
+        fits = [i for i, row in enumerate(all_rows) if all(_same(row[name], value) for name, value in request.items())]
         if not fits:
             raise DataError(f"{path}, request {number} fits none of the {len(rows)} rows of the {what} set")
         for index in fits:
@@ -178,10 +184,3 @@ def _read(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
-
-
-SELECTORS: dict[str, Callable[[Any, str, str], list[int]]] = {
-    "filter": rows_where,
-    "indices": rows_by_index,
-    "request": rows_requested,
-}

@@ -41,6 +41,7 @@ COLUMNS = "author, id, note, tags, year"
         ('tags contains "c"', lambda r: "c" in r["tags"]),
         ("note == null", lambda r: r["note"] is None),
         ('note == "x and y"', lambda r: r["id"] == 0),
+        ('note contains "and"', lambda r: r["id"] == 0),
     ],
 )
 def test_a_filter_selects_what_its_twin_does(expression: str, twin: Callable[[dict[str, Any]], bool]) -> None:
@@ -123,6 +124,7 @@ def test_a_request_names_rows_whole_or_by_some_of_their_values(tmp_path: Path) -
     [
         ([{"id": 9}], "request 1 fits none of the 5 rows of the forget set"),
         ([{"id": "0"}], "fits none"),
+        ([{"id": True}], "fits none"),
         ([{**ROWS[3], "year": 1}], "fits none"),
         ([{"number": 1}], f"there is no column 'number', only {COLUMNS}"),
         ([{"id": 0}, {"author": "Basil"}], "requests 1 and 2 both name row 0; name it once"),
