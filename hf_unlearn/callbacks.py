@@ -91,7 +91,7 @@ class OverUnlearningCallback(TrainerCallback):
 
 
 class DualWeightCallback(TrainerCallback):
-    """Update the dual weight of a loss at the ends of steps and epochs, by the retain loss of all processes."""
+    """Tell the dual weight of a loss the retain loss of each step, that of all processes."""
 
     def __init__(self, dual: DualWeight):
         self.dual = dual
@@ -100,11 +100,6 @@ class DualWeightCallback(TrainerCallback):
         retain = {"loss": self.dual.take()}
         sum_over_processes(retain)
         self.dual.end_step(retain["loss"].item(), state.epoch or 0.0)
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.dual.end_epoch(state.epoch or 0.0)
 
 
 class DriftBudgetCallback(TrainerCallback):

@@ -262,6 +262,8 @@ class UnlearningTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Micro-batches of one optimizer step, and the number of units of each loss term in all of them."""
+        assert isinstance(self.train_dataset, PairedDataset)
+        self.train_dataset.set_epoch(int(self.state.epoch or 0))  # which skipping batches after a restart leaves out
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [self.loss.counts(self.model, batch) for batch in batches]
         total = {term: sum(count[term] for count in counts) for term in (counts[0] if counts else ())}

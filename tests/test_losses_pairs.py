@@ -357,30 +357,31 @@ def test_dual_weight_rises_while_the_bound_is_broken_and_falls_to_zero_at_most()
     assert dual.value == 1.0
 
 
+def test_dual_weight_warms_up_to_the_end_of_an_epoch() -> None:
+    dual = DualWeight(1.0, eps=0.0, warmup_epochs=1)
+    for epoch, value in ((0.5, 1.0), (1.0, 1.0), (1.5, 2.0), (2.0, 3.0)):
+        dual.end_step(1.0, epoch)
+        assert dual.value == value
+
+
 def test_dual_weight_by_epoch_is_updated_by_the_mean_over_its_steps() -> None:
     dual = DualWeight(1.0, eps=0.5, warmup_epochs=0, update_upon="epoch")
-    for retain in (1.0, 2.0):
-        dual.end_step(retain, epoch=0.5)
+    dual.end_step(1.0, epoch=0.5)
     assert dual.value == 1.0
-    dual.end_epoch(1.0)
+    dual.end_step(2.0, epoch=1.0)
     assert dual.value == 2.0 and not dual.pending
-    dual.end_epoch(2.0)
-    assert dual.value == 2.0  # no step, no change
+    dual.end_step(1.0, epoch=1.25)
+    assert dual.value == 2.0
 
 
 def test_dual_weight_comes_back_from_its_state() -> None:
     dual = DualWeight(1.0, eps=0.1, warmup_epochs=0, update_upon="epoch")
     dual.end_step(0.7, 0.5)
-    again = DualWeight(1.0, eps=0.1, warmup_epochs=0, update_upon="epoch")
+    again, fresh = (DualWeight(1.0, eps=0.1, warmup_epochs=0, update_upon="epoch") for _ in range(2))
     again.load_state(json.loads(json.dumps(dual.state())))
-    for weight in (dual, again):
-        weight.end_step(0.3, 0.9)
-        weight.end_epoch(1.0)
-    assert again.value == dual.value == 1.0 + 0.5 - 0.1
-    fresh = DualWeight(1.0, eps=0.1, warmup_epochs=0, update_upon="epoch")
-    fresh.end_step(0.3, 0.9)
-    fresh.end_epoch(1.0)
-    assert fresh.value != dual.value
+    for weight in (dual, again, fresh):
+        weight.end_step(0.3, 1.0)
+    assert again.value == dual.value == 1.0 + 0.5 - 0.1 != fresh.value
 
 
 def test_pdu_takes_the_weight_of_the_moment_and_notes_the_retain_loss_of_the_step() -> None:

@@ -64,17 +64,14 @@ class DualWeight:
         """An optimizer step has ended, `epoch` epochs into the run, with this mean retain loss over all processes."""
         self.pending.append(retain)
         if self.update_upon == "step":
-            self._update(epoch)
+            self._update(epoch > self.warmup_epochs)
+        elif abs(epoch - round(epoch)) < 1e-6:  # not at on_epoch_end, which comes after a checkpoint of this step
+            self._update(epoch >= self.warmup_epochs)
 
-    def end_epoch(self, epoch: float) -> None:
-        """An epoch has ended."""
-        if self.update_upon == "epoch" and self.pending:
-            self._update(epoch)
-
-    def _update(self, epoch: float) -> None:
+    def _update(self, warm: bool) -> None:
         retain = sum(self.pending) / len(self.pending)
         self.pending.clear()
-        if epoch >= self.warmup_epochs:
+        if warm:
             self.value = max(0.0, self.value + self.eta * (retain - self.eps))
 
     def reset(self) -> None:
