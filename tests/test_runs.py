@@ -20,7 +20,16 @@ from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.finetune import FineTuning
 from hf_unlearn.metrics import score_rows
 from hf_unlearn.report import UnlearningReport
-from hf_unlearn.runs import RunArguments, collect, evaluate, load_model, load_rows, load_tokenizer, run
+from hf_unlearn.runs import (
+    RunArguments,
+    collect,
+    evaluate,
+    forget_rows,
+    load_model,
+    load_rows,
+    load_tokenizer,
+    run,
+)
 from hf_unlearn.statistics import RetainStatistics
 
 
@@ -256,3 +265,45 @@ def test_statistics_and_forget_rows_are_all_that_a_request_needs(places: dict[st
     )
     (report,) = run(args, settings(tmp_path / "out", max_steps=1)).values()
     assert {metric.split for metric in report.metrics} == {"forget"} and report.method["statistics"]["rows"] == 8
+
+
+# Which rows are forgotten
+
+
+def names_only(places: dict[str, str], tmp_path: Path, **changes: Any) -> RunArguments:
+    return RunArguments(places["model"], places["data"], cache_dir=str(tmp_path), **changes)
+
+
+def test_rows_are_forgotten_by_filter_numbers_or_request(places: dict[str, str], tmp_path: Path) -> None:
+    whole = load_rows(places["data"], "full[0:40]", "forget")
+    name = whole[20]["answer"].split()[0]
+    by_filter = forget_rows(names_only(places, tmp_path, train="full[0:40]", forget_filter=f'answer contains "{name}"'))
+    assert by_filter["answer"] == [a for a in whole["answer"] if name in a] and 0 < len(by_filter) < 40
+    (tmp_path / "rows.txt").write_text("3\n1\n")
+    by_number = forget_rows(
+        names_only(places, tmp_path, forget="full[10:20]", forget_indices=str(tmp_path / "rows.txt"))
+    )
+    assert by_number["question"] == [whole[13]["question"], whole[11]["question"]]
+    requests = [whole[5], {"question": whole[7]["question"]}]
+    (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, requests)))
+    asked: dict[str, Any] = {"forget_request": str(tmp_path / "requests.jsonl")}
+    by_request = forget_rows(names_only(places, tmp_path, train="full[0:40]", **asked))
+    assert by_request["answer"] == [whole[5]["answer"], whole[7]["answer"]]
+    (tmp_path / "requests.jsonl").write_text(json.dumps(whole[5]))
+    assert forget_rows(names_only(places, tmp_path, **asked))[0] == whole[5]  # no data set: the file has the rows
+    with pytest.raises(SettingsError, match="pass only one of --forget_filter and --forget_request"):
+        forget_rows(names_only(places, tmp_path, train="full", forget_filter="a == 1", **asked))
+    with pytest.raises(DataError, match="selects none of the 40 rows"):
+        forget_rows(names_only(places, tmp_path, train="full[0:40]", forget_filter='answer == "?"'))
+
+
+def test_a_run_by_filter_with_idk_answers_and_outputs_on_disk(places: dict[str, str], tmp_path: Path) -> None:
+    name = load_rows(places["data"], "full[0:4]", "forget")[0]["answer"].split()[0]
+    args = arguments(places, forget="full[0:4]", forget_filter=f'answer contains "{name}"')
+    config = settings(tmp_path / "out", loss="idk", original_logprobs=str(tmp_path / "outputs"), max_steps=3)
+    (report,) = run(args, config).values()
+    assert 1 <= report.request["rows"] <= 4 and (tmp_path / "outputs" / "original_outputs.json").is_file()
+    assert report.method["loss"] == "idk" and report.method["loss_settings"]["gamma"] == 1
+    assert probability(report, "forget") < probability(report, "forget", "original")
+    with pytest.raises(DataError, match="forget rows are also in the holdout set"):
+        run(arguments(places, holdout="full[2:6]"), settings(tmp_path / "other"))
