@@ -60,6 +60,9 @@ class UnlearningConfig(TrainingArguments):
     )
     allow_exposed: list[str] = setting([], "Name patterns of parameters that may train without protection.")
     freeze: list[str] = setting([], "Name patterns of parameters to freeze besides biases, norms and embeddings.")
+    train_only: list[str] = setting(
+        [], "Name patterns of the parameters that may train, such as *.layers.5.mlp.down_proj.weight; default: all."
+    )
     forget_metric: str = setting(
         "probability", "What early stopping compares between forget and held-out rows: probability, accuracy or loss."
     )

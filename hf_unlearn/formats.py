@@ -183,7 +183,8 @@ def image_encoder(columns: set[str], encoding: Encoding) -> Encode:
     processor = getattr(processor, "image_processor", processor)
     if not callable(processor) or hasattr(processor, "encode"):
         raise DataError(f"the {encoding.what} set has raw images; pass the model's image processor to encode them")
-    channels = getattr(getattr(encoding.model, "config", None), "num_channels", 3)
+    default = len(getattr(processor, "image_mean", None) or "RGB")
+    channels = getattr(getattr(encoding.model, "config", None), "num_channels", default)
 
     def encode(row: Row, index: int) -> dict[str, Any]:
         image = row[name]

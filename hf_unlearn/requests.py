@@ -190,7 +190,7 @@ class Request:
 _REPORTED = frozenset(
     "learning_rate momentum optim lr_scheduler_type num_train_epochs max_steps per_device_train_batch_size "
     "gradient_accumulation_steps max_grad_norm weight_decay relative_step seed bf16 fp16 eval_strategy eval_steps "
-    "forget_metric forget_target max_retain_drift layer_constraints allow_exposed freeze max_length".split()
+    "forget_metric forget_target max_retain_drift layer_constraints allow_exposed freeze train_only max_length".split()
 )
 
 

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from hf_unlearn.data import (
     require_disjoint,
     require_labels,
 )
-from hf_unlearn.errors import NonFiniteLossError, SettingsError, StatisticsError
+from hf_unlearn.errors import CoverageError, NonFiniteLossError, SettingsError, StatisticsError
 from hf_unlearn.hub import upload
 from hf_unlearn.layers import find_layers
 from hf_unlearn.losses import UnlearningLoss, build_loss
@@ -430,11 +431,23 @@ def _statistics(
 
 def _freeze(model: nn.Module, statistics: RetainStatistics | None, constraint: Any, args: UnlearningConfig) -> Coverage:
     """Coverage of the run; without a constraint the same weights train, all of them exposed."""
+    _keep_only(model, args.train_only)
     if constraint is not None and statistics is not None:
         return freeze_unprotected(model, statistics.layers, args.allow_exposed, args.freeze)
     layers = statistics.layers if statistics is not None else find_layers(model)
     exposed = [name for name, _ in model.named_parameters() if layer_of(name)[0] in layers]
     return freeze_unprotected(model, (), [*exposed, *args.allow_exposed], args.freeze)
+
+
+def _keep_only(model: nn.Module, patterns: list[str]) -> None:
+    """Freeze every parameter that none of the patterns names; without patterns nothing is done."""
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise CoverageError(f"train_only: pattern {pattern!r} matches no parameter, such as {names[0]!r}")
+    for name, parameter in model.named_parameters():
+        if patterns and not any(fnmatchcase(name, pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
 
 
 def _mean_scores(prediction: EvalPrediction) -> dict[str, float]:

@@ -22,7 +22,7 @@ from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.constraints import CONSTRAINTS
 from hf_unlearn.data import PaddingCollator
-from hf_unlearn.errors import DataError, OutputError, SettingsError
+from hf_unlearn.errors import CoverageError, DataError, OutputError, SettingsError
 from hf_unlearn.losses import LOSSES, build_loss
 from hf_unlearn.original_outputs import INDEX, batch_keys, original_outputs
 from hf_unlearn.predictions import Predictions, predict
@@ -343,6 +343,19 @@ def test_idk_needs_raw_rows_alone(tmp_path: Path) -> None:
         make(tmp_path, "idk", forget=text_rows(3), retain=None)
     given = raw_rows(3, alternate="in Bonn .")
     make(tmp_path, "altpo", forget=given, retain=None, options={"processing_class": tokenizer()}).train()
+
+
+def test_rmu_trains_the_weights_that_train_only_names(tmp_path: Path) -> None:
+    model = tiny_llama()
+    first = copy.deepcopy(model.state_dict())
+    chosen = ["*.layers.0.mlp.down_proj.weight"]
+    make(tmp_path, "rmu", {"layer": 0}, model=model, train_only=chosen).train()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(first[name], value)}
+    assert moved == {"model.layers.0.mlp.down_proj.weight"}
+    make(tmp_path, "rmu", {"layer": 0}, model=(other := tiny_llama())).train()
+    assert sum(not torch.equal(first[name], value) for name, value in other.state_dict().items()) > 3
+    with pytest.raises(CoverageError, match="train_only: pattern 'down_proj' matches no parameter"):
+        make(tmp_path, "rmu", {"layer": 0}, train_only=["down_proj"])
 
 
 def test_forget_rows_without_labels_or_in_the_holdout_set_are_errors(tmp_path: Path) -> None:
