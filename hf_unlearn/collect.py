@@ -66,7 +66,7 @@ def collect_statistics(
     """
     if batch_size < 1 or (max_rows is not None and max_rows < 1):
         raise SettingsError(f"batch_size and max_rows must be at least 1, got {batch_size} and {max_rows}")
-    rows = take(encode_dataset(dataset, processing_class, what="statistics", model=model), max_rows)
+    rows = take(encode_dataset(dataset, processing_class, what="statistics", model=model, streams=True), max_rows)
     collector = _Collector(model, find_layers(model, layers), fisher)
     collate = collator or default_collator(processing_class)
     device = next(model.parameters()).device

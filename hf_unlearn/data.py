@@ -40,6 +40,7 @@ def encode_dataset(
     model: nn.Module | None = None,
     task: Task | None = None,
     idk_seed: int | None = None,
+    streams: bool = False,
 ) -> Any:
     """Make model inputs of rows of any of the formats of `formats`; rows that are model inputs already pass through.
 
@@ -55,18 +56,21 @@ def encode_dataset(
         task: What raw rows are to become, in place of what `model` says; default `language-model`.
         idk_seed: Give each row of a language model an alternate answer that says "I don't know", drawn by this seed
             and the row's content.
+        streams: Take a stream too, and return a `RowStream`.
 
     Returns:
         Rows with `input_ids`, `attention_mask` and `labels` (-100 on the prompt; or the class), as a list; rows with
         `pixel_values` and `labels`; a `RowStream`; or `dataset` itself.
 
     Raises:
-        DataError: No rows, none of the task's formats, no tokenizer, a row with nothing left to predict or longer than
-            the context, or a label that is no class of the model.
+        DataError: No rows, a stream where rows are needed, none of the task's formats, no tokenizer, a row with
+            nothing left to predict or longer than the context, or a label that is no class of the model.
     """
     streamed = not hasattr(dataset, "__len__") and dataset is not None
     if not streamed:
         require_rows(dataset, what)
+    elif not streams:
+        raise DataError(f"the {what} set is a stream, which only collect_statistics reads; make it a list or a Dataset")
     first = next(iter(dataset), None) if streamed else dataset[0]
     if first is None:
         raise DataError(f"the {what} set is empty; give it at least one row")

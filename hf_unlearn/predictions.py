@@ -195,7 +195,13 @@ def predict(model: nn.Module, inputs: Batch, skip_first: bool = False, layer: in
         )
     found = Predictions(logits[kept], labels[kept], kept.nonzero()[:, 0], len(labels), inputs=inputs)
     _check_range(found)
-    return replace(found, hidden=_hidden(seen[0], mask, inputs)) if layer is not None else found
+    return replace(found, hidden=_hidden(_one(seen, layer), mask, inputs)) if layer is not None else found
+
+
+def _one(seen: list[Tensor], layer: int | str) -> Tensor:
+    if not seen:
+        raise ModelError(f"layer {layer!r} did not run; name a module that is part of every forward pass")
+    return seen[0]
 
 
 def _check_range(predictions: Predictions) -> None:
@@ -209,12 +215,16 @@ def _check_range(predictions: Predictions) -> None:
 
 
 def find_module(model: nn.Module, layer: int | str) -> nn.Module:
-    """A module by name, or block number `layer` of the model's stack of blocks (its outermost list of modules).
+    """A module by name, or block number `layer` of the model's stack of blocks (its outermost list of modules; of an
+    encoder-decoder that of the decoder).
 
     Raises:
         SettingsError: No such module.
     """
-    modules = {base_name(n): m for n, m in without_wrapper(getattr(model, "module", model)).named_modules()}
+    model = without_wrapper(getattr(model, "module", model))
+    if isinstance(layer, int) and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        model = model.get_decoder()  # type: ignore[operator]
+    modules = {base_name(name): module for name, module in model.named_modules()}
     if isinstance(layer, str):
         if layer not in modules:
             raise SettingsError(
@@ -252,6 +262,11 @@ def _hidden(states: Tensor, mask: Tensor, inputs: Batch) -> Hidden:
     `mask` is that of `label_positions`.
     """
     if mask.ndim == 2:
+        if states.ndim != 3 or states.shape[1] - mask.shape[1] not in (0, 1):
+            raise ModelError(
+                f"the layer's outputs {list(states.shape)} are not one state for each label position "
+                f"({mask.shape[1]}); name another layer, such as a block of the decoder"
+            )
         states_LPD = states[:, : mask.shape[1]][mask].unsqueeze(1)
         return Hidden(states_LPD, torch.ones_like(states_LPD[..., 0], dtype=torch.bool))
     states_BPD = (

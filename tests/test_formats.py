@@ -282,10 +282,12 @@ def test_a_stream_gives_the_statistics_of_its_rows(max_rows: int | None) -> None
 
 def test_a_stream_of_model_inputs_passes_through() -> None:
     rows = text_rows(3)
-    streamed = encode_dataset(stream(rows), None)
+    streamed = encode_dataset(stream(rows), None, streams=True)
     assert isinstance(streamed, RowStream) and [row["input_ids"] for row in streamed] == [r["input_ids"] for r in rows]
     with pytest.raises(DataError, match="the given set is empty"):
-        encode_dataset(stream(rows).filter(lambda row: False), None)
+        encode_dataset(stream(rows).filter(lambda row: False), None, streams=True)
+    with pytest.raises(DataError, match="the holdout set is a stream, which only collect_statistics reads"):
+        encode_dataset(stream(rows), None, what="holdout")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -301,7 +303,7 @@ def test_processes_share_rows_without_overlap_and_make_equally_many_batches(
     for rank in range(size):
         for module in (data, sharding):
             monkeypatch.setattr(module, "world", lambda rank=rank: (rank, size))
-        encoded = encode_dataset(stream(rows) if streamed else rows, None)
+        encoded = encode_dataset(stream(rows) if streamed else rows, None, streams=True)
         batches = list(own_batches(take(encoded, None), PaddingCollator(), 2))
         seen += [int(t) for batch, counted in batches if counted for t in batch["input_ids"].flatten()]
         made.append(len(batches))

@@ -269,6 +269,23 @@ def test_the_blocks_of_a_model_are_its_outermost_list_of_modules() -> None:
         find_module(model, 5)
 
 
+def test_the_blocks_of_an_encoder_decoder_are_its_decoders() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=29, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    assert find_module(model, 1) is model.decoder.block[1]
+    inputs = {"input_ids": torch.randint(1, 29, (2, 9)), "labels": torch.randint(1, 29, (2, 4))}
+    found = predict(model, inputs, False, 1).hidden
+    assert found is not None and found.states_LPD.shape == (8, 1, 16)
+    with pytest.raises(ModelError, match=r"outputs \[2, 9, 16\] are not one state for each label position \(4\)"):
+        predict(model, inputs, False, "encoder.block.1")
+    model.spare = nn.Linear(2, 2)
+    with pytest.raises(ModelError, match="layer 'spare' did not run"):
+        predict(model, inputs, False, "spare")
+
+
 def test_any_loss_may_keep_the_hidden_states_of_retain_rows() -> None:
     model, original, batch = with_alternates("llama")
     loss = build_loss("npo", {"gamma": 0, "retain": "hidden", "layer": 1})

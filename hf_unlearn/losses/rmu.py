@@ -13,7 +13,7 @@ def rmu(predictions: Predictions, original: None, *, coefficient: float = 2.0, s
     """Mean squared distance of the output of `layer` to `coefficient * u / |u|`, u uniform in [0, 1)^D, per label.
 
     RMU (WMDP, Li et al., ICML 2024, section 4). `layer` is a block's number or a module's name; weights after it
-    have no gradient, and `train_only` picks some of the others (the paper's: three down projections). Read are the
+    have a zero gradient, and `train_only` picks some of the others (the paper's: three down projections). Read are the
     states that predict the labels (of a class label: those of all unmasked positions); the paper's code reads all
     positions, open-unlearning the states *at* the labels and a mean per row first. `u` is fixed by `seed`, the same
     on each process.
