@@ -26,6 +26,7 @@ from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.files import replace_folder, write_json
 from hf_unlearn.fingerprint import row_hashes, rows_to_text, weights_fingerprint
 from hf_unlearn.losses import UnlearningLoss
+from hf_unlearn.losses.base import OriginalModel
 from hf_unlearn.predictions import IGNORED, Batch, Hidden, Predictions, label_positions, predict
 from hf_unlearn.sharding import is_main, wait_for_all
 
@@ -54,7 +55,7 @@ def original_outputs(
     Args:
         model: The original model.
         loss: Says what is needed of which part (`UnlearningLoss.original_contents`).
-        rows: Encoded rows by part: `forget`, `alternate`, `retain`.
+        rows: Encoded rows by part: `forget`, `alternate`, `retain`, None where there are none.
         folder: Where the outputs are, or are to be.
         collator: Rows to batch.
         batch_size: Rows a forward pass.
@@ -65,19 +66,26 @@ def original_outputs(
         SettingsError: The folder holds outputs of other weights, rows, precision or contents, or is damaged.
         OutputError: The folder is no such folder and is not empty.
     """
-    keys = {part: _row_keys(rows[part], collator, batch_size) for part in loss.original_contents}
+    contents = {part: content for part, content in loss.original_contents.items() if rows.get(part) is not None}
+    keys = {part: _row_keys(rows[part], collator, batch_size) for part in contents}
     about = {
         "format": FORMAT,
         "weights": weights_fingerprint(model),
         "rows": {part: rows_to_text(sum(int(key, 16) for key in found)) for part, found in keys.items()},
-        "contents": loss.original_contents,
-        "layer": loss.layer if "hidden" in loss.original_contents.values() else None,
+        "contents": contents,
+        "layer": loss.layer if "hidden" in contents.values() else None,
         "precision": precision,
     }
     target = Path(folder)
     if not (target / INDEX).is_file():
         _write(model, loss, rows, target, about, collator, batch_size, scope)
     return StoredOutputs(target, about)
+
+
+def frozen_copy(model: nn.Module) -> OriginalModel:
+    """The original model's predictions from a copy of it, which is frozen for good."""
+    model.requires_grad_(False).eval()
+    return lambda: nullcontext(lambda current, *how: predict(model, *how))
 
 
 def _loader(rows: Any, collator: Collator, batch_size: int) -> DataLoader:
@@ -118,7 +126,7 @@ def _write(
     try:
         with torch.no_grad(), place as new:
             shards = _Shards(new)
-            for part, content in loss.original_contents.items():
+            for part, content in about["contents"].items():
                 for batch in _loader(rows[part], collator, batch_size):
                     inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
                     with scope():

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from hf_unlearn.callbacks import DriftBudgetCallback, DualWeightCallback, OverUn
 from hf_unlearn.checkpoints import PREVIOUS, check_same_run, find_checkpoint, seal
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
-from hf_unlearn.coverage import Coverage, freeze_unprotected, hold_norm_statistics
+from hf_unlearn.coverage import Coverage, freeze_all_but, freeze_unprotected, hold_norm_statistics
 from hf_unlearn.data import (
     PairedCollator,
     PairedDataset,
@@ -36,14 +35,14 @@ from hf_unlearn.data import (
     require_disjoint,
     require_labels,
 )
-from hf_unlearn.errors import CoverageError, NonFiniteLossError, SettingsError, StatisticsError
+from hf_unlearn.errors import NonFiniteLossError, SettingsError, StatisticsError
 from hf_unlearn.hub import upload
 from hf_unlearn.layers import find_layers
 from hf_unlearn.losses import UnlearningLoss, build_loss
 from hf_unlearn.losses.base import ForgetTerm, OriginalModel
 from hf_unlearn.metrics import RowScores, row_scores
 from hf_unlearn.optimizer import StepConstrainer
-from hf_unlearn.original_outputs import original_outputs
+from hf_unlearn.original_outputs import frozen_copy, original_outputs
 from hf_unlearn.predictions import predict
 from hf_unlearn.sharding import gather, wait_for_all
 from hf_unlearn.statistics import RetainStatistics
@@ -341,17 +340,15 @@ class UnlearningTrainer(Trainer):
         if copy is not None:
             if folder is not None or copy is self.model:
                 raise SettingsError("original_model must be a copy of its own; pass either it or original_logprobs")
-            frozen = copy.requires_grad_(False).eval().to(self.args.device)
-            return lambda: nullcontext(lambda model, *how: predict(frozen, *how))
+            return frozen_copy(copy.to(self.args.device))
         if folder is None or not self.loss.needs_original:
             return self.constrainer.original
         rows = {"forget": forget, "retain": retain}
         if self.loss.kind.alternates:
             rows["alternate"] = [row["alternate"] for row in forget]
-        precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32"
         stored = original_outputs(
-            self.model, self.loss, {part: r for part, r in rows.items() if r is not None}, folder, collator=collator,
-            batch_size=self.args.per_device_eval_batch_size, precision=precision,
+            self.model, self.loss, rows, folder, collator=collator, batch_size=self.args.per_device_eval_batch_size,
+            precision="bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32",
             scope=self.compute_loss_context_manager,
         )  # fmt: skip
         return lambda: nullcontext(stored)
@@ -431,23 +428,12 @@ def _statistics(
 
 def _freeze(model: nn.Module, statistics: RetainStatistics | None, constraint: Any, args: UnlearningConfig) -> Coverage:
     """Coverage of the run; without a constraint the same weights train, all of them exposed."""
-    _keep_only(model, args.train_only)
+    freeze_all_but(model, args.train_only)
     if constraint is not None and statistics is not None:
         return freeze_unprotected(model, statistics.layers, args.allow_exposed, args.freeze)
     layers = statistics.layers if statistics is not None else find_layers(model)
     exposed = [name for name, _ in model.named_parameters() if layer_of(name)[0] in layers]
     return freeze_unprotected(model, (), [*exposed, *args.allow_exposed], args.freeze)
-
-
-def _keep_only(model: nn.Module, patterns: list[str]) -> None:
-    """Freeze every parameter that none of the patterns names; without patterns nothing is done."""
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise CoverageError(f"train_only: pattern {pattern!r} matches no parameter, such as {names[0]!r}")
-    for name, parameter in model.named_parameters():
-        if patterns and not any(fnmatchcase(name, pattern) for pattern in patterns):
-            parameter.requires_grad_(False)
 
 
 def _mean_scores(prediction: EvalPrediction) -> dict[str, float]:
