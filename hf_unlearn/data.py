@@ -126,13 +126,14 @@ def require_alternates(rows: Any, loss: str) -> None:
             )
 
 
-def require_labels(rows: Any, what: str) -> None:
-    """Raise `DataError` where a row has no label, or only -100."""
+def require_labels(rows: Any, what: str) -> bool:
+    """Raise `DataError` where a row has no label, or only -100; returns whether labels are those of tokens."""
     for index in range(len(rows)):
         row = rows[index]
         labels = next((row[name] for name in LABELS if name in row), None)
         if labels is None or bool((torch.as_tensor(labels) == IGNORED).all()):
             raise DataError(f"row {index} of the {what} set has no label to predict (none, or all -100); leave it out")
+    return torch.as_tensor(labels).ndim > 0
 
 
 class RowStream(IterableDataset):

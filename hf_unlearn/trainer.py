@@ -114,7 +114,7 @@ class UnlearningTrainer(Trainer):
         for other, what in ((retain, "retain"), (holdout, "holdout")):
             if other is not None:
                 require_disjoint(forget, other, what)
-        require_labels(forget, "forget")
+        self.loss.check_labels(tokens=require_labels(forget, "forget"))
         if self.loss.kind.alternates:
             require_alternates(forget, self.loss.name)
         collator = data_collator or default_collator(processing_class)

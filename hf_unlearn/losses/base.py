@@ -121,6 +121,17 @@ class UnlearningLoss:
         weights = {"gamma": self.gamma, "alpha": self.alpha, "retain": self.retain}
         return weights | own | ({} if self.dual is None else self.dual.settings())
 
+    def check_labels(self, *, tokens: bool) -> None:
+        """Raise `DataError` where the loss is not for labels of this kind: of tokens, or of classes."""
+        if self.kind.labels == "class" and tokens:
+            raise DataError(
+                f"loss {self.name!r} is for rows with a class label; for token labels use next_best or ce_u"
+            )
+        if self.kind.labels == "token" and not tokens:
+            raise DataError(
+                f"loss {self.name!r} compares answers of several tokens; for class labels use npo or next_best"
+            )
+
     def counts(self, model: nn.Module, batch: Mapping[str, Batch]) -> dict[str, int]:
         """Number of units behind each term's mean, so that gradient accumulation weighs micro-batches rightly."""
         forget = _labels(batch["forget"])
@@ -180,15 +191,7 @@ class UnlearningLoss:
             )
         if self.kind.alternates and "alternate" not in batch:
             raise DataError(f"loss {self.name!r} needs an alternate answer for each forget row: a column 'alternate'")
-        tokens = _labels(batch["forget"]).ndim > 1
-        if self.kind.labels == "class" and tokens:
-            raise DataError(
-                f"loss {self.name!r} is for rows with a class label; for token labels use next_best or ce_u"
-            )
-        if self.kind.labels == "token" and not tokens:
-            raise DataError(
-                f"loss {self.name!r} compares answers of several tokens; for class labels use npo or next_best"
-            )
+        self.check_labels(tokens=_labels(batch["forget"]).ndim > 1)
 
     def _uses_retain(self, batch: Mapping[str, Batch]) -> bool:
         return "retain" in batch and self.has_retain_term
