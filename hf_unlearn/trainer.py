@@ -303,6 +303,25 @@ class UnlearningTrainer(Trainer):
             scores_B4 = row_scores(predict(model, inputs))
         return scores_B4[:, 0].mean(), scores_B4, scores_B4[:, 0]
 
+    def _original_source(self, copy: nn.Module | None, forget: Any, retain: Any, collator: Callable) -> OriginalModel:
+        """Where the original model's predictions come from: a copy, the disk, or its weights put in for the moment."""
+        folder = self.args.original_logprobs
+        if copy is not None:
+            if folder is not None or copy is self.model:
+                raise SettingsError("original_model must be a copy of its own; pass either it or original_logprobs")
+            return frozen_copy(copy.to(self.args.device))
+        if folder is None or not self.loss.needs_original:
+            return self.constrainer.original
+        rows = {"forget": forget, "retain": retain}
+        if self.loss.kind.alternates:
+            rows["alternate"] = [row["alternate"] for row in forget]
+        stored = original_outputs(
+            self.model, self.loss, rows, folder, collator=collator, batch_size=self.args.per_device_eval_batch_size,
+            precision="bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32",
+            scope=self.compute_loss_context_manager,
+        )  # fmt: skip
+        return lambda: nullcontext(stored)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add predicted retain drift and leak to the training log lines."""
         if "loss" in logs:
@@ -333,25 +352,6 @@ class UnlearningTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         return upload(self.args.output_dir, self.hub_model_id, commit_message=commit_message, **options)
-
-    def _original_source(self, copy: nn.Module | None, forget: Any, retain: Any, collator: Callable) -> OriginalModel:
-        """Where the original model's predictions come from: a copy, the disk, or its weights put in for the moment."""
-        folder = self.args.original_logprobs
-        if copy is not None:
-            if folder is not None or copy is self.model:
-                raise SettingsError("original_model must be a copy of its own; pass either it or original_logprobs")
-            return frozen_copy(copy.to(self.args.device))
-        if folder is None or not self.loss.needs_original:
-            return self.constrainer.original
-        rows = {"forget": forget, "retain": retain}
-        if self.loss.kind.alternates:
-            rows["alternate"] = [row["alternate"] for row in forget]
-        stored = original_outputs(
-            self.model, self.loss, rows, folder, collator=collator, batch_size=self.args.per_device_eval_batch_size,
-            precision="bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32",
-            scope=self.compute_loss_context_manager,
-        )  # fmt: skip
-        return lambda: nullcontext(stored)
 
     def _add_stopping(self) -> None:
         args = self.args
