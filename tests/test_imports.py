@@ -39,7 +39,7 @@ LEVELS = (
         "losses",
         "metrics",
     ),
-    ("layers", "statistics", "data", "hub"),
+    ("layers", "statistics", "formats", "data", "original_outputs", "hub", "selection"),
     ("collect", "constraints"),
     ("parts", "optimizer", "coverage"),
     ("config", "callbacks", "checkpoints", "trainer", "finetune"),
@@ -61,7 +61,7 @@ ALLOWED = {
     "placements": frozenset({"errors", "sharding"}),
     "adapters": frozenset({"errors"}),
     "fingerprint": frozenset({"errors", "adapters", "sharding"}),
-    "losses": frozenset({"errors", "linalg", "predictions"}),
+    "losses": frozenset({"errors", "linalg", "predictions", "fingerprint"}),
     "metrics": frozenset({"errors", "linalg", "predictions", "sharding"}),
 }
 
