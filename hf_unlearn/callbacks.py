@@ -6,7 +6,9 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_unlearn.losses.dual import DualWeight
 from hf_unlearn.optimizer import StepConstrainer
+from hf_unlearn.sharding import sum_over_processes
 
 
 class EngineCallback(TrainerCallback):
@@ -98,6 +100,18 @@ class OverUnlearningCallback(TrainerCallback):
 
     def _place(self, start: list[Tensor], end: list[Tensor], share: float) -> None:
         self.constrainer.restore([a.lerp(b, share) for a, b in zip(start, end, strict=True)])
+
+
+class DualWeightCallback(TrainerCallback):
+    """Tell the dual weight of a loss the retain loss of each step, that of all processes."""
+
+    def __init__(self, dual: DualWeight):
+        self.dual = dual
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        retain = {"loss": self.dual.take()}
+        sum_over_processes(retain)
+        self.dual.end_step(retain["loss"].item(), state.epoch or 0.0)
 
 
 class DriftBudgetCallback(TrainerCallback):

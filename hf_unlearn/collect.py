@@ -11,10 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from hf_unlearn.data import default_collator, encode_dataset
+from hf_unlearn.data import default_collator, encode_dataset, own_batches, take
 from hf_unlearn.errors import ModelError, SettingsError
 from hf_unlearn.fingerprint import row_hashes, rows_to_text, weights_fingerprint
 from hf_unlearn.layers import describe_layer, find_layers
@@ -50,9 +49,10 @@ def collect_statistics(
 
     Args:
         model: Any model with linear layers; see `layers.describe_layer`.
-        dataset: Rows in a format of `data.encode_dataset`, or anything that `collator` takes.
+        dataset: Rows in a format of `data.encode_dataset`, also streamed (`datasets.IterableDataset`), or anything
+            that `collator` takes.
         collator: Rows to batch; default pads on the right.
-        processing_class: Tokenizer, needed for raw text rows.
+        processing_class: Tokenizer or image processor, needed for raw rows.
         batch_size: Rows a forward pass; it changes the result by rounding only.
         fisher: Also run a backward pass for the Fisher (`KroneckerConstraint`, predicted KL).
         layers: Shell patterns of module names; default `layers.find_layers`.
@@ -66,25 +66,16 @@ def collect_statistics(
     """
     if batch_size < 1 or (max_rows is not None and max_rows < 1):
         raise SettingsError(f"batch_size and max_rows must be at least 1, got {batch_size} and {max_rows}")
-    rows = encode_dataset(dataset, processing_class, what="statistics")
-    if max_rows is not None and max_rows < len(rows):
-        rows = torch.utils.data.Subset(rows, range(max_rows))
+    rows = take(encode_dataset(dataset, processing_class, what="statistics", model=model, streams=True), max_rows)
     collector = _Collector(model, find_layers(model, layers), fisher)
     collate = collator or default_collator(processing_class)
-    generator = torch.Generator()  # its own: a loader draws a seed even where it shuffles nothing
-    own = own_indices(len(rows))
-    share = torch.utils.data.Subset(rows, own or range(1))
-    loader = DataLoader(share, batch_size=batch_size, collate_fn=collate, generator=generator)
-    rounds = len(range(0, len(own_indices(len(rows), 0)), batch_size))  # of process 0, which has the most rows
     device = next(model.parameters()).device
     quiet = not (progress and is_main())
-    with collector.recording(), tqdm(total=len(share), desc="Collecting", unit="row", disable=quiet) as bar:
-        inputs: dict[str, Tensor] = {}
-        for batch in loader:
+    total = len(own_indices(len(rows))) if hasattr(rows, "__len__") else None
+    with collector.recording(), tqdm(total=total, desc="Collecting", unit="row", disable=quiet) as bar:
+        for batch, counted in own_batches(rows, collate, batch_size):
             inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
-            bar.update(collector.add(inputs, counted=bool(own)))
-        for _ in range(rounds - len(loader)):  # a sharded model needs every process at every forward pass
-            collector.add(inputs, counted=False)
+            bar.update(collector.add(inputs, counted))
     return collector.finish({"fisher": fisher, "layers": layers and list(layers), "max_rows": max_rows})
 
 
@@ -163,6 +154,11 @@ class _Collector:
         if missing:
             raise ModelError(f"{missing[0]} (and {len(missing) - 1} more layers) never ran; leave them out of `layers`")
         self._sum_over_processes()
+        for name, gram_II in self.gram_sums.items():
+            if not torch.isfinite(gram_II).all():
+                raise ModelError(
+                    f"the inputs of {name} are not finite (NaN or infinite); the weights or rows are broken"
+                )
         return RetainStatistics(
             gram_sums=self.gram_sums,
             fisher_sums={name: self.fisher_sums[name] for name in self.layers} if self.fisher else {},

@@ -37,9 +37,16 @@ class UnlearningConfig(TrainingArguments):
         "layer_constraints",
     ]
 
-    loss: str = setting("ce_u", f"Forget loss: {', '.join(sorted(LOSSES))}.")
+    loss: str = setting(
+        "ce_u", f"Forget loss: {', '.join(sorted(LOSSES))}; or module:function, a term of your own (losses.build_loss)."
+    )
     loss_settings: dict | str | None = setting(
         None, 'Settings of the loss as JSON, such as {"beta": 0.1}; gamma and alpha weigh the forget and retain terms.'
+    )
+    original_logprobs: str | None = setting(
+        None,
+        "Folder of what the loss reads of the original model, on disk instead of by a second forward pass at each "
+        "step; made at the first run.",
     )
     constraint: str = setting("energy", f"Constraint on every step: {', '.join(CONSTRAINTS)}.")
     constraint_settings: dict | str | None = setting(
@@ -55,6 +62,9 @@ class UnlearningConfig(TrainingArguments):
     )
     allow_exposed: list[str] = setting([], "Name patterns of parameters that may train without protection.")
     freeze: list[str] = setting([], "Name patterns of parameters to freeze besides biases, norms and embeddings.")
+    train_only: list[str] = setting(
+        [], "Name patterns of the parameters that may train, such as *.layers.5.mlp.down_proj.weight; default: all."
+    )
     forget_metric: str = setting(
         "probability", "What early stopping compares between forget and held-out rows: probability, accuracy or loss."
     )

@@ -68,6 +68,23 @@ def freeze_unprotected(
     return Coverage(**{kind: tuple(names) for kind, names in sorted_names.items()})
 
 
+def freeze_all_but(model: nn.Module, patterns: Iterable[str]) -> None:
+    """Freeze every parameter that none of the shell patterns names; without patterns, none.
+
+    Raises:
+        CoverageError: A pattern matches nothing.
+    """
+    patterns, parameters = tuple(patterns), dict(model.named_parameters())
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in parameters):
+            raise CoverageError(
+                f"train_only: pattern {pattern!r} matches no parameter, such as {next(iter(parameters))!r}"
+            )
+    for name, parameter in parameters.items():
+        if patterns and not any(fnmatchcase(name, pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
+
+
 def check_covered(
     model: nn.Module, trained: Iterable[nn.Parameter], protected: Iterable[str], allow_exposed: Iterable[str]
 ) -> None:

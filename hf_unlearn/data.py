@@ -1,24 +1,27 @@
 """From rows as users have them to batches as models take them, and the pairing of forget with retain rows.
 
-Row formats are TRL's: `messages`, `prompt`/`completion`, `text`; `question`/`answer` (TOFU's columns); or already
-tokenised rows (`input_ids`, ...) and image rows (`pixel_values`, `labels`), which pass through unchanged.
+Raw rows are those of `formats`; already tokenised rows (`input_ids`, ...) and image rows (`pixel_values`, `labels`)
+pass through unchanged.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from hf_unlearn.errors import DataError
-from hf_unlearn.predictions import IGNORED
+from hf_unlearn.formats import ENCODERS, LABELS, Encode, Encoding
+from hf_unlearn.predictions import IGNORED, Task, task_of
+from hf_unlearn.sharding import own_indices, world
 
 MODEL_INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_features", "input_values")
-FORMATS = ("messages", "prompt + completion", "question + answer", "text")
 Row = Mapping[str, Any]
 
 
@@ -28,91 +31,165 @@ def require_rows(dataset: Any, what: str) -> None:
         raise DataError(f"the {what} set is empty; give it at least one row")
 
 
-def encode_dataset(dataset: Any, processing_class: Any, *, what: str = "given", max_length: int | None = None) -> Any:
-    """Tokenise rows of any of the formats above; rows that are model inputs already pass through.
+def encode_dataset(
+    dataset: Any,
+    processing_class: Any,
+    *,
+    what: str = "given",
+    max_length: int | None = None,
+    model: nn.Module | None = None,
+    task: Task | None = None,
+    idk_seed: int | None = None,
+    streams: bool = False,
+) -> Any:
+    """Make model inputs of rows of any of the formats of `formats`; rows that are model inputs already pass through.
+
+    The `alternate` answer of a language model's row becomes a row of its own, under `alternate`. Images are encoded
+    each time they are read.
 
     Args:
-        dataset: `datasets.Dataset` or any sequence of rows.
-        processing_class: The model's tokenizer; not needed for rows that are model inputs.
+        dataset: `datasets.Dataset`, any sequence of rows, or a `datasets.IterableDataset`.
+        processing_class: The model's tokenizer or image processor; not needed for rows that are model inputs.
         what: The name of the set in error messages.
         max_length: Longest row in tokens; longer rows are cut at the end.
+        model: Says what raw rows are to become (`predictions.task_of`), how many classes there are, and its context.
+        task: What raw rows are to become, in place of what `model` says; default `language-model`.
+        idk_seed: Give each row of a language model an alternate answer that says "I don't know", drawn by this seed
+            and the row's content.
+        streams: Take a stream too, and return a `RowStream`.
 
     Returns:
-        Rows with `input_ids`, `attention_mask` and `labels` (-100 on the prompt), as a list; or `dataset` itself.
+        Rows with `input_ids`, `attention_mask` and `labels` (-100 on the prompt; or the class), as a list; rows with
+        `pixel_values` and `labels`; a `RowStream`; or `dataset` itself.
 
     Raises:
-        DataError: No rows, none of the formats, no tokenizer, or a row with nothing left to predict.
+        DataError: No rows, a stream where rows are needed, none of the task's formats, no tokenizer, a row with
+            nothing left to predict or longer than the context, or a label that is no class of the model.
     """
-    require_rows(dataset, what)
-    columns = set(dataset[0])
-    if columns & set(MODEL_INPUTS):
-        return dataset
-    encode = _encoder(columns, what)
-    if processing_class is None or not callable(getattr(processing_class, "encode", None)):
-        raise DataError(f"the {what} set has raw columns {sorted(columns)}; pass the model's tokenizer to encode them")
-    rows = []
-    for index in range(len(dataset)):
-        prompt, whole = encode(dataset[index], processing_class)
-        prompt, whole = prompt[:max_length], whole[:max_length]
-        if max(len(prompt), 1) >= len(whole):  # nothing comes before a text's first token to predict it from
+    streamed = not hasattr(dataset, "__len__") and dataset is not None
+    if not streamed:
+        require_rows(dataset, what)
+    elif not streams:
+        raise DataError(f"the {what} set is a stream, which only collect_statistics reads; make it a list or a Dataset")
+    first = next(iter(dataset), None) if streamed else dataset[0]
+    if first is None:
+        raise DataError(f"the {what} set is empty; give it at least one row")
+    if set(first) & set(MODEL_INPUTS):
+        return RowStream(dataset, lambda row, index: dict(row)) if streamed else dataset
+    task = task or (task_of(model) if model is not None else None) or "language-model"
+    encode = ENCODERS[task](set(first), Encoding(processing_class, what, max_length, model))
+    if idk_seed is not None:
+        encode = _with_idk(encode, idk_seed)
+    if streamed:
+        return RowStream(dataset, encode)
+    if task == "image-classification":  # all of them at once would take too much memory
+        return EncodedRows(dataset, encode)
+    return [encode(dataset[index], index) for index in range(len(dataset))]
+
+
+@dataclass(frozen=True)
+class EncodedRows(Dataset):
+    """Rows that are encoded when they are read."""
+
+    dataset: Any
+    encode: Encode
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.encode(self.dataset[index], index)
+
+
+def idk_answers() -> list[str]:
+    """The answers that say "I don't know", shipped with the package."""
+    return (files("hf_unlearn") / "idk.txt").read_text(encoding="utf-8").splitlines()
+
+
+def _with_idk(encode: Encode, seed: int) -> Encode:
+    answers = idk_answers()
+
+    def with_answer(row: Row, index: int) -> dict[str, Any]:
+        drawn = hashlib.sha256(f"{seed}:".encode() + row_key(row)).digest()
+        return encode({**row, "alternate": answers[int.from_bytes(drawn, "big") % len(answers)]}, index)
+
+    return with_answer
+
+
+def require_alternates(rows: Any, loss: str) -> None:
+    """Raise `DataError` where an encoded forget row has no alternate answer."""
+    for index in range(len(rows)):
+        if not isinstance(rows[index].get("alternate"), Mapping):
             raise DataError(
-                f"row {index} of the {what} set has no token to predict within {max_length or 'its'} tokens"
+                f"loss {loss!r} needs an alternate answer for each forget row, row {index} has none: fill its column "
+                "'alternate' (a text; of tokenised rows input_ids and labels), or choose loss idk for raw rows"
             )
-        labels = [IGNORED] * len(prompt) + whole[len(prompt) :]
-        rows.append({"input_ids": whole, "attention_mask": [1] * len(whole), "labels": labels})
-    return rows
 
 
-def _encoder(columns: set[str], what: str) -> Callable[[Row, Any], tuple[list[int], list[int]]]:
-    """How rows of these columns become (prompt tokens, all tokens)."""
-    if "messages" in columns:
-        return lambda row, tokenizer: _encode_chat(row["messages"], tokenizer)
-    for prompt, completion in (("prompt", "completion"), ("question", "answer")):
-        if {prompt, completion} <= columns:
-            return lambda row, tokenizer: _encode_pair(row[prompt], row[completion], tokenizer, prompt == "question")
-    if "text" in columns:
-        return lambda row, tokenizer: ([], _close(tokenizer.encode(row["text"]), tokenizer))
-    raise DataError(
-        f"the {what} set has columns {sorted(columns)}; needed is one of: {', '.join(FORMATS)}, or input_ids"
-    )
+def require_labels(rows: Any, what: str) -> bool:
+    """Raise `DataError` where a row has no label, or only -100; returns whether labels are those of tokens."""
+    for index in range(len(rows)):
+        row = rows[index]
+        labels = next((row[name] for name in LABELS if name in row), None)
+        if labels is None or bool((torch.as_tensor(labels) == IGNORED).all()):
+            raise DataError(f"row {index} of the {what} set has no label to predict (none, or all -100); leave it out")
+    return torch.as_tensor(labels).ndim > 0
 
 
-def _encode_pair(prompt: Any, completion: Any, tokenizer: Any, is_question: bool) -> tuple[list[int], list[int]]:
-    if not isinstance(prompt, str):  # TRL's conversational form: two lists of messages
-        return _encode_chat([*prompt, *completion], tokenizer)
-    if is_question and getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        return _encode_chat(messages, tokenizer)
-    if is_question:
-        prompt, completion = f"Question: {prompt}\nAnswer:", f" {completion}"
-    head = tokenizer.encode(prompt)
-    tail = tokenizer.encode(completion, add_special_tokens=False)
-    return head, _close(head + tail, tokenizer)
+class RowStream(IterableDataset):
+    """Rows of a stream, encoded one by one; every process reads all of it and keeps each `n`-th row.
+
+    Attributes:
+        total: Rows of the whole stream, once it has been read.
+    """
+
+    def __init__(self, dataset: Any, encode: Encode, max_rows: int | None = None):
+        self.dataset, self.encode, self.max_rows = dataset, encode, max_rows
+        self.total = 0
+
+    def first(self) -> dict[str, Any]:
+        return self.encode(next(iter(self.dataset)), 0)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rank, size = world()
+        self.total = 0
+        for index, row in enumerate(islice(iter(self.dataset), self.max_rows)):
+            self.total = index + 1
+            if index % size == rank:
+                yield self.encode(row, index)
 
 
-def _encode_chat(messages: Sequence[Row], tokenizer: Any) -> tuple[list[int], list[int]]:
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError("the rows are messages, but the tokenizer has no chat template; use prompt + completion rows")
-    options = {"tokenize": True, "return_dict": False}
-    whole = tokenizer.apply_chat_template(messages, **options)
-    if len(messages) < 2:
-        return [], whole
-    head = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)
-    # a template may write the prompt otherwise once an answer follows: what both begin with is prompt for certain
-    differ = (i for i, (left, right) in enumerate(zip(head, whole, strict=False)) if left != right)
-    return whole[: next(differ, len(head))], whole
+def take(rows: Any, max_rows: int | None) -> Any:
+    """The first rows of encoded ones, of a stream too; all of them with None."""
+    if isinstance(rows, RowStream):
+        return RowStream(rows.dataset, rows.encode, max_rows)
+    return rows if max_rows is None or max_rows >= len(rows) else Subset(rows, range(max_rows))
 
 
-def _close(tokens: list[int], tokenizer: Any) -> list[int]:
-    end = tokenizer.eos_token_id
-    return tokens if end is None or (tokens and tokens[-1] == end) else [*tokens, end]
+def own_batches(rows: Any, collator: Callable[[Sequence[Row]], Any], batch_size: int) -> Iterator[tuple[Any, bool]]:
+    """Batches of this process's share of encoded rows, each with whether it counts.
+
+    Every process gets the same number of batches, for a sharded model needs them all at every forward pass; those that
+    only fill up do not count.
+    """
+    generator = torch.Generator()  # its own: a loader draws a seed even where it shuffles nothing
+    own = () if isinstance(rows, RowStream) else own_indices(len(rows))
+    share = rows if isinstance(rows, RowStream) else Subset(rows, own or range(1))
+    made, batch = 0, None
+    for batch in DataLoader(share, batch_size=batch_size, collate_fn=collator, generator=generator):
+        made += 1
+        yield batch, bool(own) or isinstance(rows, RowStream)
+    total = rows.total if isinstance(rows, RowStream) else len(rows)
+    for _ in range(len(range(0, len(own_indices(total, 0)), batch_size)) - made):  # process 0 has the most rows
+        yield collator([rows.first()]) if batch is None else batch, False
 
 
 @dataclass(frozen=True)
 class PaddingCollator:
     """Stack rows into a batch, padding token sequences on the right (on the left with `side="left"`).
 
-    Columns of text are left out, and `label` is renamed to `labels`; any other column reaches the model.
+    Columns of text and alternate answers are left out, and `label` is renamed to `labels`; any other column reaches
+    the model.
     """
 
     pad_token_id: int = 0
@@ -122,7 +199,7 @@ class PaddingCollator:
         batch = {}
         for name in rows[0]:
             values = [row[name] for row in rows]
-            if isinstance(values[0], str) or values[0] is None:
+            if isinstance(values[0], (str, Mapping)) or values[0] is None:
                 continue
             tensors = [_tensor(value) for value in values]
             batch["labels" if name in ("label", "label_ids") else name] = self._stack(name, tensors)
@@ -154,15 +231,16 @@ def default_collator(processing_class: Any) -> PaddingCollator:
 
 
 class PairedDataset(Dataset):
-    """Forget rows, each with a retain row: `{"forget": row}` or `{"forget": row, "retain": row}`.
+    """Forget rows, each with a retain row if there are any, and with its alternate answer if that is asked for:
+    `{"forget": row, "alternate": row, "retain": row}`.
 
     Retain rows come in a seeded random order that goes on from epoch to epoch, so that all of them are used and a
     resumed run sees the same pairs. The length is that of the forget set.
     """
 
-    def __init__(self, forget: Any, retain: Any = None, seed: int = 0):
+    def __init__(self, forget: Any, retain: Any = None, seed: int = 0, alternates: bool = False):
         require_rows(forget, "forget")
-        self.forget, self.retain, self.epoch = forget, retain, 0
+        self.forget, self.retain, self.alternates, self.epoch = forget, retain, alternates, 0
         if retain is not None:
             require_rows(retain, "retain")
             self._order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -174,7 +252,10 @@ class PairedDataset(Dataset):
         self.epoch = epoch
 
     def __getitem__(self, index: int) -> dict[str, Row]:
-        pair = {"forget": self.forget[index]}
+        row = self.forget[index]
+        pair: dict[str, Row] = {"forget": {name: value for name, value in row.items() if name != "alternate"}}
+        if self.alternates:
+            pair["alternate"] = row["alternate"]
         if self.retain is not None:
             pair["retain"] = self.retain[self._order[(self.epoch * len(self) + index) % len(self.retain)]]
         return pair
@@ -225,12 +306,12 @@ def _value_key(value: Any) -> bytes:
     return repr(array.shape).encode() + array.tobytes()
 
 
-def require_disjoint(forget: Any, retain: Any) -> None:
-    """Raise `DataError` where a row is in the forget set and in the retain set."""
+def require_disjoint(forget: Any, retain: Any, what: str = "retain") -> None:
+    """Raise `DataError` where a row is in the forget set and in the `what` set."""
     keys = {row_key(forget[i]): i for i in range(len(forget))}
     shared = [(keys[key], i) for i in range(len(retain)) if (key := row_key(retain[i])) in keys]
     if shared:
         raise DataError(
-            f"{len(shared)} forget rows are also in the retain set (first: forget row {shared[0][0]} is retain row "
-            f"{shared[0][1]}); remove them from the retain set"
+            f"{len(shared)} forget rows are also in the {what} set (first: forget row {shared[0][0]} is {what} row "
+            f"{shared[0][1]}); remove them from the {what} set"
         )

@@ -62,7 +62,7 @@ def evaluate_unlearning(
     for name in metrics:
         if name not in METRICS:
             raise SettingsError(f"unknown metric {name!r}; choose from {', '.join(METRICS)}")
-    rows = {name: encode_dataset(data, processing_class, what=name) for name, data in splits.items()}
+    rows = {name: encode_dataset(data, processing_class, what=name, model=model) for name, data in splits.items()}
     collator = collator or default_collator(processing_class)
     report = UnlearningReport(versions=package_versions(), hardware=hardware())
     for kind, given in (("original", original), ("unlearned", model), ("retrained", retrained)):

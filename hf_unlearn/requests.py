@@ -155,8 +155,8 @@ class Request:
             "date": datetime.now(timezone.utc).date().isoformat(),
         }
         report.method = {
-            "loss": args.loss,
-            "loss_settings": {"gamma": trainer.loss.gamma, "alpha": trainer.loss.alpha, **trainer.loss.settings},
+            "loss": trainer.loss.name,
+            "loss_settings": trainer.loss.all_settings,
             "constraint": args.constraint,
             "constraint_settings": _settings_of(args),
             "statistics": statistics
@@ -199,7 +199,7 @@ class Request:
 _REPORTED = frozenset(
     "learning_rate momentum optim lr_scheduler_type num_train_epochs max_steps per_device_train_batch_size "
     "gradient_accumulation_steps max_grad_norm weight_decay relative_step seed bf16 fp16 eval_strategy eval_steps "
-    "forget_metric forget_target max_retain_drift layer_constraints allow_exposed freeze max_length".split()
+    "forget_metric forget_target max_retain_drift layer_constraints allow_exposed freeze train_only max_length".split()
 )
 
 

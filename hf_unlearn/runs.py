@@ -1,4 +1,4 @@
-"""`hf-unlearn run`, `collect` and `evaluate` for language models: from names in a YAML file to finished folders."""
+"""`hf-unlearn run`, `collect` and `evaluate`: from names in a YAML file to finished folders."""
 
 import re
 import time
@@ -12,7 +12,14 @@ import datasets
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig, setting
@@ -25,18 +32,26 @@ from hf_unlearn.data import (
     require_disjoint,
     require_rows,
     row_key,
+    take,
 )
 from hf_unlearn.errors import DataError, ModelError, SettingsError
 from hf_unlearn.evaluation import evaluate_unlearning
 from hf_unlearn.files import check_output
 from hf_unlearn.finetune import FineTuning, cache_folder, fine_tuned
 from hf_unlearn.fingerprint import weights_fingerprint
-from hf_unlearn.predictions import IGNORED
+from hf_unlearn.predictions import IGNORED, Task
 from hf_unlearn.report import UnlearningReport
 from hf_unlearn.requests import Request
+from hf_unlearn.selection import read_requests, rows_by_index, rows_requested, rows_where
 from hf_unlearn.sharding import is_main, loaded_whole, wait_for_all
 from hf_unlearn.statistics import RetainStatistics
 
+MODELS: dict[Task, Any] = {
+    "language-model": AutoModelForCausalLM,
+    "text-classification": AutoModelForSequenceClassification,
+    "image-classification": AutoModelForImageClassification,
+}
+_FILES = {"json": "json", "jsonl": "json", "parquet": "parquet"}
 _SPEC = re.compile(r"(?P<name>[\w.-]+)(?P<slice>\[\d*:\d*\])?")
 
 
@@ -44,10 +59,11 @@ _SPEC = re.compile(r"(?P<name>[\w.-]+)(?P<slice>\[\d*:\d*\])?")
 class DataArguments:
     """Which model and which rows."""
 
-    model_name_or_path: str = setting("", "Folder or Hub id of a causal language model.")
-    dataset_name: str = setting("", "Folder of JSON lines, a file a split, or Hub id of a data set.")
+    model_name_or_path: str = setting("", "Folder or Hub id of a model.")
+    dataset_name: str = setting("", "Folder of JSON lines or Parquet, a file a split, or Hub id of a data set.")
     max_rows: int | None = setting(None, "Use at most so many rows of each split for judging.")
     cache_dir: str | None = setting(None, "Where prepared models and statistics are kept; default HF_HOME/hf_unlearn.")
+    task: Task = setting("language-model", f"What the model does: {', '.join(MODELS)}.")
 
 
 @dataclass
@@ -56,6 +72,15 @@ class RunArguments(DataArguments):
 
     train: str = setting("", "Split that the model was, or is to be, trained on; it includes the forget rows.")
     forget: str = setting("", "Split to forget.")
+    forget_filter: str | None = setting(
+        None,
+        "Forget the rows of that split (default: of train) that fit, such as 'author == \"A\"'; also !=, <, in, "
+        "contains, joined by and.",
+    )
+    forget_indices: str | None = setting(None, "Forget the rows of it that a file numbers: a JSON list, or one a line.")
+    forget_request: str | None = setting(
+        None, 'Forget the rows of it that a file of JSON lines names: whole rows, or values such as {"id": 7}.'
+    )
     retain: str | None = setting(None, "Split to judge retained knowledge on; default: train without forget.")
     holdout: str | None = setting(None, "Split that was never seen; early stopping compares with it.")
     eval_splits: str | None = setting(None, "Further splits to judge on.")
@@ -86,7 +111,7 @@ class RunArguments(DataArguments):
 
 
 def load_rows(dataset_name: str, splits: str, what: str) -> datasets.Dataset:
-    """Rows of `name[start:stop]` splits of a local folder of JSON lines or of a Hub data set's configurations.
+    """Rows of `name[start:stop]` splits: files of a local folder, configurations of a Hub data set, or its splits.
 
     Raises:
         DataError: A malformed or missing split, or one without rows.
@@ -107,25 +132,30 @@ def _load_split(dataset_name: str, split: str) -> datasets.Dataset:
     folder = Path(dataset_name)
     try:
         if not folder.is_dir():
-            return datasets.load_dataset(dataset_name, match["name"], split=part)
-        found = [f for suffix in (".json", ".jsonl") if (f := folder / f"{match['name']}{suffix}").is_file()]
+            if match["name"] in datasets.get_dataset_config_names(dataset_name):
+                return datasets.load_dataset(dataset_name, match["name"], split=part)
+            return datasets.load_dataset(dataset_name, split=split)
+        files = ((folder / f"{match['name']}.{suffix}", kind) for suffix, kind in _FILES.items())
+        found = [(path, kind) for path, kind in files if path.is_file()]
         if not found:
-            raise DataError(f"{folder} has no {match['name']}.json or .jsonl")
-        return datasets.load_dataset("json", data_files=str(found[0]), split=part)
+            raise DataError(f"{folder} has no {match['name']}.json, .jsonl or .parquet")
+        return datasets.load_dataset(found[0][1], data_files=str(found[0][0]), split=part)
     except DataError:
         raise
     except Exception as error:  # datasets raises many kinds
         raise DataError(f"cannot load split {split!r} of {dataset_name!r}: {str(error).splitlines()[0]}") from error
 
 
-def load_model(name: str) -> nn.Module:
-    """A causal language model in float32 (bf16 weights lose steps of relative size 1e-3), in eval mode.
+def load_model(name: str, task: Task = "language-model") -> nn.Module:
+    """A model in float32 (bf16 weights lose steps of relative size 1e-3), in eval mode; a head that it lacks is drawn
+    by a fixed seed.
 
     It is put on this process's device: collecting comes before any Trainer would do so.
     """
     try:
-        with loaded_whole():
-            return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval().to(PartialState().device)
+        with loaded_whole(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            return MODELS[task].from_pretrained(name, dtype=torch.float32).eval().to(PartialState().device)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load model {name!r}: {str(error).splitlines()[0]}") from error
 
@@ -141,6 +171,18 @@ def load_tokenizer(name: str) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_processor(name: str, task: Task) -> Any:
+    """The tokenizer of a model folder or Hub id, or its image processor where the task is one of images."""
+    if task not in MODELS:
+        raise SettingsError(f"unknown task {task!r}; choose from {', '.join(MODELS)}")
+    if task != "image-classification":
+        return load_tokenizer(name)
+    try:
+        return AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load the image processor of {name!r}: {str(error).splitlines()[0]}") from error
 
 
 def run(args: RunArguments, config: UnlearningConfig) -> dict[str, UnlearningReport]:
@@ -163,14 +205,17 @@ def run(args: RunArguments, config: UnlearningConfig) -> dict[str, UnlearningRep
 
 def prepare(args: RunArguments, config: UnlearningConfig, *, fisher: bool) -> Request:
     """Load or make everything that a request needs: rows, original and retrained model, statistics."""
-    tokenizer = load_tokenizer(args.model_name_or_path)
+    if args.samples and args.task != "language-model":
+        raise SettingsError(f"samples are answers; a model of task {args.task} gives none")
+    tokenizer = load_processor(args.model_name_or_path, args.task)
     collator = default_collator(tokenizer)
-    splits = _splits(args, tokenizer, config.max_length)
+    idk_seed = config.seed if config.build_loss().kind.alternates == "idk" else None
+    splits = _splits(args, tokenizer, config.max_length, idk_seed)
     train = splits.pop("train")
     timings: dict[str, float] = {}
 
     def load(folder: Any) -> nn.Module:
-        return load_model(str(folder) if folder is not None else args.model_name_or_path)
+        return load_model(str(folder) if folder is not None else args.model_name_or_path, args.task)
 
     cache = cache_folder(args.cache_dir)
     settings = FineTuning(
@@ -188,15 +233,15 @@ def prepare(args: RunArguments, config: UnlearningConfig, *, fisher: bool) -> Re
     if args.retrained == "auto":
         retrained, timings["retrain"] = fine_tuned(load, splits["retain"], settings, collator, cache)
     elif args.retrained not in (None, "none"):
-        retrained = load_model(args.retrained)
+        retrained = load_model(args.retrained, args.task)
     statistics, timings["collect"] = _full_statistics(args, config, model, train, collator, cache, fisher)
     forget, retain = splits["forget"], splits.get("retain")
     for name, rows in splits.items():
-        splits[name] = rows[: args.max_rows] if name != "forget" else rows
+        splits[name] = take(rows, args.max_rows) if name != "forget" else rows
     return Request(
         model, forget, splits, statistics, args.subtract_forget, retain if args.use_retain_rows else None, retrained,
         tokenizer, collator, _peft_config(args), args.merge_adapter,
-        f"{args.dataset_name.rstrip('/').split('/')[-1]} {args.forget}",
+        f"{args.dataset_name.rstrip('/').split('/')[-1]} {args.forget or args.train}",
         _sampler(forget[: args.samples], tokenizer) if args.samples else None, timings,
     )  # fmt: skip
 
@@ -206,10 +251,10 @@ def collect(
 ) -> RetainStatistics:
     """`hf-unlearn collect`: statistics of a split, saved to `output_dir`; rows are cut as `run` cuts them."""
     check_output(output_dir, overwrite)
-    tokenizer = load_tokenizer(args.model_name_or_path)
+    tokenizer = load_processor(args.model_name_or_path, args.task)
     loaded = load_rows(args.dataset_name, rows, "rows")
-    data = encode_dataset(loaded, tokenizer, what="statistics", max_length=max_length)
-    model = load_model(args.model_name_or_path)
+    model = load_model(args.model_name_or_path, args.task)
+    data = encode_dataset(loaded, tokenizer, what="statistics", max_length=max_length, model=model)
     collator = default_collator(tokenizer)
     statistics = collect_statistics(model, data, collator=collator, fisher=fisher, max_rows=args.max_rows)
     if is_main():
@@ -222,13 +267,13 @@ def evaluate(
     args: RunArguments, original: str | None, batch_size: int, seed: int, max_length: int | None = 512
 ) -> UnlearningReport:
     """`hf-unlearn evaluate`: the table of a finished model; rows are cut as `run` cuts them."""
-    tokenizer = load_tokenizer(args.model_name_or_path)
+    tokenizer = load_processor(args.model_name_or_path, args.task)
     splits = _splits(args, tokenizer, max_length)
     splits.pop("train")
     return evaluate_unlearning(
-        load_model(args.model_name_or_path), {name: rows[: args.max_rows] for name, rows in splits.items()},
-        original=load_model(original) if original else None,
-        retrained=load_model(args.retrained) if args.retrained not in (None, "none") else None,
+        load_model(args.model_name_or_path, args.task), {n: take(rows, args.max_rows) for n, rows in splits.items()},
+        original=load_model(original, args.task) if original else None,
+        retrained=load_model(args.retrained, args.task) if args.retrained not in (None, "none") else None,
         collator=default_collator(tokenizer), batch_size=batch_size, seed=seed,
     )  # fmt: skip
 
@@ -241,8 +286,9 @@ def _peft_config(args: RunArguments) -> Any:
     targets: Any = args.lora_target_modules or "all-linear"
     try:
         return LoraConfig(
-            task_type=TaskType.CAUSAL_LM, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-            target_modules=targets, use_rslora=args.use_rslora,
+            task_type=TaskType.CAUSAL_LM if args.task == "language-model" else None, r=args.lora_r,
+            lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=targets,
+            use_rslora=args.use_rslora,
         )  # fmt: skip
     except (ValueError, TypeError) as error:
         raise SettingsError(f"LoRA settings: {str(error).splitlines()[0]}") from error
@@ -258,13 +304,34 @@ def _constraints(args: RunArguments, config: UnlearningConfig) -> list[str]:
     return names
 
 
-def _splits(args: RunArguments, tokenizer: Any, max_length: int | None) -> dict[str, list[Row]]:
+def forget_rows(args: RunArguments) -> datasets.Dataset:
+    """The raw rows to forget: a split, or those of it that a filter or a file selects; or a file's own rows.
+
+    Raises:
+        DataError: No such split, or nothing selected.
+        SettingsError: Two ways to select at once.
+    """
+    given = {"filter": args.forget_filter, "indices": args.forget_indices, "request": args.forget_request}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if len(chosen) > 1:
+        raise SettingsError(f"pass only one of {' and '.join('--forget_' + name for name in chosen)}")
+    if args.forget_request is not None and not (args.forget or args.train):  # the file has the rows themselves
+        return datasets.Dataset.from_list(read_requests(args.forget_request))
+    rows = load_rows(args.dataset_name, args.forget or (args.train if chosen else ""), "forget")
+    for name, value in chosen.items():
+        select = {"filter": rows_where, "indices": rows_by_index, "request": rows_requested}[name]
+        rows = rows.select(select(rows, value))
+    return rows
+
+
+def _splits(args: RunArguments, tokenizer: Any, max_length: int | None, idk_seed: int | None = None) -> dict[str, Any]:
     """Encoded rows by split; the retain split defaults to the train rows that are not to be forgotten."""
+    how: dict[str, Any] = {"max_length": max_length, "task": args.task}
 
-    def encoded(splits: str, what: str) -> list[Row]:
-        return encode_dataset(load_rows(args.dataset_name, splits, what), tokenizer, what=what, max_length=max_length)
+    def encoded(splits: str, what: str) -> Any:
+        return encode_dataset(load_rows(args.dataset_name, splits, what), tokenizer, what=what, **how)
 
-    forget = encoded(args.forget, "forget")
+    forget = encode_dataset(forget_rows(args), tokenizer, what="forget", idk_seed=idk_seed, **how)
     train = encoded(args.train, "train") if args.train else []
     if args.retain:
         retain = encoded(args.retain, "retain")
@@ -280,6 +347,7 @@ def _splits(args: RunArguments, tokenizer: Any, max_length: int | None) -> dict[
         found.pop("retain")
     if args.holdout:
         found["holdout"] = encoded(args.holdout, "holdout")
+        require_disjoint(forget, found["holdout"], "holdout")
     for split in (args.eval_splits or "").split(","):
         if split.strip():
             found[split.strip()] = encoded(split.strip(), "eval_splits")

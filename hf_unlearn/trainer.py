@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,28 @@ from transformers.trainer_utils import (
 )
 
 from hf_unlearn.adapters import layer_of, with_adapter
-from hf_unlearn.callbacks import DriftBudgetCallback, EngineCallback, OverUnlearningCallback
+from hf_unlearn.callbacks import DriftBudgetCallback, DualWeightCallback, EngineCallback, OverUnlearningCallback
 from hf_unlearn.checkpoints import PREVIOUS, check_same_run, find_checkpoint, seal
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
-from hf_unlearn.coverage import Coverage, freeze_unprotected, hold_norm_statistics
-from hf_unlearn.data import PairedCollator, PairedDataset, default_collator, encode_dataset, require_disjoint
+from hf_unlearn.coverage import Coverage, freeze_all_but, freeze_unprotected, hold_norm_statistics
+from hf_unlearn.data import (
+    PairedCollator,
+    PairedDataset,
+    default_collator,
+    encode_dataset,
+    require_alternates,
+    require_disjoint,
+    require_labels,
+)
 from hf_unlearn.errors import NonFiniteLossError, SettingsError, StatisticsError
 from hf_unlearn.hub import upload
 from hf_unlearn.layers import find_layers
+from hf_unlearn.losses import UnlearningLoss, build_loss
+from hf_unlearn.losses.base import ForgetTerm, OriginalModel
 from hf_unlearn.metrics import RowScores, row_scores
 from hf_unlearn.optimizer import StepConstrainer
+from hf_unlearn.original_outputs import frozen_copy, original_outputs
 from hf_unlearn.predictions import predict
 from hf_unlearn.sharding import check_sharding, gather, loaded_whole, shard_on_cpu, sharding_of, wait_for_all
 from hf_unlearn.statistics import RetainStatistics
@@ -52,9 +63,13 @@ class UnlearningTrainer(Trainer):
             them (`OverUnlearningCallback`), judged at each evaluation.
         eval_dataset: Further splits by name, evaluated as in Trainer.
         data_collator: Plain rows to a batch; default pads on the right.
-        processing_class: Tokenizer or processor; loaded with `model` where that is a name.
+        processing_class: Tokenizer or image processor; loaded with `model` where that is a name.
         peft_config: Train a LoRA adapter of this configuration instead of the weights; the constraint holds for the
             merged weights. `model` may also have an untrained adapter already.
+        loss: A loss of your own, in place of `args.loss`: a forget term `(predictions, original) -> values` (see
+            `losses.base.LossKind`) or what `losses.build_loss` gives.
+        original_model: A frozen copy for losses that read the original model; default: its weights, or the model
+            without its adapter, put in for the moment (no copy), or `args.original_logprobs`.
         callbacks, optimizers, compute_metrics: As in Trainer.
 
     Attributes:
@@ -64,7 +79,8 @@ class UnlearningTrainer(Trainer):
     Raises:
         SettingsError: A constraint without statistics and without retain rows to collect them from, or an
             `eval_dataset` without names.
-        DataError: No forget rows, or forget rows that are also in the retain set.
+        DataError: No forget rows or one without labels, forget rows that are also in the retain or the held-out set,
+            or alternate answers that the loss needs and the rows have not.
         StatisticsError: Statistics of another model.
         CoverageError: A parameter that would train unprotected.
     """
@@ -82,6 +98,8 @@ class UnlearningTrainer(Trainer):
         data_collator: Callable | None = None,
         processing_class: Any = None,
         peft_config: Any = None,
+        loss: str | ForgetTerm | UnlearningLoss | None = None,
+        original_model: nn.Module | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
@@ -91,14 +109,21 @@ class UnlearningTrainer(Trainer):
             with loaded_whole():
                 model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         assert isinstance(model, nn.Module)
-        encode = _encoder(processing_class, args.max_length)
+        self.loss = args.build_loss() if loss is None else build_loss(loss)
+        encode = _encoder(model, processing_class, args, self.loss)
         forget, retain = encode(forget_dataset, "forget"), encode(retain_dataset, "retain")
-        if retain is not None:
-            require_disjoint(forget, retain)
+        holdout = encode(holdout_dataset, "holdout")
+        for other, what in ((retain, "retain"), (holdout, "holdout")):
+            if other is not None:
+                require_disjoint(forget, other, what)
+        self.loss.check_labels(tokens=require_labels(forget, "forget"))
+        if self.loss.kind.alternates:
+            require_alternates(forget, self.loss.name)
         collator = data_collator or default_collator(processing_class)
-        self.loss = args.build_loss()
         if self.loss.kind.needs_retain and retain is None:
-            raise SettingsError(f"loss {args.loss!r} needs retain rows; pass retain_dataset or choose another loss")
+            raise SettingsError(
+                f"loss {self.loss.name!r} needs retain rows; pass retain_dataset or choose another loss"
+            )
         constraint = args.build_constraint()
         statistics = _statistics(model, statistics, retain, collator, args)
         if peft_config is not None:
@@ -114,7 +139,9 @@ class UnlearningTrainer(Trainer):
             model=model,
             args=args,
             data_collator=PairedCollator(collator),
-            train_dataset=PairedDataset(forget, retain if self.loss.alpha > 0 else None, args.seed),
+            train_dataset=PairedDataset(
+                forget, retain if self.loss.has_retain_term else None, args.seed, bool(self.loss.kind.alternates)
+            ),
             eval_dataset=splits or None,
             processing_class=processing_class,
             callbacks=callbacks,
@@ -127,7 +154,8 @@ class UnlearningTrainer(Trainer):
         self._stopped_before: str | None = None
         self._attached: Any = None
         self.constrainer = StepConstrainer(self.model, statistics, constraint, relative_step=args.relative_step)
-        self._stopping_rows = {"forget": forget, "holdout": encode(holdout_dataset, "holdout")}
+        self._original = self._original_source(original_model, forget, retain, collator)
+        self._stopping_rows = {"forget": forget, "holdout": holdout}
         self._add_callbacks()
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -166,11 +194,15 @@ class UnlearningTrainer(Trainer):
         stopping = self._stopping_callback()
         if stopping is not None:
             stopping.previous = None
+        if self.loss.dual is not None:
+            self.loss.dual.reset()
         folder = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if folder is not None:
             then = check_same_run(folder, self._run_description())
             if then["stopped"]:
                 return self._take_up_stopped(folder, then["stopped"])
+            if self.loss.dual is not None:
+                self.loss.dual.load_state(then["dual_weight"])
             if stopping is not None and "previous_step" in then:
                 saved = load_file(folder / self._previous_file)
                 weights = [saved[str(i)].to(self.args.device) for i in range(len(saved))]
@@ -193,6 +225,8 @@ class UnlearningTrainer(Trainer):
                 save_file({str(i): w.contiguous() for i, w in enumerate(weights)}, folder / self._previous_file)
         wait_for_all()
         if self.args.should_save:
+            if self.loss.dual is not None:
+                state["dual_weight"] = self.loss.dual.state()
             seal(folder, self._run_description() | state)
             rotate_checkpoints(
                 self.args.output_dir, save_total_limit=limit, best_model_checkpoint=self.state.best_model_checkpoint,
@@ -218,7 +252,7 @@ class UnlearningTrainer(Trainer):
         return {
             "statistics": statistics and {"weights": statistics.weights, "data": statistics.data},
             "constraint": {"name": args.constraint, "own": args.constraint_settings, "layers": args.layer_constraints},
-            "loss": {"name": args.loss, "own": args.loss_settings},
+            "loss": {"name": self.loss.name, "own": self.loss.all_settings},
             "optimizer": {"optim": str(args.optim), "momentum": args.momentum, "relative_step": args.relative_step},
             "processes": args.world_size,
             "sharding": sharding_of(self.accelerator),
@@ -260,6 +294,8 @@ class UnlearningTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Micro-batches of one optimizer step, and the number of units of each loss term in all of them."""
+        assert isinstance(self.train_dataset, PairedDataset)
+        self.train_dataset.set_epoch(int(self.state.epoch or 0))  # which skipping batches after a restart leaves out
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [self.loss.counts(self.model, batch) for batch in batches]
         total = {term: sum(count[term] for count in counts) for term in (counts[0] if counts else ())}
@@ -286,7 +322,7 @@ class UnlearningTrainer(Trainer):
         if "forget" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, None)
         hold_norm_statistics(model)
-        loss = self.loss(model, inputs, self.constrainer.original, num_items_in_batch)
+        loss = self.loss(model, inputs, self._original, num_items_in_batch)
         return loss * self.accelerator.num_processes  # gradients are averaged over processes, counts are sums
 
     def prediction_step(
@@ -300,6 +336,25 @@ class UnlearningTrainer(Trainer):
             scores_B4 = row_scores(predict(model, inputs))
         return scores_B4[:, 0].mean(), scores_B4, scores_B4[:, 0]
 
+    def _original_source(self, copy: nn.Module | None, forget: Any, retain: Any, collator: Callable) -> OriginalModel:
+        """Where the original model's predictions come from: a copy, the disk, or its weights put in for the moment."""
+        folder = self.args.original_logprobs
+        if copy is not None:
+            if folder is not None or copy is self.model:
+                raise SettingsError("original_model must be a copy of its own; pass either it or original_logprobs")
+            return frozen_copy(copy.to(self.args.device))
+        if folder is None or not self.loss.needs_original:
+            return self.constrainer.original
+        rows = {"forget": forget, "retain": retain}
+        if self.loss.kind.alternates:
+            rows["alternate"] = [row["alternate"] for row in forget]
+        stored = original_outputs(
+            self.model, self.loss, rows, folder, collator=collator, batch_size=self.args.per_device_eval_batch_size,
+            precision="bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32",
+            scope=self.compute_loss_context_manager,
+        )  # fmt: skip
+        return lambda: nullcontext(stored)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add predicted retain drift and leak to the training log lines."""
         if "loss" in logs:
@@ -309,6 +364,8 @@ class UnlearningTrainer(Trainer):
                 logs["retain_kl"] = drift.kl
             if self.constrainer.leak is not None:
                 logs["leak"] = self.constrainer.leak
+            if self.loss.dual is not None:
+                logs["retain_weight"] = self.loss.dual.value
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -341,6 +398,8 @@ class UnlearningTrainer(Trainer):
             if self.constrainer.statistics is None:
                 raise SettingsError("max_retain_drift needs statistics; pass `statistics` or `retain_dataset`")
             self.add_callback(DriftBudgetCallback(self.constrainer, args.max_retain_drift))
+        if self.loss.dual is not None:
+            self.add_callback(DualWeightCallback(self.loss.dual))
 
     def _stopping_score(self, split: str) -> float:
         """The forget metric on `forget` or `holdout` rows as `evaluate` has it, without a log line."""
@@ -362,11 +421,16 @@ class UnlearningTrainer(Trainer):
         )
 
 
-def _encoder(processing_class: Any, max_length: int | None) -> Callable[[Any, str], Any]:
+def _encoder(
+    model: nn.Module, processing_class: Any, args: UnlearningConfig, loss: UnlearningLoss
+) -> Callable[[Any, str], Any]:
     def encode(dataset: Any, what: str) -> Any:
         if dataset is None and what != "forget":
             return None
-        return encode_dataset(dataset, processing_class, what=what, max_length=max_length)
+        seed = args.seed if what == "forget" and loss.kind.alternates == "idk" else None
+        return encode_dataset(
+            dataset, processing_class, what=what, max_length=args.max_length, model=model, idk_seed=seed
+        )
 
     return encode
 
@@ -406,6 +470,7 @@ def _statistics(
 
 def _freeze(model: nn.Module, statistics: RetainStatistics | None, constraint: Any, args: UnlearningConfig) -> Coverage:
     """Coverage of the run; without a constraint the same weights train, all of them exposed."""
+    freeze_all_but(model, args.train_only)
     if constraint is not None and statistics is not None:
         return freeze_unprotected(model, statistics.layers, args.allow_exposed, args.freeze)
     layers = statistics.layers if statistics is not None else find_layers(model)

@@ -90,13 +90,70 @@ def npo(rows: Labels, original: Labels, beta: float = 0.1) -> float:
     return float(np.mean(values))
 
 
+def simnpo(rows: Labels, original: Labels, beta: float = 4.5, delta: float = 0.0) -> float:
+    """`(2 / beta) log(1 + geometric mean of the probabilities^beta * exp(beta delta))`."""
+    values = []
+    for row in rows:
+        mean = np.prod([softmax(z)[y] ** (1 / len(row)) for z, y in row])
+        values.append(2 / beta * np.log1p(mean**beta * np.exp(beta * delta)))
+    return float(np.mean(values))
+
+
+def likelihood_ratio(rows: Labels, original: Labels) -> NDArray:
+    """`[B]`: how many times more likely each answer has become."""
+    now, before = ([np.prod([softmax(z)[y] for z, y in row]) for row in given] for given in (rows, original))
+    return np.array(now) / np.array(before)
+
+
+def dpo(rows: Labels, original: Labels, other: Labels, other_original: Labels, beta: float = 0.1) -> float:
+    """`other` are the alternate answers' labels; in ratios of likelihoods of whole answers."""
+    odds = (likelihood_ratio(rows, original) / likelihood_ratio(other, other_original)) ** beta
+    return float(np.mean(2 / beta * np.log1p(odds)))
+
+
+def undial(rows: Labels, original: Labels, beta: float = 10.0) -> float:
+    """The label's odds are divided by `e^beta`; what it loses goes to the others in proportion."""
+    values = []
+    for (z, y), (z_before, _) in zip(pairs(rows), pairs(original), strict=True):
+        p = softmax(z_before)
+        p[y] *= np.exp(-beta)
+        values.append(cross_entropy(p / p.sum(), z))
+    return float(np.mean(values))
+
+
+def wga(rows: Labels, original: Labels, beta: float = 1.0) -> float:
+    return float(np.mean([-(softmax(z)[y] ** beta) * nll(z, y) for z, y in pairs(rows)]))
+
+
+def satimp(rows: Labels, original: Labels, beta1: float = 5.0, beta2: float = 1.0) -> float:
+    return float(
+        np.mean([-(softmax(z)[y] ** beta1 * (1 - softmax(z)[y]) ** beta2) * nll(z, y) for z, y in pairs(rows)])
+    )
+
+
+def pdu(rows: Labels, original: Labels) -> float:
+    return float(np.mean([(sorted(z)[-1] - sum(z) / len(z)) ** 2 for z, _ in pairs(rows)]))
+
+
+def distance(states: NDArray, target: NDArray) -> float:
+    """Mean over all of them of squared differences."""
+    difference = states.astype(np.float64) - target.astype(np.float64)
+    return float(sum(d * d for d in difference.ravel()) / difference.size)
+
+
 TWINS = {
     "pgu": pgu,
     "next_best": next_best,
     "ce_u": ce_u,
     "grad_ascent": grad_ascent,
     "grad_diff": grad_ascent,
+    "kl_min": grad_ascent,
     "npo": npo,
+    "simnpo": simnpo,
+    "undial": undial,
+    "wga": wga,
+    "satimp": satimp,
+    "pdu": pdu,
 }
 SKIPS_FIRST = {"ce_u"}
 

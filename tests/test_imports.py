@@ -40,7 +40,7 @@ LEVELS = (
         "losses",
         "metrics",
     ),
-    ("layers", "statistics", "data", "hub"),
+    ("layers", "statistics", "formats", "data", "original_outputs", "hub", "selection"),
     ("collect", "constraints"),
     ("parts", "optimizer", "coverage"),
     ("config", "callbacks", "checkpoints", "trainer", "finetune"),
@@ -63,7 +63,7 @@ ALLOWED = {
     "storage": frozenset({"errors", "sharding"}),
     "adapters": frozenset({"errors"}),
     "fingerprint": frozenset({"errors", "adapters", "sharding"}),
-    "losses": frozenset({"errors", "linalg", "predictions"}),
+    "losses": frozenset({"errors", "linalg", "predictions", "fingerprint"}),
     "metrics": frozenset({"errors", "linalg", "predictions", "sharding"}),
 }
 

@@ -22,7 +22,26 @@ from hf_unlearn.losses.targets import without_label
 from hf_unlearn.predictions import Predictions, output_logits, predict, shifts_labels
 
 MODELS = ("gpt2", "llama", "bert", "vit")
-NAMES = ("pgu", "next_best", "ce_u", "grad_ascent", "grad_diff", "npo")
+NAMES = tuple(reference.TWINS)  # those of single answers; the others are in tests/test_losses_pairs.py
+OTHERS = ("dpo", "altpo", "idk", "rmu", "random_label")
+# Settings without a default, or with one that leaves next to nothing to compare on models that hardly know the rows.
+NEEDED: dict[str, dict[str, Any]] = {
+    "pdu": {"eps": 0.5},
+    "rmu": {"layer": 1},
+    "undial": {"beta": 0.5},
+    "simnpo": {"beta": 1.0},
+    "satimp": {"beta1": 1.0},
+}
+# gamma, alpha and retain term where they are not 1, 0 and nll (open-unlearning's configurations)
+WEIGHTS = {
+    "grad_diff": (1, 1, "nll"),
+    "kl_min": (1, 1, "kl"),
+    "npo": (1, 1, "nll"),
+    "simnpo": (0.125, 1, "nll"),
+    "wga": (1, 1, "nll"),
+    "satimp": (0.1, 1, "nll"),
+    "pdu": (1, 1, "nll"),
+}
 Batch = dict[str, Any]
 Scope = Callable[[], AbstractContextManager]
 
@@ -95,7 +114,7 @@ def with_probability(p: float) -> Predictions:
 
 
 def test_every_registered_loss_has_a_twin() -> None:
-    assert set(LOSSES) == set(NAMES) == set(reference.TWINS)
+    assert set(LOSSES) == {*NAMES, *OTHERS}
     assert {name for name, kind in LOSSES.items() if kind.skip_first} == reference.SKIPS_FIRST
 
 
@@ -105,10 +124,13 @@ def test_forget_term_equals_its_twin(name: str, case: str) -> None:
     model, original, batch = setup(case)
     skip = name in reference.SKIPS_FIRST
     rows, rows_before = (dense(m, batch["forget"], skip) for m in (model, original))
-    twin = reference.TWINS[name](rows, rows_before)
-    loss = build_loss(name, {"alpha": 0})(model, batch, before(model, original)).item()
+    own = {n: {key: value for key, value in NEEDED.get(n, {}).items() if key != "eps"} for n in NAMES}
+    twin = reference.TWINS[name](rows, rows_before, **own[name])
+    loss = build_loss(name, NEEDED.get(name, {}) | {"gamma": 1, "alpha": 0})(
+        model, batch, before(model, original)
+    ).item()
     assert loss == pytest.approx(twin, rel=1e-5, abs=1e-5)
-    others = {other: f(rows, rows_before) for other, f in reference.TWINS.items() if f is not reference.TWINS[name]}
+    others = {n: f(rows, rows_before, **own[n]) for n, f in reference.TWINS.items() if f is not reference.TWINS[name]}
     assert all(abs(value - loss) > 1e-3 for value in others.values())  # no other loss is mistaken for it
 
 
@@ -130,6 +152,36 @@ def test_npo_beta_reaches_the_formula(beta: float) -> None:
     assert abs(loss - reference.npo(rows, rows_before, 0.1)) > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("simnpo", {}), ("simnpo", {"beta": 0.5, "delta": 0.7}), ("undial", {}), ("undial", {"beta": 0.5}), ("wga", {}),
+        ("wga", {"beta": 3.0}), ("satimp", {}), ("satimp", {"beta1": 0.5, "beta2": 2.0}),
+    ],
+)  # fmt: skip
+def test_settings_reach_the_formula_and_defaults_are_those_of_the_twin(name: str, settings: dict[str, float]) -> None:
+    model, original, batch = setup("llama")
+    batch["forget"] = memorised(model, batch["forget"])
+    rows, rows_before = dense(model, batch["forget"]), dense(original, batch["forget"])
+    loss = build_loss(name, settings | {"gamma": 1, "alpha": 0})(model, batch, before(model, original)).item()
+    assert loss == pytest.approx(reference.TWINS[name](rows, rows_before, **settings), rel=2e-5)
+    first = next(iter(settings or {"beta1" if name == "satimp" else "beta": 0}))
+    assert abs(loss - reference.TWINS[name](rows, rows_before, **settings | {first: 0.9})) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["wga", "satimp"])
+def test_weights_of_labels_carry_no_gradient(name: str) -> None:
+    predictions = made_up()
+    found = torch.autograd.grad(LOSSES[name].term(predictions, None).sum(), predictions.logits_LV)[0]
+    weights_L = (LOSSES[name].term(predictions, None) / predictions.nll_L).detach()
+    expected = torch.autograd.grad((weights_L * predictions.nll_L).sum(), predictions.logits_LV)[0]
+    torch.testing.assert_close(found, expected)
+    p_L = probabilities(predictions)
+    free = -p_L if name == "wga" else -(p_L**5) * (1 - p_L)
+    through = torch.autograd.grad((free * predictions.nll_L).sum(), predictions.logits_LV)[0]
+    assert not torch.allclose(found, through, atol=1e-4)
+
+
 @pytest.mark.parametrize("case", MODELS)
 @pytest.mark.parametrize("retain", ["nll", "kl"])
 @pytest.mark.parametrize("name", ["grad_diff", "ce_u"])
@@ -138,7 +190,9 @@ def test_retain_term_equals_its_twin(name: str, retain: str, case: str) -> None:
     rows, rows_before = dense(model, batch["retain"]), dense(original, batch["retain"])
     twin = reference.retain_nll(rows) if retain == "nll" else reference.retain_kl(rows, rows_before)
     scope = before(model, original)
-    alone = build_loss(name, {"gamma": 0, "alpha": 1, "retain": retain})(model, batch, scope).item()
+    alone = build_loss(name, NEEDED.get(name, {}) | {"gamma": 0, "alpha": 1, "retain": retain})(
+        model, batch, scope
+    ).item()
     assert alone == pytest.approx(twin, rel=1e-5, abs=1e-5)
     other = reference.retain_kl(rows, rows_before) if retain == "nll" else reference.retain_nll(rows)
     assert abs(alone - other) > 1e-3
@@ -165,7 +219,7 @@ def test_loss_is_gamma_forget_plus_alpha_retain(name: str) -> None:
     scope = before(model, original)
 
     def value(gamma: float, alpha: float) -> float:
-        return build_loss(name, {"gamma": gamma, "alpha": alpha})(model, batch, scope).item()
+        return build_loss(name, NEEDED.get(name, {}) | {"gamma": gamma, "alpha": alpha})(model, batch, scope).item()
 
     forget, retain = value(1, 0), value(0, 1)
     assert value(0.3, 2.5) == pytest.approx(0.3 * forget + 2.5 * retain, rel=1e-5)
@@ -175,10 +229,15 @@ def test_loss_is_gamma_forget_plus_alpha_retain(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_default_weights_are_those_of_the_registry(name: str) -> None:
     model, original, batch = setup("gpt2")
-    scope, alpha = before(model, original), 1.0 if name in ("grad_diff", "npo") else 0.0
-    default = build_loss(name)(model, batch, scope).item()
-    assert default == pytest.approx(build_loss(name, {"gamma": 1, "alpha": alpha})(model, batch, scope).item())
-    assert abs(default - build_loss(name, {"gamma": 1, "alpha": 1 - alpha})(model, batch, scope).item()) > 1e-3
+    scope, (gamma, alpha, retain) = before(model, original), WEIGHTS.get(name, (1, 0, "nll"))
+
+    def value(**settings: Any) -> float:
+        return build_loss(name, NEEDED.get(name, {}) | settings)(model, batch, scope).item()
+
+    default = value()
+    assert default == pytest.approx(value(gamma=gamma, alpha=alpha, retain=retain))
+    assert abs(default - value(gamma=gamma, alpha=1 - alpha, retain=retain)) > 1e-3
+    assert abs(default - value(gamma=2 * gamma)) > 1e-7
 
 
 # Directions
@@ -215,7 +274,7 @@ def test_a_small_step_down_lowers_the_forget_probability_and_up_raises_it(name: 
     make, rows = CASES[case]
     original = make()
     batch = {"forget": memorised(original, collate(rows(4, seed=1))), "retain": collate(rows(3, seed=2))}
-    loss, changes = build_loss(name, {"alpha": 0.01}), []
+    loss, changes = build_loss(name, NEEDED.get(name, {}) | {"gamma": 1, "alpha": 0.01}), []
     for size in (2e-3, -2e-3):
         model = copy.deepcopy(original)
         step(model, loss(model, batch, before(model, original)), size)
@@ -239,7 +298,7 @@ def test_a_small_step_down_lowers_the_probability_of_a_real_story(name: str) -> 
         "forget": inputs("Once upon a time, there was a little girl named Lily. She loved to play outside."),
         "retain": inputs("The dog ran to the park and saw a big tree."),
     }
-    loss, changes = build_loss(name, {"alpha": 0.01}), []
+    loss, changes = build_loss(name, NEEDED.get(name, {}) | {"gamma": 1, "alpha": 0.01}), []
     for size in (2e-3, -2e-3):
         model = copy.deepcopy(original)
         step(model, loss(model, batch, before(model, original)), size)
@@ -415,7 +474,7 @@ def test_the_mode_comes_back_when_the_original_model_fails() -> None:
 @pytest.mark.parametrize("name", ["npo", "next_best"])
 def test_no_gradient_flows_through_the_original_model(name: str) -> None:
     model, original, batch = setup("vit", retain=False)
-    build_loss(name)(model, batch, before(model, original)).backward()
+    build_loss(name, NEEDED.get(name))(model, batch, before(model, original)).backward()
     assert all(p.grad is None for p in original.parameters())
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
@@ -430,7 +489,7 @@ def test_micro_batches_with_counts_add_up_to_their_batch(name: str, case: str) -
     original = make()
     model = moved(original)
     forget, retain = rows(4, seed=1), rows(5, seed=2)
-    loss, scope = build_loss(name, {"alpha": 0.7, "retain": "kl"}), before(model, original)
+    loss, scope = build_loss(name, NEEDED.get(name, {}) | {"alpha": 0.7, "retain": "kl"}), before(model, original)
     whole = {"forget": collate(forget), "retain": collate(retain)}
     parts = [  # unequal in rows and lengths
         {"forget": collate(forget[:1]), "retain": collate(retain[:3])},
@@ -446,7 +505,7 @@ def test_micro_batches_with_counts_add_up_to_their_batch(name: str, case: str) -
     g_sum = sum(gradients(loss(model, part, scope, total), model) for part in parts)
     assert (g_sum - g_big).norm() < 1e-4 * g_big.norm()
     plain = sum(loss(model, part, scope) for part in parts) / len(parts)
-    assert abs(plain - big) > 1e-4  # a mean of means is another loss
+    assert abs(plain - big) > 1e-5  # a mean of means is another loss
 
 
 def test_counts_are_labels_or_rows() -> None:
@@ -467,7 +526,7 @@ def test_padding_does_not_change_a_loss() -> None:
         fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
         padded[part] = {k: nn.functional.pad(v, (0, 3), value=fill[k]) for k, v in inputs.items()}
     for name in NAMES:
-        loss = build_loss(name)
+        loss = build_loss(name, NEEDED.get(name))
         torch.testing.assert_close(loss(model, padded, scope), loss(model, batch, scope), rtol=1e-4, atol=1e-5)
     unmasked = {"forget": {**padded["forget"], "labels": padded["forget"]["labels"].clamp(min=0)}}
     ascent = build_loss("grad_ascent")
@@ -489,7 +548,7 @@ def test_unknown_setting_names_the_known_ones() -> None:
 
 
 def test_unknown_kind_of_retain_term_is_an_error() -> None:
-    with pytest.raises(SettingsError, match="retain must be 'nll' or 'kl', got 'mse'"):
+    with pytest.raises(SettingsError, match="retain must be 'nll', 'kl' or 'hidden', got 'mse'"):
         build_loss("npo", {"retain": "mse"})
 
 
@@ -511,7 +570,7 @@ def test_a_new_loss_is_one_decorator() -> None:
 
         model, batch = CASES["bert"][0](), {"forget": collate(text_class_rows(3))}
         p = [reference.softmax(z)[y] for z, y in reference.pairs(dense(model, batch["forget"]))]
-        found = build_loss(name, {"weight": 0.5})(model, batch).item()
+        found = build_loss(name, NEEDED.get(name, {}) | {"weight": 0.5})(model, batch).item()
         assert found == pytest.approx(2 * 0.5 * np.mean(np.square(p)), rel=1e-5)
     finally:
         LOSSES.pop(name, None)

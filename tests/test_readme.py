@@ -17,6 +17,14 @@ def block_with(text: str) -> str:
     return found
 
 
+def test_the_table_of_losses_has_all_of_them() -> None:
+    from hf_unlearn.losses import LOSSES
+
+    table = README.read_text(encoding="utf-8").partition("| `loss` |")[2].partition("\n\n")[0]
+    first_cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    assert sorted(re.findall(r"`(\w+)`", " ".join(first_cells))) == sorted(LOSSES)
+
+
 def test_signature_block_holds() -> None:
     exec(compile(block_with("EnergyConstraint(1.0)"), "README signature", "exec"), {})
 

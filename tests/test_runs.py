@@ -4,23 +4,38 @@ saved statistics. Skipped where the model or the data set is missing."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 import torch
-from cases import requires_asset
+from cases import CLASSES, requires_asset, tiny_bert, tiny_vit
+from PIL import Image
+from test_data import QUESTION, tokenizer
+from test_formats import processor as picture_processor
 
 from hf_unlearn import requests
 from hf_unlearn.cli import main
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.constraints import CONSTRAINTS
 from hf_unlearn.data import default_collator, encode_dataset
-from hf_unlearn.errors import DataError, SettingsError
+from hf_unlearn.errors import DataError, SettingsError, UnlearningError
 from hf_unlearn.finetune import FineTuning
 from hf_unlearn.metrics import score_rows
 from hf_unlearn.report import UnlearningReport
-from hf_unlearn.runs import RunArguments, collect, evaluate, load_model, load_rows, load_tokenizer, run
+from hf_unlearn.runs import (
+    RunArguments,
+    collect,
+    evaluate,
+    forget_rows,
+    load_model,
+    load_rows,
+    load_tokenizer,
+    run,
+)
 from hf_unlearn.statistics import RetainStatistics
 
 
@@ -256,3 +271,88 @@ def test_statistics_and_forget_rows_are_all_that_a_request_needs(places: dict[st
     )
     (report,) = run(args, settings(tmp_path / "out", max_steps=1)).values()
     assert {metric.split for metric in report.metrics} == {"forget"} and report.method["statistics"]["rows"] == 8
+
+
+# Which rows are forgotten
+
+
+def names_only(places: dict[str, str], tmp_path: Path, **changes: Any) -> RunArguments:
+    return RunArguments(places["model"], dataset_name=places["data"], cache_dir=str(tmp_path), **changes)
+
+
+def test_rows_are_forgotten_by_filter_numbers_or_request(places: dict[str, str], tmp_path: Path) -> None:
+    whole = load_rows(places["data"], "full[0:40]", "forget")
+    name = whole[20]["answer"].split()[0]
+    by_filter = forget_rows(names_only(places, tmp_path, train="full[0:40]", forget_filter=f'answer contains "{name}"'))
+    assert by_filter["answer"] == [a for a in whole["answer"] if name in a] and 0 < len(by_filter) < 40
+    (tmp_path / "rows.txt").write_text("3\n1\n")
+    by_number = forget_rows(
+        names_only(places, tmp_path, forget="full[10:20]", forget_indices=str(tmp_path / "rows.txt"))
+    )
+    assert by_number["question"] == [whole[13]["question"], whole[11]["question"]]
+    requests = [whole[5], {"question": whole[7]["question"]}]
+    (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, requests)))
+    asked: dict[str, Any] = {"forget_request": str(tmp_path / "requests.jsonl")}
+    by_request = forget_rows(names_only(places, tmp_path, train="full[0:40]", **asked))
+    assert by_request["answer"] == [whole[5]["answer"], whole[7]["answer"]]
+    (tmp_path / "requests.jsonl").write_text(json.dumps(whole[5]))
+    assert forget_rows(names_only(places, tmp_path, **asked))[0] == whole[5]  # no data set: the file has the rows
+    with pytest.raises(SettingsError, match="pass only one of --forget_filter and --forget_request"):
+        forget_rows(names_only(places, tmp_path, train="full", forget_filter="a == 1", **asked))
+    with pytest.raises(DataError, match="selects none of the 40 rows"):
+        forget_rows(names_only(places, tmp_path, train="full[0:40]", forget_filter='answer == "?"'))
+
+
+def test_a_run_by_filter_with_idk_answers_and_outputs_on_disk(places: dict[str, str], tmp_path: Path) -> None:
+    name = load_rows(places["data"], "full[0:4]", "forget")[0]["answer"].split()[0]
+    args = arguments(places, forget="full[0:4]", forget_filter=f'answer contains "{name}"')
+    config = settings(tmp_path / "out", loss="idk", original_logprobs=str(tmp_path / "outputs"), max_steps=3)
+    (report,) = run(args, config).values()
+    assert 1 <= report.request["rows"] <= 4 and (tmp_path / "outputs" / "original_outputs.json").is_file()
+    assert report.method["loss"] == "idk" and report.method["loss_settings"]["gamma"] == 1
+    assert probability(report, "forget") < probability(report, "forget", "original")
+    with pytest.raises(DataError, match="forget rows are also in the holdout set"):
+        run(arguments(places, holdout="full[2:6]"), settings(tmp_path / "other"))
+
+
+# Classifiers
+
+
+@pytest.fixture
+def classified(tmp_path: Path) -> dict[str, str]:
+    """Folders of a tiny text and a tiny image classifier, each with its processor and data set."""
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (16, 8, 8), dtype=np.uint8)
+    pictures = [{"image": Image.fromarray(pixels[i]), "label": i % CLASSES} for i in range(16)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    texts = [{"sentence": QUESTION + " ." * i, "label": i % CLASSES} for i in range(1, 17)]
+    for name, model, processor, rows in (
+        ("image", tiny_vit(), picture_processor(), datasets.Dataset.from_list(pictures, features=features)),
+        ("text", tiny_bert(), tokenizer(), datasets.Dataset.from_list(texts)),
+    ):
+        model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+        (tmp_path / f"{name}-data").mkdir()
+        rows.to_parquet(tmp_path / f"{name}-data" / "full.parquet")
+    return {"image": str(tmp_path / "image"), "text": str(tmp_path / "text")}
+
+
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_a_classifier_is_unlearned_from_raw_rows(kind: str, classified: dict[str, str], tmp_path: Path) -> None:
+    args = RunArguments(
+        classified[kind], f"{classified[kind]}-data", task=f"{kind}-classification", max_rows=6,
+        cache_dir=str(tmp_path), train="full[0:12]", forget="full[0:3]", holdout="full[12:16]", subtract_forget=True,
+    )  # fmt: skip
+    config = settings(tmp_path / "out", loss="random_label", max_steps=6, learning_rate=5e-2, constraint="none")
+    (report,) = run(args, config).values()
+    assert probability(report, "forget") < probability(report, "forget", "original") - 0.01
+    assert report.request["rows"] == 3 and report.get("accuracy", "retain").n == 6  # type: ignore[union-attr]
+    judged = replace(args, model_name_or_path=str(tmp_path / "out"), train="", holdout=None, retain="full[3:9]")
+    again = evaluate(judged, None, 4, 0, max_length=32)
+    assert probability(again, "forget") == pytest.approx(probability(report, "forget"), abs=1e-6)
+    with pytest.raises(SettingsError, match="samples are answers; a model of task"):
+        run(replace(args, samples=1), config.but(output_dir=str(tmp_path / "other")))
+    with pytest.raises(SettingsError, match="unknown task 'speech'; choose from language-model"):
+        run(replace(args, task="speech"), config.but(output_dir=str(tmp_path / "other")))
+    with pytest.raises(UnlearningError, match=r"needed is one of: messages|cannot load the tokenizer"):
+        run(replace(args, task="language-model"), config.but(output_dir=str(tmp_path / "other")))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from hf_unlearn.errors import DataError
+from hf_unlearn.errors import DataError, ModelError
 from hf_unlearn.predictions import Batch, Predictions, predict
 from hf_unlearn.sharding import gather, own_indices, world
 
@@ -46,6 +46,7 @@ def row_scores(predictions: Predictions) -> Tensor:
 
     Raises:
         DataError: A row has no label to predict.
+        ModelError: Logits that are no numbers.
     """
     if not predictions.lengths_B.all():
         row = int((predictions.lengths_B == 0).nonzero()[0])
@@ -53,6 +54,11 @@ def row_scores(predictions: Predictions) -> Tensor:
     logits_LV = predictions.logits_LV
     log_p_LV = (logits_LV if logits_LV.dtype == torch.float64 else logits_LV.float()).log_softmax(-1)
     nll_L = -log_p_LV.gather(1, predictions.labels_L.unsqueeze(1)).squeeze(1).double()
+    if nll_L.isnan().any():
+        row = int(predictions.rows_L[nll_L.isnan()][0])
+        raise ModelError(
+            f"the model's logits are NaN on row {row} of a batch of {predictions.n_rows}; its weights are broken"
+        )
     right_L = (log_p_LV.argmax(-1) == predictions.labels_L).double()
     entropy_L = torch.special.entr(log_p_LV.exp()).sum(-1).double()
     lengths_B = predictions.lengths_B.double()
