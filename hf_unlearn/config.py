@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from hf_unlearn.constraints import CONSTRAINTS, ConstraintLike, build_constraint
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.losses import LOSSES, UnlearningLoss, build_loss
+from hf_unlearn.storage import PLACES, Storage
 
 REFUSED_OPTIMIZERS = {
     "*lomo": "steps inside the backward pass, where no step hook runs",
@@ -75,6 +76,14 @@ class UnlearningConfig(TrainingArguments):
         None, "Stop once the predicted retain drift (root mean square over layers, relative) exceeds this."
     )
     max_length: int | None = setting(512, "Longest row in tokens; longer rows are cut.")
+    keep_statistics_on: str = setting(
+        "device",
+        f"Where statistics, decompositions and the constraint's matrices are kept between uses: {', '.join(PLACES)}. "
+        "disk maps them from files in TMPDIR; shards gives each process a share of them.",
+    )
+    max_memory: str | None = setting(
+        None, 'Collect in several passes, each with unfinished statistics of at most this size, such as "4GB".'
+    )
     overwrite_output_dir: bool = setting(False, "Replace what is in the output folder.")
 
     # Defaults of TrainingArguments that do not fit unlearning: few, large-norm, unscheduled steps.
@@ -100,6 +109,7 @@ class UnlearningConfig(TrainingArguments):
         self.remove_unused_columns = False  # batches are pairs of forget and retain rows
         self.build_loss()
         self.build_constraint()
+        Storage(self.keep_statistics_on)
         for pattern, reason in REFUSED_OPTIMIZERS.items():
             optim = str(getattr(self.optim, "value", self.optim))
             if fnmatchcase(optim, pattern):

@@ -238,8 +238,9 @@ class RetainStatistics:
             OutputError: `folder` is not empty and `overwrite` is false.
         """
         if self.storage.place == "shards" and world()[1] > 1:
-            gathered = self.kept_on("disk")
-            return gathered.save_pretrained(folder, overwrite=overwrite) if is_main() else Path(folder)
+            return self.kept_on("disk").save_pretrained(folder, overwrite=overwrite)
+        if not is_main():
+            return Path(folder)
         with replace_folder(folder, overwrite) as new:
             tensors = {f"gram.{k}": v.contiguous() for k, v in self.gram_sums.items()}
             tensors |= {f"fisher.{k}": v.contiguous() for k, v in self.fisher_sums.items()}

@@ -41,7 +41,7 @@ LEVELS = (
         "metrics",
     ),
     ("layers", "statistics", "formats", "data", "original_outputs", "hub", "selection"),
-    ("collect", "constraints"),
+    ("collector", "collect", "constraints"),
     ("parts", "optimizer", "coverage"),
     ("config", "callbacks", "checkpoints", "trainer", "finetune"),
     ("benchmarks", "audit", "evaluation"),

@@ -25,7 +25,7 @@ PLACEMENT = {"ddp": "Whole", "fsdp2": "Rows", "zero1": "Stretches", "zero2": "St
 # Three processes divide neither the rows of the data nor those of most weights.
 LAUNCHES = [("ddp", 2), ("ddp", 3), ("fsdp2", 2), ("fsdp2", 3), ("zero1", 2), ("zero2", 3), ("zero3", 2), ("zero3", 3)]
 launches = pytest.mark.parametrize(("mode", "processes"), LAUNCHES, ids=[f"{mode} x{n}" for mode, n in LAUNCHES])
-RUNS = ("kronecker", "conv1d", "signature", "signature, conv1d", "lora")
+RUNS = ("shards", "kronecker", "conv1d", "signature", "signature, conv1d", "lora")
 Found = tuple[dict[str, Any], dict[str, Tensor]]
 
 
@@ -112,6 +112,36 @@ def test_statistics_of_several_processes_are_those_of_one(processes: int, found:
         torch.testing.assert_close(several[name], single[name], rtol=1e-4, atol=1e-9)
     # a sum over one process's rows alone would be far off
     assert (several[names[0]] / processes - single[names[0]]).norm() > 0.1 * single[names[0]].norm()
+
+
+KINDS = ("by_row", "shards", "cut", "saved")
+
+
+@ddp
+@pytest.mark.parametrize("kind", KINDS)
+def test_collecting_is_exact_however_it_is_shared_out(kind: str, processes: int, found: Any) -> None:
+    """The same activations summed by whole Grams or by shards of them, of whole weights or of weights in shards."""
+    (one, single), (two, several) = found("ddp", 1), found("ddp", processes)
+    names = [name for name in several if name.startswith(f"{kind}.")]
+    assert names
+    for name in names:
+        if "vectors" in name:
+            continue
+        expected = single[name.replace(kind, "by_row", 1)]
+        assert (several[name] - expected).norm() <= 1e-12 * expected.norm(), name
+    assert two["same data"] == [True, True] and len(set(two["weights"] + one["weights"])) == 1
+    assert two["gradients"] == 0  # a pass leaves none behind, sharded weights or not
+
+
+@ddp
+def test_no_process_has_more_of_the_grams_than_its_share(processes: int, found: Any) -> None:
+    assert found("ddp", 1)[0]["share"] == 1
+    assert found("ddp", processes)[0]["share"] == pytest.approx(1 / processes, abs=0.02)
+    several = found("ddp", processes)[1]
+    for name in (name for name in several if name.startswith("shards.vectors")):
+        vectors_II = several[name].double()
+        torch.testing.assert_close(vectors_II.T @ vectors_II, torch.eye(len(vectors_II)).double(), atol=1e-5, rtol=0)
+    assert all(not several[name].any() for name in several if name.startswith("less."))  # whole ones subtract as well
 
 
 @ddp
