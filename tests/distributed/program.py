@@ -54,6 +54,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "learning_rate": 5e-3, "relative_step": False, "gradient_accumulation_steps": 2, "npo": True,
     },
     "signature, conv1d": {"model": tiny_gpt2, "constraint_settings": {"energy": 1.0}, "learning_rate": 1e-2},
+    "bf16": {"constraint_settings": {"energy": 1.0}, "learning_rate": 1e-2, "bf16": True},
     "lora": {
         "constraint_settings": {"energy": 1.0}, "learning_rate": 1e-2,
         "peft": LoraConfig(r=3, target_modules=["q_proj", "down_proj"]),
