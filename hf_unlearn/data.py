@@ -1,7 +1,8 @@
 """From rows as users have them to batches as models take them, and the pairing of forget with retain rows.
 
 Row formats are TRL's: `messages`, `prompt`/`completion`, `text`; `question`/`answer` (TOFU's columns); or already
-tokenised rows (`input_ids`, ...) and image rows (`pixel_values`, `labels`), which pass through unchanged.
+tokenised rows (`input_ids`, ...) and image rows (`pixel_values`, `labels`), which pass through unchanged. TOFU's
+`paraphrased_answer` and `perturbed_answer` are encoded beside the answer, for the metrics that compare with them.
 """
 
 import hashlib
@@ -18,6 +19,8 @@ from hf_unlearn.errors import DataError
 from hf_unlearn.predictions import IGNORED
 
 MODEL_INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_features", "input_values")
+PARAPHRASED, WRONG = "paraphrased_answer", "perturbed_answer"  # TOFU's columns of other answers to a question
+ALTERNATIVES = "alternatives"
 FORMATS = ("messages", "prompt + completion", "question + answer", "text")
 Row = Mapping[str, Any]
 
@@ -38,7 +41,8 @@ def encode_dataset(dataset: Any, processing_class: Any, *, what: str = "given", 
         max_length: Longest row in tokens; longer rows are cut at the end.
 
     Returns:
-        Rows with `input_ids`, `attention_mask` and `labels` (-100 on the prompt), as a list; or `dataset` itself.
+        Rows with `input_ids`, `attention_mask` and `labels` (-100 on the prompt), as a list, with `alternatives`
+        (`paraphrase`, if there is one, and the list `wrong`) where there are wrong answers; or `dataset` itself.
 
     Raises:
         DataError: No rows, none of the formats, no tokenizer, or a row with nothing left to predict.
@@ -50,7 +54,7 @@ def encode_dataset(dataset: Any, processing_class: Any, *, what: str = "given", 
     encode = _encoder(columns, what)
     if processing_class is None or not callable(getattr(processing_class, "encode", None)):
         raise DataError(f"the {what} set has raw columns {sorted(columns)}; pass the model's tokenizer to encode them")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index in range(len(dataset)):
         prompt, whole = encode(dataset[index], processing_class)
         prompt, whole = prompt[:max_length], whole[:max_length]
@@ -59,8 +63,26 @@ def encode_dataset(dataset: Any, processing_class: Any, *, what: str = "given", 
                 f"row {index} of the {what} set has no token to predict within {max_length or 'its'} tokens"
             )
         labels = [IGNORED] * len(prompt) + whole[len(prompt) :]
-        rows.append({"input_ids": whole, "attention_mask": [1] * len(whole), "labels": labels})
+        row: dict[str, Any] = {"input_ids": whole, "attention_mask": [1] * len(whole), "labels": labels}
+        if WRONG in columns:
+            row[ALTERNATIVES] = _alternatives(dataset[index], processing_class, what, index, max_length)
+        rows.append(row)
     return rows
+
+
+def _alternatives(row: Row, tokenizer: Any, what: str, index: int, max_length: int | None) -> dict[str, Any]:
+    """The row with other answers in place of its own: `paraphrase`, where there is one, and the list `wrong`."""
+    answer = next((name for name in ("answer", "completion") if name in row), None)
+    wrong = row[WRONG]
+    if answer is None or isinstance(wrong, str) or not wrong:
+        raise DataError(f"row {index} of the {what} set needs a list of wrong answers in {WRONG!r}, got {wrong!r}")
+    rest = {name: value for name, value in row.items() if name not in (PARAPHRASED, WRONG)}
+    others = [*([row[PARAPHRASED]] if row.get(PARAPHRASED) else []), *wrong]
+    encoded = encode_dataset(
+        [rest | {answer: other} for other in others], tokenizer, what=f"{what} (other answers)", max_length=max_length
+    )
+    found = {"wrong": encoded[-len(wrong) :]}
+    return found | ({"paraphrase": encoded[0]} if len(encoded) > len(wrong) else {})
 
 
 def _encoder(columns: set[str], what: str) -> Callable[[Row, Any], tuple[list[int], list[int]]]:
@@ -112,7 +134,7 @@ def _close(tokens: list[int], tokenizer: Any) -> list[int]:
 class PaddingCollator:
     """Stack rows into a batch, padding token sequences on the right (on the left with `side="left"`).
 
-    Columns of text are left out, and `label` is renamed to `labels`; any other column reaches the model.
+    Columns of text and other answers are left out, `label` is renamed to `labels`; any other column reaches the model.
     """
 
     pad_token_id: int = 0
@@ -122,7 +144,7 @@ class PaddingCollator:
         batch = {}
         for name in rows[0]:
             values = [row[name] for row in rows]
-            if isinstance(values[0], str) or values[0] is None:
+            if isinstance(values[0], (str, Mapping)) or values[0] is None:
                 continue
             tensors = [_tensor(value) for value in values]
             batch["labels" if name in ("label", "label_ids") else name] = self._stack(name, tensors)

@@ -26,6 +26,7 @@ class Metric:
         n: Number of rows behind `value`.
         low, high: Bounds of the 95% bootstrap interval.
         seed: Seed of the bootstrap.
+        reason: Why there is no value, where it is undefined.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Metric:
     low: float | None = None
     high: float | None = None
     seed: int = 0
+    reason: str = ""
 
 
 @dataclass
@@ -85,7 +87,8 @@ class UnlearningReport:
         for name, split in rows:
             found = [self.get(name, split, model) for model in self.models]
             lines.append([name, split, *map(_cell, found), str(next(m.n for m in found if m))])
-        return align(lines)
+        reasons = dict.fromkeys(f"{m.name} on {m.split} is undefined: {m.reason}" for m in self.metrics if m.reason)
+        return "\n".join([align(lines), *reasons])
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write `unlearning_report.json` into `folder`, atomically; NaN and infinities become null."""

@@ -31,6 +31,8 @@ LEVELS = (
     ("collect", "constraints"),
     ("optimizer", "coverage"),
     ("config", "callbacks", "checkpoints", "trainer", "finetune"),
+    ("measures",),
+    ("judge",),
     ("benchmarks", "audit", "evaluation"),
     ("card", "ledger", "plots"),
     ("requests",),
