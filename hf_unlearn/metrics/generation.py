@@ -67,7 +67,7 @@ def true_answers(dataset: Any, tokenizer: Any, max_tokens: int | None = None) ->
     _check_tokenizer(tokenizer)
     rows = (dataset[i] for i in range(len(dataset)))
     tokens = [[int(label) for label in _labels(row) if label != IGNORED][:max_tokens] for row in rows]
-    return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    return list(tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
 
 def _prompt(row: Mapping[str, Any]) -> list[int]:
