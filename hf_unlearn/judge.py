@@ -34,7 +34,8 @@ from hf_unlearn.metrics.language import (
 from hf_unlearn.metrics.membership import MembershipAUC, MembershipEfficacy, PrivLeak, never_seen
 
 RETRAINED, TEACHER = "retrained", "teacher"
-TEST = "test|holdout"  # the first of these splits that there is
+EACH, TEST = "*", "test|holdout"  # the first of these splits that there is
+ALTERNATIVE = "alternatives"  # the measure of wrong answers
 UTILITY = tuple(f"{split}_perturbed|{split}" for split in UTILITY_SPLITS)
 
 
@@ -62,27 +63,48 @@ class Judge:
 
     Attributes:
         function: `(found, model, split) -> Estimate`.
-        needs: The measures whose columns it reads.
-        reads: The splits it reads; the first one's name is recorded. Empty: it is judged on each split by itself.
+        needs: The measures whose columns it reads, by split; the first split's name is recorded. With the one key `*`
+            it is judged on each split by itself.
         against_retrained: It compares with the retrained model, and says nothing of that one itself.
         needs_teacher: It compares with a randomly initialised model.
     """
 
     function: Function
-    needs: tuple[str, ...] = ("rows",)
-    reads: tuple[str, ...] = ()
+    needs: Mapping[str, tuple[str, ...]]
     against_retrained: bool = False
     needs_teacher: bool = False
 
-    def splits(self, rows: Mapping[str, Any]) -> list[str]:
-        """The splits whose columns are needed, of those given."""
-        if self.reads:
-            return [found for split in self.reads if (found := pick(split, rows)) is not None]
-        return [name for name in rows if "alternatives" not in self.needs or has_alternatives(rows[name])]
+    @property
+    def by_itself(self) -> bool:
+        """Whether it is judged on each split."""
+        return EACH in self.needs
+
+    def splits(self, rows: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+        """The measures that it needs of the splits given, by name of the split."""
+        if self.by_itself:
+            needs = self.needs[EACH]
+            return {name: needs for name in rows if ALTERNATIVE not in needs or has_alternatives(rows[name])}
+        found = ((pick(split, rows), needs) for split, needs in self.needs.items())
+        return {split: needs for split, needs in found if split is not None}
+
+    def check(self, name: str, rows: Mapping[str, Any]) -> None:
+        """Raise `DataError` where a split, or its wrong answers, are missing."""
+        if missing := self.missing(rows):
+            raise DataError(f"metric {name!r} needs a split {', '.join(missing)}; the splits are {', '.join(rows)}")
+        splits = self.splits(rows)
+        without = [
+            split for split, needs in splits.items() if ALTERNATIVE in needs and not has_alternatives(rows[split])
+        ]
+        if without or not splits:
+            raise DataError(
+                f"metric {name!r} needs wrong answers, and the split {', '.join(without or rows)} has none; give rows "
+                "with a column 'perturbed_answer', as TOFU's *_perturbed splits"
+            )
 
     def missing(self, rows: Mapping[str, Any]) -> list[str]:
-        """The splits that are needed and not there."""
-        return [" or ".join(split.split("|")) for split in self.reads if pick(split, rows) is None]
+        """The splits that it needs and that are not there."""
+        wanted = () if self.by_itself else self.needs
+        return [" or ".join(split.split("|")) for split in wanted if pick(split, rows) is None]
 
 
 def pick(split: str, given: Mapping[str, Any]) -> Any:
@@ -243,54 +265,54 @@ def _as_private(found: Found, model: str, attack: str) -> float:
     return max(0.0, 1 - abs(areas[0] - areas[1]) / areas[1])
 
 
-_ATTACKED = ("forget", TEST)
-_SETS = ("forget", "retain", TEST)
-_TEXTS = ("rows", "texts")
-_ALL_PARTS = ("rows", "alternatives", "answers", "texts")
+_ROWS = ("rows",)
+_SPLITS = {EACH: _ROWS}
+_FORGET = {"forget": _ROWS}
+_ATTACKED = {"forget": _ROWS, TEST: _ROWS}
+_SETS = {"forget": _ROWS, "retain": _ROWS, TEST: _ROWS}
+_OUTPUTS = {"forget": ("classes",)}
+_USEFUL = {split: ("rows", "alternatives", "answers") for split in UTILITY}
 
 JUDGES: dict[str, Judge] = {
-    "accuracy": Judge(_mean("accuracy")),
-    "answer_probability": Judge(_mean("probability")),
-    "loss": Judge(_mean("loss")),
-    "entropy": Judge(_mean("entropy")),
-    "membership_auc": Judge(_membership("loss"), reads=_ATTACKED),
-    "membership_auc_reference": Judge(_membership("reference"), reads=_ATTACKED, against_retrained=True),
-    "membership_auc_zlib": Judge(_membership("zlib"), _TEXTS, _ATTACKED),
-    "membership_auc_min_k": Judge(_membership("min_k"), reads=_ATTACKED),
-    "membership_auc_min_k_plus_plus": Judge(_membership("min_k_plus_plus"), reads=_ATTACKED),
-    "membership_auc_gradient_norm": Judge(_membership("gradient_norm"), ("gradients",), _ATTACKED),
-    "priv_leak": Judge(_priv_leak, reads=_ATTACKED, against_retrained=True),
-    "exact_memorisation": Judge(_mean("accuracy")),
-    "extraction_strength": Judge(_mean("extraction_strength")),
-    "multiple_choice_probability": Judge(_multiple_choice, ("rows", "alternatives")),
-    "truth_ratio": Judge(_truth_ratio(arithmetic=False), ("alternatives",)),
-    "truth_ratio_arithmetic": Judge(_truth_ratio(arithmetic=True), ("alternatives",)),
-    "rouge_l": Judge(_mean("rouge_l_recall_200"), ("answers",)),
-    "verbatim_memorisation": Judge(_mean("rouge_l_fmeasure_128"), ("continuations",), ("forget_verbmem|forget",)),
-    "knowledge_memorisation": Judge(_mean("rouge_l_fmeasure_32"), ("short_answers",), ("forget_knowmem|forget",)),
-    "knowledge_utility": Judge(_mean("rouge_l_fmeasure_32"), ("short_answers",), ("retain_knowmem|retain",)),
-    "forget_quality": Judge(_forget_quality, ("alternatives",), ("forget",), against_retrained=True),
-    "model_utility": Judge(_model_utility, ("rows", "alternatives", "answers"), UTILITY),
-    "aggregate": Judge(_aggregate, _ALL_PARTS, ("forget", TEST, *UTILITY), against_retrained=True),
-    "unlearning_accuracy": Judge(_unlearning_accuracy, reads=("forget",)),
-    "membership_efficacy": Judge(_efficacy("probability"), reads=_SETS),
-    "membership_efficacy_entropy": Judge(_efficacy("entropy"), reads=_SETS),
-    "average_gap": Judge(
-        _against_retrained(AverageGap, ("unlearning", "retain", "test", "membership")), reads=_SETS,
+    "accuracy": Judge(_mean("accuracy"), _SPLITS),
+    "answer_probability": Judge(_mean("probability"), _SPLITS),
+    "loss": Judge(_mean("loss"), _SPLITS),
+    "entropy": Judge(_mean("entropy"), _SPLITS),
+    "membership_auc": Judge(_membership("loss"), _ATTACKED),
+    "membership_auc_reference": Judge(_membership("reference"), _ATTACKED, against_retrained=True),
+    "membership_auc_zlib": Judge(_membership("zlib"), dict.fromkeys(_ATTACKED, ("rows", "texts"))),
+    "membership_auc_min_k": Judge(_membership("min_k"), _ATTACKED),
+    "membership_auc_min_k_plus_plus": Judge(_membership("min_k_plus_plus"), _ATTACKED),
+    "membership_auc_gradient_norm": Judge(_membership("gradient_norm"), dict.fromkeys(_ATTACKED, ("gradients",))),
+    "priv_leak": Judge(_priv_leak, _ATTACKED, against_retrained=True),
+    "exact_memorisation": Judge(_mean("accuracy"), _SPLITS),
+    "extraction_strength": Judge(_mean("extraction_strength"), _SPLITS),
+    "multiple_choice_probability": Judge(_multiple_choice, {EACH: ("rows", "alternatives")}),
+    "truth_ratio": Judge(_truth_ratio(arithmetic=False), {EACH: ("alternatives",)}),
+    "truth_ratio_arithmetic": Judge(_truth_ratio(arithmetic=True), {EACH: ("alternatives",)}),
+    "rouge_l": Judge(_mean("rouge_l_recall_200"), {EACH: ("answers",)}),
+    "verbatim_memorisation": Judge(_mean("rouge_l_fmeasure_128"), {"forget_verbmem|forget": ("continuations",)}),
+    "knowledge_memorisation": Judge(_mean("rouge_l_fmeasure_32"), {"forget_knowmem|forget": ("short_answers",)}),
+    "knowledge_utility": Judge(_mean("rouge_l_fmeasure_32"), {"retain_knowmem|retain": ("short_answers",)}),
+    "forget_quality": Judge(_forget_quality, {"forget": ("alternatives",)}, against_retrained=True),
+    "model_utility": Judge(_model_utility, _USEFUL),
+    "aggregate": Judge(
+        _aggregate,
+        {"forget": ("rows", "alternatives", "texts"), TEST: ("rows", "texts"), **_USEFUL},
         against_retrained=True,
     ),
-    "tug_of_war": Judge(
-        _against_retrained(TugOfWar, ("unlearning", "retain", "test")), reads=_SETS, against_retrained=True
+    "unlearning_accuracy": Judge(_unlearning_accuracy, _FORGET),
+    "membership_efficacy": Judge(_efficacy("probability"), _SETS),
+    "membership_efficacy_entropy": Judge(_efficacy("entropy"), _SETS),
+    "average_gap": Judge(
+        _against_retrained(AverageGap, ("unlearning", "retain", "test", "membership")), _SETS, against_retrained=True
     ),
-    "activation_distance": Judge(
-        _pair(ActivationDistance, "probabilities"), ("classes",), ("forget",), against_retrained=True
-    ),
-    "js_divergence": Judge(_pair(JSDivergence, "probabilities"), ("classes",), ("forget",), against_retrained=True),
-    "entropy_distance": Judge(_pair(EntropyDistance, "entropy"), reads=("forget",), against_retrained=True),
-    "zrf": Judge(
-        _pair(ZeroRetrainForgetting, "probabilities", TEACHER), ("classes",), ("forget",), needs_teacher=True
-    ),
-}  # fmt: skip
+    "tug_of_war": Judge(_against_retrained(TugOfWar, ("unlearning", "retain", "test")), _SETS, against_retrained=True),
+    "activation_distance": Judge(_pair(ActivationDistance, "probabilities"), _OUTPUTS, against_retrained=True),
+    "js_divergence": Judge(_pair(JSDivergence, "probabilities"), _OUTPUTS, against_retrained=True),
+    "entropy_distance": Judge(_pair(EntropyDistance, "entropy"), _FORGET, against_retrained=True),
+    "zrf": Judge(_pair(ZeroRetrainForgetting, "probabilities", TEACHER), _OUTPUTS, needs_teacher=True),
+}
 
 _DEFAULT = ("accuracy", "answer_probability", "loss", "entropy", "membership_auc")
 _ATTACKS = tuple(name for name in JUDGES if name.startswith("membership_auc"))
@@ -324,19 +346,8 @@ def choose(names: Sequence[str] | None, rows: Mapping[str, Any]) -> list[str]:
         if name not in JUDGES and name not in SUITES:
             raise SettingsError(f"unknown metric {name!r}; choose from {', '.join((*JUDGES, *SUITES))}")
         chosen += SUITES.get(name, (name,))
-    for name in dict.fromkeys(chosen):
-        judge = JUDGES[name]
-        if missing := judge.missing(rows):
-            raise DataError(f"metric {name!r} needs a split {', '.join(missing)}; the splits are {', '.join(rows)}")
-        splits = judge.splits(rows)
-        if "alternatives" in judge.needs:
-            without = [split for split in splits if not has_alternatives(rows[split])]
-            if without or not splits:
-                where = ", ".join(without or rows)
-                raise DataError(
-                    f"metric {name!r} needs wrong answers, and the split {where} has none; give rows with a column "
-                    "'perturbed_answer', as TOFU's *_perturbed splits"
-                )
+    for name in chosen:
+        JUDGES[name].check(name, rows)
     return list(dict.fromkeys(chosen))
 
 
@@ -344,8 +355,8 @@ def needed(names: Sequence[str], rows: Mapping[str, Any]) -> dict[str, set[str]]
     """The measures that the metrics need, by split."""
     wanted: dict[str, set[str]] = {split: set() for split in rows}
     for name in names:
-        for split in JUDGES[name].splits(rows):
-            wanted[split].update(JUDGES[name].needs)
+        for split, needs in JUDGES[name].splits(rows).items():
+            wanted[split].update(needs)
     return wanted
 
 
@@ -356,5 +367,5 @@ def judge_all(
     for name in names:
         judge = JUDGES[name]
         if not (judge.against_retrained and model == RETRAINED):
-            for split in judge.splits(rows)[: 1 if judge.reads else None]:
+            for split in list(judge.splits(rows))[: None if judge.by_itself else 1]:
                 yield name, split, judge.function(found, model, split)

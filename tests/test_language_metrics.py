@@ -133,7 +133,7 @@ def test_forget_quality_equals_the_share_of_deals_at_least_as_far_apart() -> Non
 
 
 def test_forget_quality_depends_on_the_order_of_the_ratios_alone() -> None:
-    left, right = np.random.default_rng(1).normal(size=(2, 30)) + [[0], [0.6]]
+    left, right = np.random.default_rng(1).normal([[0], [0.6]], 1, (2, 30))
     p = ForgetQuality.estimate(left, right).value
     assert ForgetQuality.estimate(np.exp(left), np.exp(right)).value == p == ForgetQuality.estimate(-left, -right).value
     assert ForgetQuality.estimate(left, right + 1).value < p < 0.2
@@ -162,7 +162,7 @@ def test_an_undefined_forget_quality_says_why_and_is_no_number(left: Any, right:
 
 def test_model_utility_by_hand_and_by_twin() -> None:
     """Nine parts, one of them 1/4 and the others 1: 9 / (8 + 4)."""
-    names, scores = list(UTILITY_PARTS), [0.25] + [1.0] * 8
+    names, scores = list(UTILITY_PARTS), [0.25, *[1.0] * 8]
     assert ModelUtility.estimate(names, scores).value == pytest.approx(0.75)
     rng = np.random.default_rng(0)
     parts = {name: rng.uniform(0.1, 1, 3 + i) for i, name in enumerate(names)}
@@ -177,7 +177,7 @@ def test_model_utility_by_hand_and_by_twin() -> None:
 
 def test_model_utility_is_zero_where_one_part_is_and_needs_all_nine() -> None:
     names = list(UTILITY_PARTS)
-    assert ModelUtility.estimate(names, [0.0] + [1.0] * 8).value == 0
+    assert ModelUtility.estimate(names, [0.0, *[1.0] * 8]).value == 0
     with pytest.raises(DataError, match="missing or unknown: world_facts/truth_ratio"):
         ModelUtility.estimate(names[:-1], [1.0] * 8)
     assert HarmonicMean.estimate(["a", "b"], [1.0, 0.5]).value == pytest.approx(2 / 3)

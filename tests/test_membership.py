@@ -54,7 +54,7 @@ def efficacy(retain: Any, test: Any, forget: Any) -> Any:
 
 
 def test_efficacy_is_the_share_of_forget_rows_on_the_side_of_the_test_rows() -> None:
-    """Retain rows have confidence 0.9, test rows 0.1: the border is half way, and three of four forget rows are below."""
+    """Retain rows have confidence 0.9, test rows 0.1: the border is half way, three of four forget rows are below."""
     found = efficacy([0.9] * 20, [0.1] * 20, [0.2, 0.3, 0.4, 0.8])
     assert found.value == 0.75 and found.n == 4
     assert efficacy([0.1] * 20, [0.9] * 20, [0.2, 0.3, 0.4, 0.8]).value == 0.25
