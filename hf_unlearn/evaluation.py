@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_unlearn.adapters import without_wrapper
 from hf_unlearn.data import default_collator, encode_dataset
 from hf_unlearn.errors import DataError, ModelError
 from hf_unlearn.fingerprint import hardware, package_versions
@@ -59,9 +60,7 @@ def evaluate_unlearning(
             missing.
         SettingsError: An unknown metric.
     """
-    if "forget" not in splits:
-        raise DataError(f"the splits are {sorted(splits)}; one must be named 'forget'")
-    rows = {name: encode_dataset(data, processing_class, what=name) for name, data in splits.items()}
+    rows = _encoded(splits, processing_class)
     names = choose(metrics, rows)
     tools = Tools(collator or default_collator(processing_class), processing_class, batch_size)
     cache = None if cache_dir is None else Path(cache_dir)
@@ -83,6 +82,39 @@ def evaluate_unlearning(
     return report
 
 
+def training_judge(
+    splits: Mapping[str, Any],
+    metrics: Sequence[str],
+    *,
+    retrained: nn.Module | None = None,
+    processing_class: Any = None,
+    collator: Callable | None = None,
+    batch_size: int = 16,
+) -> Callable[[nn.Module], dict[str, float]]:
+    """What `UnlearningTrainer(judge=...)` takes: any metrics at each evaluation, as `{split}_{metric}`.
+
+    `metric_for_best_model="forget_forget_quality"` or `"retain_model_utility"` then keeps the best checkpoint by them.
+    The retrained model is measured once, here. Arguments and errors are those of `evaluate_unlearning`.
+    """
+    rows = _encoded(splits, processing_class)
+    names = choose(metrics, rows)
+    tools = Tools(collator or default_collator(processing_class), processing_class, batch_size)
+    wanted = needed(names, rows)
+    fixed = {} if retrained is None else {"retrained": _columns(retrained, rows, wanted, tools, None)}
+
+    def judge(model: nn.Module) -> dict[str, float]:
+        found = Found({"unlearned": _columns(model, rows, wanted, tools, None), **fixed})
+        return {f"{split}_{name}": made.value for name, split, made in judge_all(names, found, rows, "unlearned")}
+
+    return judge
+
+
+def _encoded(splits: Mapping[str, Any], processing_class: Any) -> dict[str, Any]:
+    if "forget" not in splits:
+        raise DataError(f"the splits are {sorted(splits)}; one must be named 'forget'")
+    return {name: encode_dataset(data, processing_class, what=name) for name, data in splits.items()}
+
+
 def record(name: str, split: str, model: str, found: Estimate, seed: int) -> Metric:
     """An estimate as the report has it."""
     reason = found.reason if isinstance(found, Undefined) else ""
@@ -102,6 +134,7 @@ def random_twin(model: nn.Module, seed: int = 0) -> nn.Module:
     Raises:
         ModelError: A layer with weights does not say how it is initialised.
     """
+    model = without_wrapper(model)
     weight = next(model.parameters())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -12,7 +12,7 @@ import datasets
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig, setting
@@ -31,6 +31,7 @@ from hf_unlearn.evaluation import evaluate_unlearning
 from hf_unlearn.files import check_output
 from hf_unlearn.finetune import FineTuning, cache_folder, fine_tuned
 from hf_unlearn.fingerprint import weights_fingerprint
+from hf_unlearn.metrics.generation import generate_answers
 from hf_unlearn.predictions import IGNORED
 from hf_unlearn.report import UnlearningReport
 from hf_unlearn.requests import Request
@@ -73,6 +74,9 @@ class RunArguments(DataArguments):
     )
     constraints: str | None = setting(
         None, "Run several from the same original, with commas, or 'all'; a folder each below output_dir."
+    )
+    metrics: str | None = setting(
+        None, "Metrics to report, or suites of them (default, tofu, muse, attacks), with commas."
     )
     use_peft: bool = setting(False, "Train a LoRA adapter instead of the weights.")
     lora_r: int = setting(16, "Its rank.")
@@ -194,7 +198,7 @@ def prepare(args: RunArguments, config: UnlearningConfig, *, fisher: bool) -> Re
         model, forget, splits, statistics, args.subtract_forget, retain if args.use_retain_rows else None, retrained,
         tokenizer, collator, _peft_config(args), args.merge_adapter,
         f"{args.dataset_name.rstrip('/').split('/')[-1]} {args.forget}",
-        _sampler(forget[: args.samples], tokenizer) if args.samples else None, timings,
+        _sampler(forget[: args.samples], tokenizer) if args.samples else None, _metrics(args), cache, timings,
     )  # fmt: skip
 
 
@@ -226,8 +230,13 @@ def evaluate(
         load_model(args.model_name_or_path), {name: rows[: args.max_rows] for name, rows in splits.items()},
         original=load_model(original) if original else None,
         retrained=load_model(args.retrained) if args.retrained not in (None, "none") else None,
-        collator=default_collator(tokenizer), batch_size=batch_size, seed=seed,
+        metrics=_metrics(args), processing_class=tokenizer, collator=default_collator(tokenizer),
+        batch_size=batch_size, seed=seed, cache_dir=cache_folder(args.cache_dir),
     )  # fmt: skip
+
+
+def _metrics(args: RunArguments) -> list[str] | None:
+    return [name.strip() for name in args.metrics.split(",")] if args.metrics else None
 
 
 def _peft_config(args: RunArguments) -> Any:
@@ -322,22 +331,14 @@ def _sampler(rows: Sequence[Row], tokenizer: Any) -> Callable[[nn.Module], list[
     """Answers of a model to the prompts of `rows`, by greedy decoding."""
 
     def answer(model: nn.Module) -> list[dict[str, str]]:
-        samples = []
-        for row in rows:
-            first = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
-            prompt = torch.tensor([row["input_ids"][:first]], device=next(model.parameters()).device)
-            settings = GenerationConfig(
-                max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )  # fmt: skip
-            model.eval()
-            output = model.generate(  # type: ignore[operator]
-                prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
-            )
-            texts = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (prompt[0], output[0, first:]))
-            question, text = texts
-            samples.append({"prompt": _last_turn(question), "answer": text})
-        return samples
+        first = [next(i for i, label in enumerate(row["labels"]) if label != IGNORED) for row in rows]
+        prompts = [row["input_ids"][:count] for row, count in zip(rows, first, strict=True)]
+        questions = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        answers = generate_answers(model, rows, tokenizer, max_new_tokens=40)
+        return [
+            {"prompt": _last_turn(question.strip()), "answer": text}
+            for question, text in zip(questions, answers, strict=True)
+        ]
 
     return answer
 

@@ -54,6 +54,7 @@ class UnlearningTrainer(Trainer):
         processing_class: Tokenizer or processor; loaded with `model` where that is a name.
         peft_config: Train a LoRA adapter of this configuration instead of the weights; the constraint holds for the
             merged weights. `model` may also have an untrained adapter already.
+        judge: Further metrics of the model at each evaluation, such as `evaluation.training_judge` gives.
         callbacks, optimizers, compute_metrics: As in Trainer.
 
     Attributes:
@@ -81,6 +82,7 @@ class UnlearningTrainer(Trainer):
         data_collator: Callable | None = None,
         processing_class: Any = None,
         peft_config: Any = None,
+        judge: Callable[[nn.Module], Mapping[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
@@ -124,6 +126,7 @@ class UnlearningTrainer(Trainer):
             raise SettingsError(f"{kind} is not supported yet; run data parallel (DDP), or on one process")
         self.loss_is_scaled_for_ga = True
         self._own_metrics = compute_metrics is None
+        self.judge = judge
         self._stopped_before: str | None = None
         self._attached: torch.optim.Optimizer | None = None
         self.constrainer = StepConstrainer(self.model, statistics, constraint, relative_step=args.relative_step)
@@ -264,6 +267,27 @@ class UnlearningTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             scores_B4 = row_scores(predict(model, inputs))
         return scores_B4[:, 0].mean(), scores_B4, scores_B4[:, 0]
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As Trainer; the metrics of `judge` come with those of the splits."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.judge is not None and eval_dataset is None:
+            judged = {f"{metric_key_prefix}_{name}": value for name, value in self.judge(self.model).items()}
+            self.log(judged)
+            metrics |= judged
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As Trainer, among the evaluations that keep to `utility_floor`."""
+        for name, floor in (self.args.utility_floor or {}).items():
+            key = f"eval_{name.removeprefix('eval_')}"
+            if key not in metrics:
+                raise SettingsError(f"utility_floor names {name!r}; an evaluation has {', '.join(sorted(metrics))}")
+            if not metrics[key] >= floor:
+                return False
+        return super()._determine_best_metric(metrics, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add predicted retain drift and leak to the training log lines."""
