@@ -20,6 +20,7 @@ from hf_unlearn.predictions import IGNORED
 
 MODEL_INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_features", "input_values")
 PARAPHRASED, WRONG = "paraphrased_answer", "perturbed_answer"  # TOFU's columns of other answers to a question
+QUESTION = "paraphrased_question"
 ALTERNATIVES = "alternatives"
 FORMATS = ("messages", "prompt + completion", "question + answer", "text")
 Row = Mapping[str, Any]
@@ -71,17 +72,21 @@ def encode_dataset(dataset: Any, processing_class: Any, *, what: str = "given", 
 
 
 def _alternatives(row: Row, tokenizer: Any, what: str, index: int, max_length: int | None) -> dict[str, Any]:
-    """The row with other answers in place of its own: `paraphrase`, where there is one, and the list `wrong`."""
+    """The row with other answers in place of its own: `paraphrase`, where there is one, and the list `wrong`; and the
+    row with another `question`, where there is one."""
     answer = next((name for name in ("answer", "completion") if name in row), None)
     wrong = row[WRONG]
     if answer is None or isinstance(wrong, str) or not wrong:
         raise DataError(f"row {index} of the {what} set needs a list of wrong answers in {WRONG!r}, got {wrong!r}")
-    rest = {name: value for name, value in row.items() if name not in (PARAPHRASED, WRONG)}
+    rest = {name: value for name, value in row.items() if name not in (PARAPHRASED, WRONG, QUESTION)}
     others = [*([row[PARAPHRASED]] if row.get(PARAPHRASED) else []), *wrong]
     encoded = encode_dataset(
         [rest | {answer: other} for other in others], tokenizer, what=f"{what} (other answers)", max_length=max_length
     )
-    found = {"wrong": encoded[-len(wrong) :]}
+    found: dict[str, Any] = {"wrong": encoded[-len(wrong) :]}
+    if row.get(QUESTION):
+        other = rest | {"question" if "question" in row else "prompt": row[QUESTION]}
+        found["question"] = encode_dataset([other], tokenizer, what=what, max_length=max_length)[0]
     return found | ({"paraphrase": encoded[0]} if len(encoded) > len(wrong) else {})
 
 

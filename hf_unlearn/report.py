@@ -55,6 +55,7 @@ class UnlearningReport:
         history: The trainer's log lines (step, epoch, losses, drift, evaluation).
         drift: Predicted retain drift: `relative`, `kl`, `by_layer`.
         entropies: Output entropies in nats on the forget set, by model, for the histogram.
+        audit: `verdicts` by metric and attacks `not_run`, with the reason.
         samples: Answers before and after on rows that may be shown (demo data only).
     """
 
@@ -68,6 +69,7 @@ class UnlearningReport:
     history: list[dict[str, Any]] = field(default_factory=list)
     drift: dict[str, Any] = field(default_factory=dict)
     entropies: dict[str, list[float]] = field(default_factory=dict)
+    audit: dict[str, dict[str, str]] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
 
     def get(self, name: str, split: str, model: str = "unlearned") -> Metric | None:
