@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from accelerate import PartialState
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_unlearn.attacks import AuditSettings, audit
+from hf_unlearn.card import write_card
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig, setting
 from hf_unlearn.constraints import CONSTRAINTS
@@ -233,6 +236,43 @@ def evaluate(
         metrics=_metrics(args), processing_class=tokenizer, collator=default_collator(tokenizer),
         batch_size=batch_size, seed=seed, cache_dir=cache_folder(args.cache_dir),
     )  # fmt: skip
+
+
+def attack(
+    args: RunArguments,
+    original: str | None,
+    attacks: str | None,
+    settings: AuditSettings,
+    batch_size: int,
+    max_length: int | None = 512,
+) -> UnlearningReport:
+    """`hf-unlearn audit`: attacks on a finished model; rows are cut as `run` cuts them."""
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    splits = _splits(args, tokenizer, max_length)
+    splits.pop("train")
+    return audit(
+        load_model(args.model_name_or_path), {name: rows[: args.max_rows] for name, rows in splits.items()},
+        original=load_model(original) if original else None,
+        retrained=load_model(args.retrained) if args.retrained not in (None, "none") else None,
+        attacks=[name.strip() for name in attacks.split(",")] if attacks else None, settings=settings,
+        processing_class=tokenizer, collator=default_collator(tokenizer), batch_size=batch_size,
+    )  # fmt: skip
+
+
+def add_to_model(report: UnlearningReport, folder: Path) -> None:
+    """Put an audit into the report and the card of a finished model's folder; the same numbers are replaced.
+
+    Raises:
+        OutputError: The folder has no report.
+    """
+    whole = UnlearningReport.load(folder)
+    key = attrgetter("name", "split", "model")
+    new = {key(metric) for metric in report.metrics}
+    whole.metrics = [metric for metric in whole.metrics if key(metric) not in new] + report.metrics
+    whole.audit = {part: whole.audit.get(part, {}) | found for part, found in report.audit.items()}
+    plots = [path.relative_to(folder).as_posix() for path in sorted(folder.glob("plots/*.png"))]
+    write_card(whole, folder, model_name=folder.name, plots=plots)
+    whole.save(folder)
 
 
 def _metrics(args: RunArguments) -> list[str] | None:

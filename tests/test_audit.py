@@ -14,10 +14,10 @@ from cases import CASES, CLASSES, image_rows, text_rows, tiny_gpt2, tiny_llama, 
 from test_measures import Letters, questions
 from torch import nn
 
-from hf_unlearn.audit import ALL, AuditSettings, audit, verdict
-from hf_unlearn.audit.inputs import few_shot_prompts, hidden_means, linear_probe, paraphrased_prompts
-from hf_unlearn.audit.subject import NotRun, Subject, restored
-from hf_unlearn.audit.weights import (
+from hf_unlearn.attacks import ALL, AuditSettings, audit, verdict
+from hf_unlearn.attacks.inputs import few_shot_prompts, hidden_means, linear_probe, paraphrased_prompts
+from hf_unlearn.attacks.subject import NotRun, Subject, restored
+from hf_unlearn.attacks.weights import (
     quantisation,
     quantise,
     recalibrate,
@@ -123,15 +123,16 @@ def memorised(rows: list, steps: int = 60) -> nn.Module:
 
 def test_what_is_only_hidden_comes_back_in_fewer_steps_than_what_was_never_known() -> None:
     """The hidden model knows the rows but for a scaled-down output; the other never saw them."""
+    answer = [7, 8, 9]
     alike = [
-        row | {"input_ids": row["input_ids"][:2] + [7, 8, 9], "labels": [-100, -100, 7, 8, 9]} for row in text_rows(8)
+        {"input_ids": row["input_ids"][:2] + answer, "attention_mask": [1] * 5, "labels": [-100, -100, *answer]}
+        for row in text_rows(8)
     ]
-    alike = [row | {"attention_mask": [1] * 5} for row in alike]
     original = memorised(alike)
     hidden = deepcopy(original)
     with torch.no_grad():
-        hidden.lm_head.weight.mul_(0.2)
-    settings: dict[str, Any] = {"relearn_steps": 12, "relearn_learning_rate": 3e-3, "margin": 0.5}
+        hidden.lm_head.weight.mul_(0.4)
+    settings: dict[str, Any] = {"relearn_steps": 30, "relearn_learning_rate": 5e-3, "margin": 0.3}
     before = subject(original, {"forget": alike}).score(alike)
     steps = {}
     for name, model in (("hidden", hidden), ("never", tiny_llama(4))):
@@ -222,7 +223,7 @@ def test_few_shot_prompts_put_other_rows_before_the_row() -> None:
     ]  # fmt: skip
     assert found.estimate.value == pytest.approx(score_rows(model, rows, PaddingCollator()).probability.mean())
     assert found.estimate.value != pytest.approx(subject(model).score(TEXTS["forget"]).mean(), rel=1e-3)
-    with pytest.raises(NotRun, match="a row has .* tokens, the context is 64"):
+    with pytest.raises(NotRun, match=r"a row has \d+ tokens, the context is 64"):
         list(few_shot_prompts(subject(model, shots=9)))
     with pytest.raises(NotRun, match="no prompt before the rows of a classifier"):
         list(few_shot_prompts(subject(tiny_mlp(), {"forget": vector_rows(2)})))

@@ -33,7 +33,7 @@ LEVELS = (
     ("config", "callbacks", "checkpoints", "trainer", "finetune"),
     ("measures",),
     ("judge",),
-    ("benchmarks", "audit", "evaluation"),
+    ("benchmarks", "attacks", "evaluation"),
     ("card", "ledger", "plots"),
     ("requests",),
     ("runs",),

@@ -103,6 +103,8 @@ def restored(model: nn.Module) -> Iterator[None]:
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     devices = [tensor.device for tensor in tensors[:1] if tensor.is_cuda]
+    for parameter in model.parameters():
+        parameter.grad = None  # what is accumulated meanwhile is not the owner's
     try:
         with torch.random.fork_rng(devices=devices):
             yield

@@ -13,7 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from hf_unlearn.audit.subject import NotRun, Outcome, Subject
+from hf_unlearn.attacks.subject import NotRun, Outcome, Subject
 from hf_unlearn.data import ALTERNATIVES
 from hf_unlearn.metrics import bootstrap_auc, bootstrap_mean, map_rows, undefined
 from hf_unlearn.metrics.intervals import auc

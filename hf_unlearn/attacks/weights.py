@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_unlearn.adapters import lora_layers
-from hf_unlearn.audit.subject import NotRun, Outcome, Subject, restored
+from hf_unlearn.attacks.subject import NotRun, Outcome, Subject, restored
 from hf_unlearn.layers import describe_layer, find_layers
 from hf_unlearn.metrics import Estimate, bootstrap_mean, undefined
 from hf_unlearn.metrics.classification import relearn_steps

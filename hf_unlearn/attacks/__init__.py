@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from hf_unlearn.audit.inputs import few_shot_prompts, linear_probe, paraphrased_prompts
-from hf_unlearn.audit.subject import Attack, AuditSettings, NotRun, Outcome, Subject
-from hf_unlearn.audit.weights import quantisation, recalibration, relearning, relearning_on_other_data
+from hf_unlearn.attacks.inputs import few_shot_prompts, linear_probe, paraphrased_prompts
+from hf_unlearn.attacks.subject import Attack, AuditSettings, NotRun, Outcome, Subject
+from hf_unlearn.attacks.weights import quantisation, recalibration, relearning, relearning_on_other_data
 from hf_unlearn.data import default_collator, encode_dataset
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.evaluation import evaluate_unlearning, record
@@ -128,7 +128,7 @@ def _attack(
         try:
             outcomes[kind] = list(ATTACKS[name](subject))
         except NotRun as reason:
-            not_run[name] = str(reason) if kind == "unlearned" else f"on the {kind} model: {reason}"
+            not_run.setdefault(name, str(reason) if kind == "unlearned" else f"on the {kind} model: {reason}")
             continue
         seed = subject.settings.seed
         found += [record(one.name, one.split, kind, one.estimate, seed) for one in outcomes[kind]]
