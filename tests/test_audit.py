@@ -14,7 +14,7 @@ from cases import CASES, CLASSES, image_rows, text_rows, tiny_gpt2, tiny_llama, 
 from test_measures import Letters, questions
 from torch import nn
 
-from hf_unlearn.attacks import ALL, AuditSettings, audit, verdict
+from hf_unlearn.attacks import ALIKE, ALL, AuditSettings, Shadow, audit, verdict
 from hf_unlearn.attacks.inputs import few_shot_prompts, hidden_means, linear_probe, paraphrased_prompts
 from hf_unlearn.attacks.subject import NotRun, Subject, restored
 from hf_unlearn.attacks.weights import (
@@ -272,7 +272,7 @@ def test_the_probe_finds_rows_that_are_of_another_kind_and_none_where_they_are_a
         ((0.9, 0.8, 1.0), (0.2, 0.1, 0.3), "more", "remembers more than the retrained model"),
         ((0.2, 0.1, 0.3), (0.9, 0.8, 1.0), "more", "remembers less than it"),
         ((2, None, None), (6, None, None), "less", "remembers more than the retrained model"),
-        ((0.5, 0.3, 0.7), (0.6, 0.4, 0.8), "more", "like the retrained model"),
+        ((0.5, 0.3, 0.7), (0.6, 0.4, 0.8), "more", ALIKE),
         ((0.2, 0.1, 0.3), (0.5, 0.4, 0.6), "either", "stands out from the retrained model, below it"),
         ((0.9, 0.8, 1.0), (0.5, 0.4, 0.6), "either", "stands out from the retrained model, above it"),
         ((math.nan, None, None), (0.5, 0.4, 0.6), "more", "unknown: because"),
@@ -297,9 +297,9 @@ def test_an_original_model_posing_as_unlearned_is_found_out_and_the_retrained_on
     clean = audit(tiny_llama(3), splits, original=original, retrained=tiny_llama(3), attacks=attacks, settings=settings)
     for name in ("quantised_8_bit_probability", "relearned_probability"):
         assert caught.audit["verdicts"][name] == "remembers more than the retrained model"
-        assert clean.audit["verdicts"][name] == "like the retrained model"
+        assert clean.audit["verdicts"][name] == ALIKE
     assert caught.audit["verdicts"]["membership_auc"] == "stands out from the retrained model, above it"
-    assert clean.audit["verdicts"]["membership_auc"] == "like the retrained model"
+    assert clean.audit["verdicts"]["membership_auc"] == ALIKE
     assert caught.audit["verdicts"]["membership_auc_reference"] == "can be told from held-out rows"
     steps = caught.get("relearned_steps", "forget")
     assert steps is not None and steps.value == 0
@@ -318,6 +318,25 @@ def test_what_could_not_be_run_is_said_with_the_reason() -> None:
     assert {m.name for m in found.metrics} == {
         "membership_auc", "membership_auc_gradient_norm", "membership_efficacy"
     }  # fmt: skip
+
+
+def test_shadow_models_show_which_rows_a_classifier_was_trained_on() -> None:
+    """The shadow, and the model under attack, are sure of the rows they were trained on; the other model of none."""
+
+    def trained(rows: list) -> nn.Module:
+        model = tiny_mlp(3, width=64)
+        list(train(subject(model, {"forget": rows}, relearn_steps=150, relearn_learning_rate=0.02), rows))
+        return model
+
+    members, others, known = (vector_rows(60, seed) for seed in (5, 6, 7))
+    shadows = [Shadow(trained(members), members, others)]
+    shares = {}
+    for name, model in (("trained", trained(known)), ("never", trained(others))):
+        report = audit(model, {"forget": known}, attacks=["shadow_models"], shadows=shadows)
+        shares[name] = report.get("membership_shadow_models", "forget")
+    assert shares["trained"].value + 0.3 < shares["never"].value and shares["never"].n == 60
+    text = audit(tiny_llama(), TEXTS, attacks=["shadow_models"], shadows=shadows)
+    assert text.audit["not_run"] == {"shadow_models": "it is an attack on classifiers"}
 
 
 def test_a_report_with_an_audit_survives_its_file(tmp_path: Any) -> None:

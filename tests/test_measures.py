@@ -201,6 +201,28 @@ def test_the_tofu_suite_equals_metrics_made_of_scores_computed_apart() -> None:
     assert 0 <= value("aggregate") <= 1
 
 
+def test_the_muse_suite_cuts_answers_where_muse_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A continuation is compared with as many true tokens as are generated, an answer up to the next question."""
+    true = {"forget_verbmem": "w" * 200, "forget_knowmem": "a b c d", "retain_knowmem": "a b"}
+    splits = {name: encode_dataset([{"prompt": "who", "completion": text}], Letters()) for name, text in true.items()}
+    splits |= {"forget": text_rows(6), "holdout": text_rows(6, 1)}
+    said = {128: "w" * 128, 32: "a b\nQuestion c d"}
+    asked: list[int] = []
+
+    def answers(model: Any, rows: Any, tokenizer: Any, new_tokens: int, batch_size: int) -> list[str]:
+        asked.append(new_tokens)
+        return [said[new_tokens]] * len(rows)
+
+    monkeypatch.setattr(measures, "generate_answers", answers)
+    report = evaluate_unlearning(
+        tiny_llama(), splits, retrained=tiny_llama(1), metrics=["muse"], processing_class=Letters()
+    )
+    assert {m.name for m in report.metrics} == set(SUITES["muse"]) and sorted(set(asked)) == [32, 128]
+    found = {m.name: m.value for m in report.metrics if m.model == "unlearned"}
+    assert found["verbatim_memorisation"] == 1 and found["knowledge_utility"] == 1
+    assert found["knowledge_memorisation"] == pytest.approx(2 * 0.5 / 1.5)  # precision 1, recall 2 of 4
+
+
 def test_the_classification_suite_compares_with_the_retrained_model() -> None:
     splits = {"forget": image_rows(6), "retain": image_rows(8, 1), "test": image_rows(7, 2)}
     report = evaluate_unlearning(tiny_vit(0), splits, retrained=tiny_vit(1), metrics=["classification"])

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from hf_unlearn.attacks.inputs import few_shot_prompts, linear_probe, paraphrased_prompts
-from hf_unlearn.attacks.subject import Attack, AuditSettings, NotRun, Outcome, Subject
+from hf_unlearn.attacks.inputs import few_shot_prompts, linear_probe, paraphrased_prompts, shadow_models
+from hf_unlearn.attacks.subject import Attack, AuditSettings, NotRun, Outcome, Shadow, Subject
 from hf_unlearn.attacks.weights import quantisation, recalibration, relearning, relearning_on_other_data
 from hf_unlearn.data import default_collator, encode_dataset
 from hf_unlearn.errors import DataError, SettingsError
@@ -21,7 +21,7 @@ from hf_unlearn.measures import Tools
 from hf_unlearn.metrics.classification import AnamnesisIndex
 from hf_unlearn.report import Metric, UnlearningReport
 
-__all__ = ["ATTACKS", "AuditSettings", "audit"]
+__all__ = ["ATTACKS", "AuditSettings", "Shadow", "audit"]
 
 ATTACKS: dict[str, Attack] = {
     "relearning": relearning,
@@ -31,9 +31,11 @@ ATTACKS: dict[str, Attack] = {
     "paraphrased_prompts": paraphrased_prompts,
     "few_shot_prompts": few_shot_prompts,
     "linear_probe": linear_probe,
+    "shadow_models": shadow_models,
 }
 MEMBERSHIP = (*SUITES["attacks"], "membership_efficacy")
 ALL = ("membership", *ATTACKS)
+ALIKE = "no difference from the retrained model shown"
 
 
 def audit(
@@ -44,6 +46,7 @@ def audit(
     retrained: nn.Module | None = None,
     attacks: Sequence[str] | None = None,
     settings: AuditSettings | None = None,
+    shadows: Sequence[Shadow] = (),
     processing_class: Any = None,
     collator: Callable | None = None,
     batch_size: int = 16,
@@ -57,6 +60,7 @@ def audit(
         retrained: The model trained without the forget rows; without it there are numbers and no verdicts.
         attacks: Which of `ALL`; default all that the model and the rows allow.
         settings: How hard to attack.
+        shadows: Models that the attacker trained, for the seed's membership attack on classifiers.
         processing_class, collator, batch_size: As in `evaluate_unlearning`.
 
     Returns:
@@ -78,7 +82,7 @@ def audit(
     report = UnlearningReport(versions=package_versions(), hardware=hardware())
     before = None if original is None else Subject(original, rows, tools, settings).score(rows["forget"])
     kinds = {"unlearned": model} | ({"retrained": retrained} if retrained is not None else {})
-    subjects = {kind: Subject(m, rows, tools, settings, before) for kind, m in kinds.items()}
+    subjects = {kind: Subject(m, rows, tools, settings, before, shadows) for kind, m in kinds.items()}
     verdicts: dict[str, str] = {}
     not_run: dict[str, str] = {}
     for name in chosen:
@@ -162,8 +166,8 @@ def _verdicts(metrics: Sequence[Metric], memory: Mapping[str, str]) -> dict[str,
 def verdict(metric: Metric, retrained: Metric | None, memory: str) -> str:
     """The unlearned model's number against the retrained one's, in words.
 
-    They are taken to differ where their 95% intervals do not overlap: a cautious rule, which calls a small difference
-    one only with many rows. A number without an interval is compared as it is.
+    They are taken to differ where their 95% intervals do not overlap. That no difference was shown is no proof of none:
+    with few rows the intervals are wide. A number without an interval is compared as it is.
     """
     if metric.name.startswith("membership_auc_reference") and not np.isnan(metric.value):
         low, high = _bounds(metric)
@@ -174,7 +178,7 @@ def verdict(metric: Metric, retrained: Metric | None, memory: str) -> str:
         return f"unknown: {metric.reason or retrained.reason or 'a number is undefined'}"
     (low, high), (other_low, other_high) = _bounds(metric), _bounds(retrained)
     if low <= other_high and other_low <= high:
-        return "like the retrained model"
+        return ALIKE
     above = low > other_high
     if memory == "either":
         return f"stands out from the retrained model, {'above' if above else 'below'} it"

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from hf_unlearn.attacks.subject import NotRun, Outcome, Subject
 from hf_unlearn.data import ALTERNATIVES
-from hf_unlearn.metrics import bootstrap_auc, bootstrap_mean, map_rows, undefined
+from hf_unlearn.metrics import bootstrap_auc, bootstrap_mean, map_rows, score_classes, undefined
 from hf_unlearn.metrics.intervals import auc
+from hf_unlearn.metrics.membership import ShadowAttack
 from hf_unlearn.predictions import IGNORED
 
 FOLDS, FEWEST = 5, 4
@@ -83,6 +84,25 @@ def linear_probe(subject: Subject) -> Iterator[Outcome]:
     assert best is not None
     score = best[1]
     yield Outcome("probe_auc", "forget", bootstrap_auc(score[member == 1], score[member == 0], subject.settings.seed))
+
+
+def shadow_models(subject: Subject) -> Iterator[Outcome]:
+    """Membership by what shadow models' outputs show (PGU, WACV 2024, section 4); see `ShadowAttack`."""
+    if not subject.shadows:
+        raise NotRun("no shadow models were given")
+    if subject.measure != "accuracy":
+        raise NotRun("it is an attack on classifiers")
+    parts = [("forget", subject.model, subject.rows["forget"])]
+    for shadow in subject.shadows:
+        parts += [("shadow_member", shadow.model, shadow.members), ("shadow_other", shadow.model, shadow.others)]
+    role: list[str] = []
+    outputs, labels = [], []
+    for name, model, rows in parts:
+        outputs.append(score_classes(model, rows, subject.tools.collator, subject.tools.batch_size)[1])
+        labels += [int(row.get("labels", row.get("label"))) for row in _all(rows)]
+        role += [name] * len(rows)
+    estimate = ShadowAttack.estimate(role, np.concatenate(outputs), labels, subject.settings.seed)
+    yield Outcome("membership_shadow_models", "forget", estimate, "either")
 
 
 def hidden_means(subject: Subject, rows: Any) -> NDArray:

@@ -1,6 +1,6 @@
 """What every attack gets: a model with the rows to judge it on, and how it is put back afterwards."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,6 +41,15 @@ class AuditSettings:
 
 
 @dataclass(frozen=True)
+class Shadow:
+    """A classifier that the attacker trained on `members`, and not on `others`, to see how the two differ."""
+
+    model: nn.Module
+    members: Any
+    others: Any
+
+
+@dataclass(frozen=True)
 class Subject:
     """A model under attack.
 
@@ -50,6 +59,7 @@ class Subject:
         tools: Collator, tokenizer, batch size.
         settings: How hard to attack.
         original: The original model's score of forget rows, by the same measure, if there is one.
+        shadows: Shadow models, if the attacker has any.
     """
 
     model: nn.Module
@@ -57,6 +67,7 @@ class Subject:
     tools: Tools
     settings: AuditSettings
     original: NDArray | None = None
+    shadows: Sequence[Shadow] = ()
 
     @property
     def measure(self) -> str:

@@ -107,7 +107,7 @@ class ShadowAttack(UnlearningMetric):
     inputs = {"role": TEXT, "probabilities": NUMBERS, "label": NUMBER}
 
     @staticmethod
-    def estimate(role: Sequence[str], probabilities: Sequence[ArrayLike], label: ArrayLike, seed: int = 0) -> Estimate:
+    def estimate(role: Sequence[str], probabilities: Any, label: ArrayLike, seed: int = 0) -> Estimate:
         roles = np.asarray(role)
         features = np.column_stack([np.asarray(probabilities, dtype=np.float64), np.asarray(label, dtype=np.float64)])
         shadow, forget = np.isin(roles, ("shadow_member", "shadow_other")), roles == "forget"
