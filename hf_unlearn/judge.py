@@ -182,7 +182,8 @@ def _attack_columns(found: Found, model: str, attack: str) -> tuple[NDArray, NDA
 def _membership(attack: str) -> Function:
     def judge(found: Found, model: str, split: str) -> Estimate:
         if attack == "reference" and RETRAINED not in found.columns:
-            return undefined("the reference attack compares with the retrained model, and none was given")
+            n = sum(len(found.of(model, s)["loss"]) for s in ("forget", TEST))
+            return undefined("the reference attack compares with the retrained model, and none was given", n)
         return MembershipAUC.estimate(*_attack_columns(found, model, attack), found.seed)
 
     return judge
@@ -342,7 +343,7 @@ def choose(names: Sequence[str] | None, rows: Mapping[str, Any]) -> list[str]:
     if names is None:
         return [name for name in _DEFAULT if not JUDGES[name].missing(rows)]
     chosen: list[str] = []
-    for name in names:
+    for name in [names] if isinstance(names, str) else names:
         if name not in JUDGES and name not in SUITES:
             raise SettingsError(f"unknown metric {name!r}; choose from {', '.join((*JUDGES, *SUITES))}")
         chosen += SUITES.get(name, (name,))

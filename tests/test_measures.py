@@ -131,6 +131,13 @@ def test_generation_settings_of_the_model_change_nothing() -> None:
     assert model.generation_config.do_sample
 
 
+def test_an_answer_ends_with_the_context_and_a_prompt_that_fills_it_is_an_error() -> None:
+    rows = text_rows(2, lengths=(31,), prompt=30)
+    assert len(generate_answers(tiny_gpt2(), rows, Letters(), 200)) == 2  # 32 learnt positions
+    with pytest.raises(DataError, match="a prompt of 32 tokens fills the context of 32"):
+        generate_answers(tiny_gpt2(), text_rows(2, lengths=(33,), prompt=32), Letters(), 5)
+
+
 @pytest.mark.parametrize(
     ("model", "rows", "tokenizer", "error", "message"),
     [

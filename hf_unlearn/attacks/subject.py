@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -72,7 +73,8 @@ class Subject:
     @property
     def measure(self) -> str:
         """What tells memory: accuracy of a classifier, probability of an answer."""
-        return "probability" if hasattr(self.rows["forget"][0]["labels"], "__len__") else "accuracy"
+        row = self.rows["forget"][0]
+        return "probability" if np.ndim(row.get("labels", row.get("label"))) else "accuracy"
 
     def score(self, rows: Any) -> NDArray:
         """The measure of each row under the model as it is."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -25,7 +26,7 @@ def generate_answers(
     Raises:
         SettingsError: No tokenizer.
         ModelError: The model cannot generate from a prompt (an encoder, a classifier, an encoder-decoder).
-        DataError: A row without a prompt.
+        DataError: A row without a prompt, or with one that fills the context.
     """
     from transformers import GenerationConfig
 
@@ -38,8 +39,8 @@ def generate_answers(
     end = tokenizer.eos_token_id
     pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,
-        pad_token_id=0 if pad is None else pad, eos_token_id=end,
+        max_new_tokens=_room(model, dataset, max_new_tokens), do_sample=False, num_beams=1, repetition_penalty=1.0,
+        no_repeat_ngram_size=0, pad_token_id=0 if pad is None else pad, eos_token_id=end,
     )  # fmt: skip
     device = next(model.parameters()).device
 
@@ -70,6 +71,16 @@ def true_answers(dataset: Any, tokenizer: Any, max_tokens: int | None = None) ->
     return list(tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
 
+def _room(model: nn.Module, dataset: Any, max_new_tokens: int) -> int:
+    """Tokens that can be generated after the longest prompt: learnt positions end with the context."""
+    config: Any = model.config
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(_prompt(dataset[i])) for i in range(len(dataset)))
+    if context is not None and longest >= context:
+        raise DataError(f"a prompt of {longest} tokens fills the context of {context}; cut it with max_length")
+    return max_new_tokens if context is None else min(max_new_tokens, context - longest)
+
+
 def _prompt(row: Mapping[str, Any]) -> list[int]:
     first = next((i for i, label in enumerate(_labels(row)) if label != IGNORED), 0)
     if first == 0:
@@ -78,8 +89,8 @@ def _prompt(row: Mapping[str, Any]) -> list[int]:
 
 
 def _labels(row: Mapping[str, Any]) -> Sequence[int]:
-    labels = row.get("labels")
-    if labels is None or not hasattr(labels, "__len__"):
+    labels: Any = row.get("labels")
+    if np.ndim(labels) == 0:
         raise DataError("a row has no sequence of labels; a text is where they are not -100, its prompt where they are")
     return labels
 
