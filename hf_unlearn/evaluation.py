@@ -18,6 +18,7 @@ from hf_unlearn.judge import JUDGES, TEACHER, Found, choose, judge_all, needed
 from hf_unlearn.measures import Tools, measure, model_fingerprint
 from hf_unlearn.metrics import Estimate, Undefined
 from hf_unlearn.report import Metric, UnlearningReport
+from hf_unlearn.sharding import is_sharded
 
 ModelOrScope = nn.Module | Callable[[], AbstractContextManager[nn.Module]]
 
@@ -124,6 +125,7 @@ def record(name: str, split: str, model: str, found: Estimate, seed: int) -> Met
 def _columns(
     model: nn.Module, rows: Mapping[str, Any], wanted: Mapping[str, set[str]], tools: Tools, cache: Path | None
 ) -> dict[str, Any]:
+    cache = None if is_sharded(model) else cache  # its weights are not all here to be told from another's
     key = "" if cache is None else model_fingerprint(model)
     return {name: measure(wanted[name], model, data, tools, cache, key) for name, data in rows.items()}
 

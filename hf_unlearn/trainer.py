@@ -96,7 +96,7 @@ class UnlearningTrainer(Trainer):
         if retain is not None:
             require_disjoint(forget, retain)
         collator = data_collator or default_collator(processing_class)
-        self.loss = args.build_loss()
+        self.loss, self.judge = args.build_loss(), judge
         if self.loss.kind.needs_retain and retain is None:
             raise SettingsError(f"loss {args.loss!r} needs retain rows; pass retain_dataset or choose another loss")
         constraint = args.build_constraint()
@@ -126,7 +126,6 @@ class UnlearningTrainer(Trainer):
             raise SettingsError(f"{kind} is not supported yet; run data parallel (DDP), or on one process")
         self.loss_is_scaled_for_ga = True
         self._own_metrics = compute_metrics is None
-        self.judge = judge
         self._stopped_before: str | None = None
         self._attached: torch.optim.Optimizer | None = None
         self.constrainer = StepConstrainer(self.model, statistics, constraint, relative_step=args.relative_step)

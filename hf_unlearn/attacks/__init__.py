@@ -20,6 +20,7 @@ from hf_unlearn.judge import JUDGES, SUITES
 from hf_unlearn.measures import Tools
 from hf_unlearn.metrics.classification import AnamnesisIndex
 from hf_unlearn.report import Metric, UnlearningReport
+from hf_unlearn.sharding import require_whole
 
 __all__ = ["ATTACKS", "AuditSettings", "Shadow", "audit"]
 
@@ -69,6 +70,7 @@ def audit(
 
     Raises:
         SettingsError: An unknown attack.
+        ModelError: A model's weights are sharded over processes.
         DataError: No split named `forget`, or an empty one.
     """
     chosen, settings = list(attacks or ALL), settings or AuditSettings()
@@ -82,6 +84,8 @@ def audit(
     report = UnlearningReport(versions=package_versions(), hardware=hardware())
     before = None if original is None else Subject(original, rows, tools, settings).score(rows["forget"])
     kinds = {"unlearned": model} | ({"retrained": retrained} if retrained is not None else {})
+    for each in kinds.values():
+        require_whole(each, "an audit")
     subjects = {kind: Subject(m, rows, tools, settings, before, shadows) for kind, m in kinds.items()}
     verdicts: dict[str, str] = {}
     not_run: dict[str, str] = {}

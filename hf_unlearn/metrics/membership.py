@@ -20,6 +20,7 @@ from hf_unlearn.metrics.base import NUMBER, NUMBERS, TEXT, UnlearningMetric
 from hf_unlearn.metrics.intervals import Estimate, auc, bootstrap, bootstrap_auc, bootstrap_mean, undefined
 from hf_unlearn.metrics.rows import Collator, map_rows
 from hf_unlearn.predictions import predict
+from hf_unlearn.sharding import require_whole
 
 
 class MembershipAUC(UnlearningMetric):
@@ -128,7 +129,11 @@ def gradient_norms(model: nn.Module, dataset: Any, collator: Collator) -> NDArra
 
     In eval mode, row by row; gradients and `requires_grad` come back as they were. OpenUnlearning averages the norms of
     the single parameters, in training mode, so that dropout adds noise.
+
+    Raises:
+        ModelError: The weights are sharded over processes.
     """
+    require_whole(model, "the gradient-norm attack")
     weights = [p for p in model.parameters() if p.is_floating_point()]
     before = [(p.requires_grad, p.grad) for p in weights]
     device = next(model.parameters()).device
@@ -140,8 +145,7 @@ def gradient_norms(model: nn.Module, dataset: Any, collator: Collator) -> NDArra
         with torch.enable_grad():
             predict(model, batch).nll_L.mean().backward()
         norms = [torch.linalg.vector_norm(w.grad.float()) for w in weights if w.grad is not None]
-        total = torch.linalg.vector_norm(torch.stack(norms))
-        return [float(total.full_tensor() if hasattr(total, "full_tensor") else total)]
+        return [float(torch.linalg.vector_norm(torch.stack(norms)))]
 
     try:
         for weight in weights:

@@ -11,14 +11,12 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cases import tiny_llama
-from test_measures import Letters, questions
 from test_trainer import FORGET, HOLDOUT
 
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
-from hf_unlearn.data import PaddingCollator, encode_dataset
+from hf_unlearn.data import PaddingCollator
 from hf_unlearn.errors import StatisticsError
-from hf_unlearn.evaluation import evaluate_unlearning
 from hf_unlearn.metrics import score_rows
 from hf_unlearn.sharding import leave
 from hf_unlearn.statistics import RetainStatistics
@@ -47,7 +45,6 @@ def main(folder: Path, processes: int) -> None:
         "data": [statistics.data, one.data],
         "loss": scores.loss.tolist(),
         "evaluation": [line for line in trainer.state.log_history if "eval_rows_loss" in line][-1]["eval_rows_loss"],
-        "judged": _judged(model),
         "steps": trainer.state.global_step,
         "drift": trainer.constrainer.drift().relative,
         "refused": _refused(args, statistics, one),
@@ -61,17 +58,6 @@ def main(folder: Path, processes: int) -> None:
         tensors |= {f"weight.{k}": v.detach() for k, v in model.named_parameters()}
         save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / "found.safetensors")
         (folder / "found.json").write_text(json.dumps(found))
-
-
-def _judged(model: torch.nn.Module) -> list:
-    """Metrics that score, generate and go backward over the rows of all processes."""
-    names = ["loss", "rouge_l", "truth_ratio", "membership_auc_gradient_norm", "forget_quality"]
-    rows = encode_dataset(questions(7), Letters(), what="forget")
-    report = evaluate_unlearning(
-        model, {"forget": rows, "holdout": encode_dataset(questions(5, 1), Letters())}, metrics=names, batch_size=2,
-        retrained=tiny_llama(1), processing_class=Letters(),
-    )  # fmt: skip
-    return [[m.name, m.split, m.model, m.n, m.value] for m in report.metrics]
 
 
 def _refused(args: UnlearningConfig, whole: RetainStatistics, one: RetainStatistics) -> str:
