@@ -1,8 +1,8 @@
 """From rows as users have them to batches as models take them, and the pairing of forget with retain rows.
 
 Row formats are TRL's: `messages`, `prompt`/`completion`, `text`; `question`/`answer` (TOFU's columns); or already
-tokenised rows (`input_ids`, ...) and image rows (`pixel_values`, `labels`), which pass through unchanged. TOFU's
-`paraphrased_answer` and `perturbed_answer` are encoded beside the answer, for the metrics that compare with them.
+tokenised rows (`input_ids`, ...) and image rows (`pixel_values`, `labels`), which pass through unchanged. Other answers
+(`alternatives`) are encoded beside a row's own, for the metrics that compare with them.
 """
 
 import hashlib
@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hf_unlearn.alternatives import WRONG, with_alternatives
 from hf_unlearn.errors import DataError
 from hf_unlearn.predictions import IGNORED
 
 MODEL_INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_features", "input_values")
-PARAPHRASED, WRONG = "paraphrased_answer", "perturbed_answer"  # TOFU's columns of other answers to a question
-QUESTION = "paraphrased_question"
-ALTERNATIVES = "alternatives"
 FORMATS = ("messages", "prompt + completion", "question + answer", "text")
 Row = Mapping[str, Any]
 
@@ -42,8 +40,8 @@ def encode_dataset(dataset: Any, processing_class: Any, *, what: str = "given", 
         max_length: Longest row in tokens; longer rows are cut at the end.
 
     Returns:
-        Rows with `input_ids`, `attention_mask` and `labels` (-100 on the prompt), as a list, with `alternatives`
-        (`paraphrase`, if there is one, and the list `wrong`) where there are wrong answers; or `dataset` itself.
+        Rows with `input_ids`, `attention_mask` and `labels` (-100 on the prompt), as a list, with `alternatives` where
+        there are wrong answers; or `dataset` itself.
 
     Raises:
         DataError: No rows, none of the formats, no tokenizer, or a row with nothing left to predict.
@@ -55,39 +53,19 @@ def encode_dataset(dataset: Any, processing_class: Any, *, what: str = "given", 
     encode = _encoder(columns, what)
     if processing_class is None or not callable(getattr(processing_class, "encode", None)):
         raise DataError(f"the {what} set has raw columns {sorted(columns)}; pass the model's tokenizer to encode them")
-    rows: list[dict[str, Any]] = []
-    for index in range(len(dataset)):
-        prompt, whole = encode(dataset[index], processing_class)
+
+    def encode_row(row: Row, index: int) -> dict[str, Any]:
+        prompt, whole = encode(row, processing_class)
         prompt, whole = prompt[:max_length], whole[:max_length]
         if max(len(prompt), 1) >= len(whole):  # nothing comes before a text's first token to predict it from
             raise DataError(
                 f"row {index} of the {what} set has no token to predict within {max_length or 'its'} tokens"
             )
         labels = [IGNORED] * len(prompt) + whole[len(prompt) :]
-        row: dict[str, Any] = {"input_ids": whole, "attention_mask": [1] * len(whole), "labels": labels}
-        if WRONG in columns:
-            row[ALTERNATIVES] = _alternatives(dataset[index], processing_class, what, index, max_length)
-        rows.append(row)
-    return rows
+        return {"input_ids": whole, "attention_mask": [1] * len(whole), "labels": labels}
 
-
-def _alternatives(row: Row, tokenizer: Any, what: str, index: int, max_length: int | None) -> dict[str, Any]:
-    """The row with other answers in place of its own: `paraphrase`, where there is one, and the list `wrong`; and the
-    row with another `question`, where there is one."""
-    answer = next((name for name in ("answer", "completion") if name in row), None)
-    wrong = row[WRONG]
-    if answer is None or isinstance(wrong, str) or not wrong:
-        raise DataError(f"row {index} of the {what} set needs a list of wrong answers in {WRONG!r}, got {wrong!r}")
-    rest = {name: value for name, value in row.items() if name not in (PARAPHRASED, WRONG, QUESTION)}
-    others = [*([row[PARAPHRASED]] if row.get(PARAPHRASED) else []), *wrong]
-    encoded = encode_dataset(
-        [rest | {answer: other} for other in others], tokenizer, what=f"{what} (other answers)", max_length=max_length
-    )
-    found: dict[str, Any] = {"wrong": encoded[-len(wrong) :]}
-    if row.get(QUESTION):
-        other = rest | {"question" if "question" in row else "prompt": row[QUESTION]}
-        found["question"] = encode_dataset([other], tokenizer, what=what, max_length=max_length)[0]
-    return found | ({"paraphrase": encoded[0]} if len(encoded) > len(wrong) else {})
+    encoded = with_alternatives(encode_row, what) if WRONG in columns else encode_row
+    return [encoded(dataset[index], index) for index in range(len(dataset))]
 
 
 def _encoder(columns: set[str], what: str) -> Callable[[Row, Any], tuple[list[int], list[int]]]:

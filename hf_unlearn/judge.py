@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_unlearn.data import ALTERNATIVES
+from hf_unlearn.alternatives import ALTERNATIVES
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.measures import Columns, wrong_losses
 from hf_unlearn.metrics.classification import (

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from hf_unlearn.adapters import is_adapter
-from hf_unlearn.data import ALTERNATIVES, labelled_row_key
+from hf_unlearn.alternatives import ALTERNATIVES
+from hf_unlearn.data import labelled_row_key
 from hf_unlearn.errors import DataError
 from hf_unlearn.files import replace_file
 from hf_unlearn.fingerprint import tensors_fingerprint, weights_fingerprint

@@ -122,6 +122,4 @@ def is_sharded(model: nn.Module) -> bool:
 def require_whole(model: nn.Module, what: str) -> None:
     """Raise `ModelError` where `what` would see parts of a gradient, or a mean over the processes' rows."""
     if is_sharded(model):
-        raise ModelError(
-            f"{what} needs whole gradients, and the model is sharded over processes; run it on the saved one"
-        )
+        raise ModelError(f"{what} needs whole gradients, and the model is sharded over processes; load the saved one")

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Left to right. A name is a module or a sub-package of hf_unlearn.
 LEVELS = (
     ("errors", "linalg", "files", "sharding", "adapters", "fingerprint", "predictions", "report", "losses", "metrics"),
-    ("layers", "statistics", "data", "hub"),
+    ("layers", "statistics", "alternatives", "data", "hub"),
     ("collect", "constraints"),
     ("optimizer", "coverage"),
     ("config", "callbacks", "checkpoints", "trainer", "finetune"),

@@ -16,7 +16,8 @@ import torch
 from cases import CASES, image_rows, requires_asset, text_rows, tiny_bert, tiny_gpt2, tiny_llama, tiny_mlp, tiny_vit
 
 from hf_unlearn import measures
-from hf_unlearn.data import ALTERNATIVES, PaddingCollator, encode_dataset
+from hf_unlearn.alternatives import ALTERNATIVES
+from hf_unlearn.data import PaddingCollator, encode_dataset
 from hf_unlearn.errors import DataError, ModelError, SettingsError
 from hf_unlearn.evaluation import evaluate_unlearning, random_twin
 from hf_unlearn.judge import JUDGES, SUITES

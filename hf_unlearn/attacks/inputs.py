@@ -13,8 +13,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from hf_unlearn.alternatives import ALTERNATIVES
 from hf_unlearn.attacks.subject import NotRun, Outcome, Subject
-from hf_unlearn.data import ALTERNATIVES
 from hf_unlearn.metrics import bootstrap_auc, bootstrap_mean, map_rows, score_classes, undefined
 from hf_unlearn.metrics.intervals import auc
 from hf_unlearn.metrics.membership import ShadowAttack
