@@ -19,6 +19,7 @@ from hf_unlearn.metrics.classification import (
     JSDivergence,
     TugOfWar,
     ZeroRetrainForgetting,
+    entropy_distance,
     js_divergences,
     relearn_steps,
 )
@@ -74,8 +75,10 @@ def test_entropy_distance_by_hand_and_is_that_of_histograms_in_decades() -> None
     """Entropies ten times larger are one decade away, in whatever order the rows come."""
     assert EntropyDistance.estimate([0.1, 0.01, 0.001], [0.01, 1.0, 0.1]).value == pytest.approx(1)
     assert EntropyDistance.estimate([0.1, 0.01], [0.01, 0.1]).value == pytest.approx(0)
-    assert EntropyDistance.estimate([0.0], [1e-12]).value == 0
-    found = EntropyDistance.estimate(np.linspace(0.1, 1, 20), np.linspace(0.2, 1.5, 20))
+    assert EntropyDistance.estimate([0.0], [1e-7]).value == 0
+    one, other = np.linspace(0.1, 1, 20), np.linspace(0.2, 1.5, 20)
+    found = EntropyDistance.estimate(one, other)
+    assert found.value == pytest.approx(entropy_distance(np.log10(one), np.log10(other)))
     assert found.low is not None and found.high is not None and found.low <= found.value <= found.high
 
 
