@@ -70,8 +70,9 @@ class MembershipEfficacy(UnlearningMetric):
     """MIA-efficacy (Jia et al., NeurIPS 2023): share of forget rows that a classifier takes for never seen.
 
     Logistic regression, with balanced classes, is trained to tell `retain` from `test` rows (the column `role`) by one
-    output feature, confidence in the true class or entropy, and applied to the `forget` rows. The interval is over
-    forget rows, with the classifier as it is. Undefined where a role has no rows.
+    output feature, confidence in the true class or entropy, and applied to the `forget` rows; public ports fit a
+    support vector machine to subsamples of equal size. The interval is over forget rows, with the classifier as it is.
+    Undefined where a role has no rows.
     """
 
     inputs = {"role": TEXT, "feature": NUMBER}
