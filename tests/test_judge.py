@@ -115,7 +115,7 @@ def test_average_gap_is_the_mean_of_the_four_gaps_that_the_report_shows() -> Non
     given = found(names)
     for columns in given.columns.values():
         for split in columns.values():
-            split["accuracy"] = np.round(split["accuracy"])
+            split["accuracy"] = (split["accuracy"] > 0.6).astype(float)
     shown = {
         kind: {(name, split): e.value for name, split, e in judge_all(names, given, ROWS, kind)}
         for kind in ("unlearned", "retrained")
