@@ -17,6 +17,7 @@ _HOME = {
     "UnlearningError": "errors",
     "UnlearningReport": "report",
     "UnlearningTrainer": "trainer",
+    "audit": "attacks",
     "collect_statistics": "collect",
     "constrain_optimizer": "optimizer",
     "evaluate_unlearning": "evaluation",
@@ -32,6 +33,7 @@ __all__ = [
     "UnlearningError",
     "UnlearningReport",
     "UnlearningTrainer",
+    "audit",
     "collect_statistics",
     "constrain_optimizer",
     "evaluate_unlearning",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from hf_unlearn.attacks import audit
     from hf_unlearn.collect import collect_statistics
     from hf_unlearn.config import UnlearningConfig
     from hf_unlearn.constraints import EnergyConstraint, KroneckerConstraint, RidgeConstraint

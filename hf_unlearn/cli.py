@@ -1,6 +1,6 @@
-"""The `hf-unlearn` command: demo, collect, run, evaluate.
+"""The `hf-unlearn` command: demo, collect, run, evaluate, audit.
 
-Every field of the settings is a flag; `run` and `evaluate` also take a YAML file, whose values flags override.
+Every field of the settings is a flag; `run`, `evaluate` and `audit` also take a YAML file, whose values flags override.
 Exit codes: 0 done, 2 a wrong input (one line on standard error), 1 anything else.
 """
 
@@ -17,6 +17,7 @@ COMMANDS: dict[str, str] = {
     "collect": "collect the statistics of a data set, once, when the model is trained",
     "run": "fulfil a deletion request: statistics, unlearning, evaluation, output folder",
     "evaluate": "judge a finished model on forget, retain and held-out rows",
+    "audit": "attack a finished model: can what was forgotten be brought back, or told apart",
 }
 
 
@@ -55,7 +56,7 @@ def _usage() -> str:
 
 
 _FOOTER = """hf-unlearn COMMAND --help lists the options; --debug shows the traceback of an error.
-collect, run and evaluate start on several processes with --accelerate_config ddp | fsdp2 | zero2 | zero3 | FILE
+collect, run, evaluate and audit start on several processes with --accelerate_config ddp | fsdp2 | zero2 | zero3 | FILE
 [--num_processes N] [--num_machines M --machine_rank I --main_process_ip ADDRESS --main_process_port PORT]."""
 
 
@@ -187,13 +188,63 @@ def _evaluate(argv: list[str]) -> None:
         print(f"saved to {args.output_dir}")
 
 
+def _audit(argv: list[str]) -> None:
+    from hf_unlearn.attacks import ALL, AuditSettings
+    from hf_unlearn.config import setting
+    from hf_unlearn.runs import RunArguments, add_to_model, attack
+    from hf_unlearn.sharding import is_main
+
+    @dataclass
+    class AuditArguments(RunArguments):
+        original: str | None = setting(None, "Folder or Hub id of the model before unlearning.")
+        attacks: str | None = setting(None, f"Which, with commas: {', '.join(ALL)}; default: all that are possible.")
+        relearn_rows: int = setting(5, "Forget rows that the attacker trains on; the others are judged.")
+        relearn_steps: int = setting(8, "Steps of that training.")
+        relearn_learning_rate: float = setting(2e-5, "Its learning rate (AdamW).")
+        shots: int = setting(3, "Other rows shown before each forget row.")
+        max_length: int | None = setting(512, "Longest row in tokens, as in the run; longer rows are cut.")
+        per_device_eval_batch_size: int = setting(16, "Rows a forward pass.")
+        seed: int = setting(0, "Seed of the choice of rows and of the bootstrap.")
+        update_model: bool = setting(False, "Add the results to the report and card in the model's folder.")
+        output_dir: str | None = setting(None, "Also write the report to this folder.")
+        overwrite_output_dir: bool = setting(False, "Replace what is in the output folder.")
+
+    if argv and not argv[0].startswith("-") and not argv[0].endswith((".yaml", ".yml")):
+        argv = ["--model_name_or_path", *argv]
+    (args,) = _parse("audit", [AuditArguments], argv)
+    _join_processes()
+    _hush()
+    from hf_unlearn.files import check_output, replace_folder
+
+    if args.output_dir:
+        check_output(args.output_dir, args.overwrite_output_dir)
+    settings = AuditSettings(
+        args.relearn_rows, args.relearn_steps, args.relearn_learning_rate, shots=args.shots, seed=args.seed
+    )
+    report = attack(args, args.original, args.attacks, settings, args.per_device_eval_batch_size, args.max_length)
+    if not is_main():
+        return
+    print(report.table() if report.metrics else "no attack could be run")
+    for title, found in (("verdict", report.audit["verdicts"]), ("not run", report.audit["not_run"])):
+        for name, words in found.items():
+            print(f"{title}: {name}: {words}")
+    if args.update_model:
+        add_to_model(report, Path(args.model_name_or_path))
+        print(f"added to the report and card in {args.model_name_or_path}")
+    if args.output_dir:
+        with replace_folder(args.output_dir, args.overwrite_output_dir) as folder:
+            report.save(folder)
+        print(f"saved to {args.output_dir}")
+
+
 def _parse(command: str, kinds: list[Any], argv: list[str]) -> tuple[Any, ...]:
     """Parse flags into dataclasses; a first argument that is a YAML file gives their defaults."""
     from transformers import HfArgumentParser
 
     from hf_unlearn.errors import SettingsError
 
-    usage = f"hf-unlearn {command} {'[FILE.yaml] ' if command in ('run', 'evaluate') else ''}[options]"
+    first = {"run": "[FILE.yaml] ", "evaluate": "[FILE.yaml] ", "audit": "[MODEL | FILE.yaml] "}.get(command, "")
+    usage = f"hf-unlearn {command} {first}[options]"
     parser = HfArgumentParser(
         kinds, prog=f"hf-unlearn {command}", usage=usage, description=COMMANDS[command].capitalize() + ".",
         formatter_class=argparse.HelpFormatter, allow_abbrev=False,

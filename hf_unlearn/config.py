@@ -35,6 +35,7 @@ class UnlearningConfig(TrainingArguments):
         "loss_settings",
         "constraint_settings",
         "layer_constraints",
+        "utility_floor",
     ]
 
     loss: str = setting(
@@ -74,6 +75,11 @@ class UnlearningConfig(TrainingArguments):
     max_retain_drift: float | None = setting(
         None, "Stop once the predicted retain drift (root mean square over layers, relative) exceeds this."
     )
+    utility_floor: dict | str | None = setting(
+        None,
+        "Lowest values that metrics of an evaluation may have for its checkpoint to be the best, as JSON such as "
+        '{"retain_probability": 0.9}; the best among those is by metric_for_best_model.',
+    )
     max_length: int | None = setting(512, "Longest row in tokens; longer rows are cut.")
     overwrite_output_dir: bool = setting(False, "Replace what is in the output folder.")
 
@@ -100,6 +106,11 @@ class UnlearningConfig(TrainingArguments):
         self.remove_unused_columns = False  # batches are pairs of forget and retain rows
         self.build_loss()
         self.build_constraint()
+        _mapping("utility_floor", self.utility_floor)
+        if self.utility_floor and not (self.load_best_model_at_end and self.metric_for_best_model):
+            raise SettingsError(
+                "utility_floor chooses among checkpoints; set load_best_model_at_end and metric_for_best_model too"
+            )
         for pattern, reason in REFUSED_OPTIMIZERS.items():
             optim = str(getattr(self.optim, "value", self.optim))
             if fnmatchcase(optim, pattern):

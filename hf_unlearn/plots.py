@@ -18,8 +18,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
-from scipy.stats import wasserstein_distance
 
+from hf_unlearn.metrics.classification import SMALLEST_ENTROPY, entropy_distance, log_entropies
 from hf_unlearn.report import Metric, UnlearningReport
 
 DPI = 150
@@ -44,7 +44,6 @@ LINE_STYLES = ("-", "--", ":", "-.")
 TITLES = {"accuracy": "Accuracy", "answer_probability": "Answer probability", "membership_auc": "Membership AUC"}
 SPLIT_NAMES = {"holdout": "held-out"}
 DRIFTS = {"retain_drift": "relative drift", "retain_kl": "KL (nats)", "leak": "leak of a step"}
-SMALLEST_ENTROPY = 1e-7  # single precision knows no smaller entropy of a confident prediction
 MOST_BARS = 30
 
 Points: TypeAlias = list[tuple[float, float]]
@@ -189,16 +188,13 @@ PICTURES: dict[str, tuple[Callable[[UnlearningReport], Figure | None], str]] = {
 
 
 def _log_entropies(entropies: Iterable[float | None]) -> np.ndarray:
-    finite = [value for value in entropies if _is_finite(value)]
-    return np.log10(np.maximum(np.asarray(finite, dtype=float), SMALLEST_ENTROPY))
+    return log_entropies(np.asarray([value for value in entropies if _is_finite(value)], dtype=float))
 
 
 def _entropy_label(model: str, values: Mapping[str, np.ndarray]) -> str:
     if model == "retrained" or "retrained" not in values:
         return model
-    return (
-        f"{model}: {wasserstein_distance(values[model], values['retrained']):.2f} decades from retrained (Wasserstein)"
-    )
+    return f"{model}: {entropy_distance(values[model], values['retrained']):.2f} decades from retrained (Wasserstein)"
 
 
 # By step

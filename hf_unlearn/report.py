@@ -26,6 +26,7 @@ class Metric:
         n: Number of rows behind `value`.
         low, high: Bounds of the 95% bootstrap interval.
         seed: Seed of the bootstrap.
+        reason: Why there is no value, where it is undefined.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Metric:
     low: float | None = None
     high: float | None = None
     seed: int = 0
+    reason: str = ""
 
 
 @dataclass
@@ -53,6 +55,7 @@ class UnlearningReport:
         history: The trainer's log lines (step, epoch, losses, drift, evaluation).
         drift: Predicted retain drift: `relative`, `kl`, `by_layer`.
         entropies: Output entropies in nats on the forget set, by model, for the histogram.
+        audit: `verdicts` by metric and attacks `not_run`, with the reason.
         samples: Answers before and after on rows that may be shown (demo data only).
     """
 
@@ -66,6 +69,7 @@ class UnlearningReport:
     history: list[dict[str, Any]] = field(default_factory=list)
     drift: dict[str, Any] = field(default_factory=dict)
     entropies: dict[str, list[float]] = field(default_factory=dict)
+    audit: dict[str, dict[str, str]] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
 
     def get(self, name: str, split: str, model: str = "unlearned") -> Metric | None:
@@ -85,7 +89,8 @@ class UnlearningReport:
         for name, split in rows:
             found = [self.get(name, split, model) for model in self.models]
             lines.append([name, split, *map(_cell, found), str(next(m.n for m in found if m))])
-        return align(lines)
+        reasons = dict.fromkeys(f"{m.name} on {m.split} is undefined: {m.reason}" for m in self.metrics if m.reason)
+        return "\n".join([align(lines), *reasons])
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write `unlearning_report.json` into `folder`, atomically; NaN and infinities become null."""

@@ -1,7 +1,7 @@
 """One deletion request from statistics to a finished output folder."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -43,6 +43,8 @@ class Request:
         merge_adapter: Write the merged model instead of the adapter.
         source: Where the rows come from, in words, for the report.
         samples: Given a model, answers to show; called before and after.
+        metrics: Names of metrics or suites, as in `evaluate_unlearning`.
+        cache_dir: Where what was measured is kept, so that no model is scored twice on the same rows.
         timings: Seconds spent before this request (training, collecting).
     """
 
@@ -59,6 +61,8 @@ class Request:
     merge_adapter: bool = False
     source: str = ""
     samples: Callable[[nn.Module], list[dict[str, str]]] | None = None
+    metrics: Sequence[str] | None = None
+    cache_dir: Path | None = None
     timings: dict[str, float] = field(default_factory=dict)
     _retained: RetainStatistics | None = field(default=None, init=False, repr=False)
     _references: UnlearningReport | None = field(default=None, init=False, repr=False)
@@ -120,15 +124,16 @@ class Request:
         first = self._references is None
         report = evaluate_unlearning(
             trainer.model, self.splits, original=trainer.original_model if first else None,
-            retrained=self.retrained if first else None, processing_class=self.processing_class,
+            retrained=self.retrained if first or self.metrics else None, metrics=self.metrics,
+            processing_class=self.processing_class,
             collator=self.collator or default_collator(self.processing_class),
-            batch_size=args.per_device_eval_batch_size, seed=args.seed,
+            batch_size=args.per_device_eval_batch_size, seed=args.seed, cache_dir=self.cache_dir,
         )  # fmt: skip
         if self.samples is not None:
             report.samples = self.samples(trainer.model)
         if self._references is None:
             self._references = self._reference_part(report, trainer)
-            report.metrics = [m for m in report.metrics if m.model == "unlearned"]
+        report.metrics = [m for m in report.metrics if m.model == "unlearned"]
         report.metrics = self._references.metrics + report.metrics
         report.entropies = self._references.entropies | report.entropies
         answers = zip(self._references.samples, report.samples, strict=True)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GenerationConfig,
 )
 
+from hf_unlearn.attacks import AuditSettings, audit
+from hf_unlearn.card import write_card
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig, setting
 from hf_unlearn.constraints import CONSTRAINTS
@@ -39,6 +41,7 @@ from hf_unlearn.evaluation import evaluate_unlearning
 from hf_unlearn.files import check_output
 from hf_unlearn.finetune import FineTuning, cache_folder, fine_tuned
 from hf_unlearn.fingerprint import weights_fingerprint
+from hf_unlearn.metrics.generation import generate_answers
 from hf_unlearn.predictions import IGNORED, Task
 from hf_unlearn.report import UnlearningReport
 from hf_unlearn.requests import Request
@@ -98,6 +101,9 @@ class RunArguments(DataArguments):
     )
     constraints: str | None = setting(
         None, "Run several from the same original, with commas, or 'all'; a folder each below output_dir."
+    )
+    metrics: str | None = setting(
+        None, "Metrics to report, or suites of them (default, tofu, muse, attacks), with commas."
     )
     use_peft: bool = setting(False, "Train a LoRA adapter instead of the weights.")
     lora_r: int = setting(16, "Its rank.")
@@ -242,7 +248,7 @@ def prepare(args: RunArguments, config: UnlearningConfig, *, fisher: bool) -> Re
         model, forget, splits, statistics, args.subtract_forget, retain if args.use_retain_rows else None, retrained,
         tokenizer, collator, _peft_config(args), args.merge_adapter,
         f"{args.dataset_name.rstrip('/').split('/')[-1]} {args.forget or args.train}",
-        _sampler(forget[: args.samples], tokenizer) if args.samples else None, timings,
+        _sampler(forget[: args.samples], tokenizer) if args.samples else None, _metrics(args), cache, timings,
     )  # fmt: skip
 
 
@@ -274,8 +280,50 @@ def evaluate(
         load_model(args.model_name_or_path, args.task), {n: take(rows, args.max_rows) for n, rows in splits.items()},
         original=load_model(original, args.task) if original else None,
         retrained=load_model(args.retrained, args.task) if args.retrained not in (None, "none") else None,
-        collator=default_collator(tokenizer), batch_size=batch_size, seed=seed,
+        metrics=_metrics(args), processing_class=tokenizer, collator=default_collator(tokenizer),
+        batch_size=batch_size, seed=seed, cache_dir=cache_folder(args.cache_dir),
     )  # fmt: skip
+
+
+def attack(
+    args: RunArguments,
+    original: str | None,
+    attacks: str | None,
+    settings: AuditSettings,
+    batch_size: int,
+    max_length: int | None = 512,
+) -> UnlearningReport:
+    """`hf-unlearn audit`: attacks on a finished model; rows are cut as `run` cuts them."""
+    tokenizer = load_processor(args.model_name_or_path, args.task)
+    splits = _splits(args, tokenizer, max_length)
+    splits.pop("train")
+    return audit(
+        load_model(args.model_name_or_path, args.task), {n: take(rows, args.max_rows) for n, rows in splits.items()},
+        original=load_model(original, args.task) if original else None,
+        retrained=load_model(args.retrained, args.task) if args.retrained not in (None, "none") else None,
+        attacks=[name.strip() for name in attacks.split(",")] if attacks else None, settings=settings,
+        processing_class=tokenizer, collator=default_collator(tokenizer), batch_size=batch_size,
+    )  # fmt: skip
+
+
+def add_to_model(report: UnlearningReport, folder: Path) -> None:
+    """Put an audit into the report and the card of a finished model's folder; the same numbers are replaced.
+
+    Raises:
+        OutputError: The folder has no report.
+    """
+    whole = UnlearningReport.load(folder)
+    key = attrgetter("name", "split", "model")
+    new = {key(metric) for metric in report.metrics}
+    whole.metrics = [metric for metric in whole.metrics if key(metric) not in new] + report.metrics
+    whole.audit = {part: whole.audit.get(part, {}) | found for part, found in report.audit.items()}
+    plots = [path.relative_to(folder).as_posix() for path in sorted(folder.glob("plots/*.png"))]
+    write_card(whole, folder, model_name=folder.name, plots=plots)
+    whole.save(folder)
+
+
+def _metrics(args: RunArguments) -> list[str] | None:
+    return [name.strip() for name in args.metrics.split(",")] if args.metrics else None
 
 
 def _peft_config(args: RunArguments) -> Any:
@@ -393,22 +441,14 @@ def _sampler(rows: Sequence[Row], tokenizer: Any) -> Callable[[nn.Module], list[
     """Answers of a model to the prompts of `rows`, by greedy decoding."""
 
     def answer(model: nn.Module) -> list[dict[str, str]]:
-        samples = []
-        for row in rows:
-            first = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
-            prompt = torch.tensor([row["input_ids"][:first]], device=next(model.parameters()).device)
-            settings = GenerationConfig(
-                max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )  # fmt: skip
-            model.eval()
-            output = model.generate(  # type: ignore[operator]
-                prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
-            )
-            texts = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (prompt[0], output[0, first:]))
-            question, text = texts
-            samples.append({"prompt": _last_turn(question), "answer": text})
-        return samples
+        first = [next(i for i, label in enumerate(row["labels"]) if label != IGNORED) for row in rows]
+        prompts = [row["input_ids"][:count] for row, count in zip(rows, first, strict=True)]
+        questions = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        answers = generate_answers(model, rows, tokenizer, max_new_tokens=40)
+        return [
+            {"prompt": _last_turn(question.strip()), "answer": text}
+            for question, text in zip(questions, answers, strict=True)
+        ]
 
     return answer
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ from hf_unlearn.data import (
     require_disjoint,
     require_labels,
 )
-from hf_unlearn.errors import NonFiniteLossError, SettingsError, StatisticsError
+from hf_unlearn.errors import ModelError, NonFiniteLossError, SettingsError, StatisticsError
 from hf_unlearn.hub import upload
 from hf_unlearn.layers import find_layers
 from hf_unlearn.losses import UnlearningLoss, build_loss
@@ -70,6 +71,7 @@ class UnlearningTrainer(Trainer):
             `losses.base.LossKind`) or what `losses.build_loss` gives.
         original_model: A frozen copy for losses that read the original model; default: its weights, or the model
             without its adapter, put in for the moment (no copy), or `args.original_logprobs`.
+        judge: Further metrics of the model at each evaluation, such as `evaluation.training_judge` gives.
         callbacks, optimizers, compute_metrics: As in Trainer.
 
     Attributes:
@@ -100,6 +102,7 @@ class UnlearningTrainer(Trainer):
         peft_config: Any = None,
         loss: str | ForgetTerm | UnlearningLoss | None = None,
         original_model: nn.Module | None = None,
+        judge: Callable[[nn.Module], Mapping[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
@@ -120,6 +123,7 @@ class UnlearningTrainer(Trainer):
         if self.loss.kind.alternates:
             require_alternates(forget, self.loss.name)
         collator = data_collator or default_collator(processing_class)
+        self.judge = judge
         if self.loss.kind.needs_retain and retain is None:
             raise SettingsError(
                 f"loss {self.loss.name!r} needs retain rows; pass retain_dataset or choose another loss"
@@ -355,6 +359,27 @@ class UnlearningTrainer(Trainer):
         )  # fmt: skip
         return lambda: nullcontext(stored)
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As Trainer; the metrics of `judge` come with those of the splits."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.judge is not None and eval_dataset is None:
+            judged = {f"{metric_key_prefix}_{name}": value for name, value in self.judge(self.model).items()}
+            self.log(judged)
+            metrics |= judged
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As Trainer, among the evaluations that keep to `utility_floor`."""
+        for name, floor in (self.args.utility_floor or {}).items():
+            key = f"eval_{name.removeprefix('eval_')}"
+            if key not in metrics:
+                raise SettingsError(f"utility_floor names {name!r}; an evaluation has {', '.join(sorted(metrics))}")
+            if not metrics[key] >= floor:
+                return False
+        return super()._determine_best_metric(metrics, trial)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add predicted retain drift and leak to the training log lines."""
         if "loss" in logs:
@@ -479,7 +504,12 @@ def _freeze(model: nn.Module, statistics: RetainStatistics | None, constraint: A
 
 
 def _mean_scores(prediction: EvalPrediction) -> dict[str, float]:
-    """Means over rows of what `prediction_step` returns."""
+    """Means over rows, on all processes, of what `prediction_step` returns; raises `ModelError` on NaN logits."""
     scores = RowScores.from_matrix(prediction.predictions)
+    if (broken := np.isnan(scores.loss)).any():
+        raise ModelError(
+            f"the model's logits are NaN on row {broken.argmax()} of {len(broken)}; its weights are broken: go back to "
+            "an earlier checkpoint, with a lower learning_rate"
+        )
     return {"loss": scores.loss.mean(), "probability": scores.probability.mean(), "accuracy": scores.accuracy.mean(),
             "entropy": scores.entropy.mean()}  # fmt: skip

@@ -17,6 +17,7 @@ from hf_unlearn.cli import COMMANDS, main
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.errors import DataError, OutputError, SettingsError, UnlearningError
+from hf_unlearn.report import UnlearningReport
 from hf_unlearn.runs import RunArguments
 
 WORDS = "who wrote the red book anna did and where was it found in paris".split()
@@ -179,7 +180,7 @@ def test_statistics_of_another_model_are_refused(
     assert "statistics" in line and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "collect", "evaluate"])
+@pytest.mark.parametrize("command", ["demo", "run", "collect", "evaluate", "audit"])
 def test_a_folder_that_is_not_empty_is_left_as_it_is(
     command: str, places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -193,6 +194,7 @@ def test_a_folder_that_is_not_empty_is_left_as_it_is(
         "run": request(places, tmp_path),
         "collect": ["collect", *common, "--rows", "full", *out],
         "evaluate": ["evaluate", *common, "--forget", "full[0:2]", *out],
+        "audit": ["audit", *common, "--forget", "full[0:2]", *out],
     }[command]
 
     def never(*args: Any, **options: Any) -> Any:
@@ -254,3 +256,26 @@ def test_a_right_run_exits_with_0_and_its_folder_can_be_evaluated(
     assert main(argv) == 0
     assert "answer_probability" in capsys.readouterr().out
     assert (tmp_path / "judged" / "unlearning_report.json").is_file()
+
+
+def test_a_finished_model_is_audited_and_its_card_says_so(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(request(places, tmp_path)) == 0
+    folder = tmp_path / "out"
+    weights = (folder / "model.safetensors").read_bytes()
+    argv = ["audit", str(folder), "--dataset_name", places["data"], "--forget", "full[0:3]", "--holdout", "full[6:9]"]
+    argv += ["--retrained", places["model"], "--relearn_steps", "1", "--max_length", "64"]
+    argv += ["--attacks", "membership,relearning,quantisation,recalibration"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "quantised_4_bit_probability" in out and "verdict: relearned_probability: " in out
+    assert "not run: recalibration: the model has no batch norm" in out
+    assert not UnlearningReport.load(folder).audit  # nothing is written unless asked for
+    assert main([*argv, "--update_model", "True"]) == 0
+    report, card = UnlearningReport.load(folder), (folder / "README.md").read_text()
+    assert report.audit["verdicts"] and report.get("answer_probability", "forget") is not None
+    assert "quantised" in card and "relearned" in card
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert main([*argv, "--attacks", "no"]) == 2
+    assert "unknown attack 'no'" in capsys.readouterr().err

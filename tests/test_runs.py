@@ -17,7 +17,7 @@ from PIL import Image
 from test_data import QUESTION, tokenizer
 from test_formats import processor as picture_processor
 
-from hf_unlearn import requests
+from hf_unlearn import measures, requests
 from hf_unlearn.cli import main
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.constraints import CONSTRAINTS
@@ -356,3 +356,19 @@ def test_a_classifier_is_unlearned_from_raw_rows(kind: str, classified: dict[str
         run(replace(args, task="speech"), config.but(output_dir=str(tmp_path / "other")))
     with pytest.raises(UnlearningError, match=r"needed is one of: messages|cannot load the tokenizer"):
         run(replace(args, task="language-model"), config.but(output_dir=str(tmp_path / "other")))
+
+
+def test_no_model_is_scored_twice_on_the_same_rows(
+    places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[int] = []
+    score = measures.MEASURES["rows"]
+    monkeypatch.setitem(measures.MEASURES, "rows", lambda *given: (scored.append(1), score(*given))[1])
+    args = arguments(places, retrained=places["model"], constraints="energy,none", cache_dir=str(tmp_path / "cache"))
+    reports = run(args, settings(tmp_path / "out", max_steps=1))
+    splits = len({metric.split for metric in reports["energy"].metrics})
+    assert len(scored) == 4 * splits  # the original, the retrained and two unlearned models
+    assert all(report.models == ["original", "unlearned", "retrained"] for report in reports.values())
+    scored.clear()
+    run(args, settings(tmp_path / "again", max_steps=1, learning_rate=3e-3))
+    assert len(scored) == 2 * splits  # only what is new
