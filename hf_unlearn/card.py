@@ -82,6 +82,11 @@ def render_card(
     return content
 
 
+def check_template(template: str | os.PathLike) -> None:
+    """Raise `SettingsError` unless a card can be rendered from a template."""
+    render_card(UnlearningReport(), model_name="model", template=template)
+
+
 def default_template() -> Path:
     """The package's template: beside the modules in a wheel, in the repository's root otherwise."""
     here = Path(__file__).resolve().parent

@@ -17,6 +17,7 @@ COMMANDS: dict[str, str] = {
     "collect": "collect the statistics of a data set, once, when the model is trained",
     "run": "fulfil a deletion request: statistics, unlearning, evaluation, output folder",
     "evaluate": "judge a finished model on forget, retain and held-out rows",
+    "push": "publish a finished output folder, or statistics, on the Hub; run again to resume",
 }
 
 
@@ -188,6 +189,29 @@ def _evaluate(argv: list[str]) -> None:
         with replace_folder(args.output_dir, args.overwrite_output_dir) as folder:
             report.save(folder)
         print(f"saved to {args.output_dir}")
+
+
+def _push(argv: list[str]) -> None:
+    from hf_unlearn.publish import push_statistics, push_unlearned_model
+
+    parser = argparse.ArgumentParser(
+        prog="hf-unlearn push", description=COMMANDS["push"].capitalize() + ".", allow_abbrev=False,
+        epilog="The token is read from HF_TOKEN or `hf auth login`; it is never a flag.",
+    )  # fmt: skip
+    parser.add_argument("folder", metavar="DIR", help="Output folder of a run, or folder of statistics.")
+    parser.add_argument("repo_id", metavar="REPO", help="user/name on the Hub; made if it does not exist.")
+    parser.add_argument("--private", action="store_true", default=None, help="Make the repository private.")
+    parser.add_argument("--revision", help="Branch to push to; default: main.")
+    parser.add_argument("--update", action="store_true", help="Also push into a repository that has other files.")
+    parser.add_argument("--card_template", help="Render the model card anew from your own template.")
+    args = vars(parser.parse_args(argv))
+    folder = Path(args.pop("folder"))
+    if (folder / "statistics.json").is_file():
+        args.pop("card_template")
+        commit = push_statistics(folder, **args)
+    else:
+        commit = push_unlearned_model(folder, folder, **args)
+    print(f"published and checked: {commit.commit_url}")
 
 
 def _parse(command: str, kinds: list[Any], argv: list[str]) -> tuple[Any, ...]:

@@ -154,6 +154,8 @@ def run(args: RunArguments, config: UnlearningConfig) -> dict[str, UnlearningRep
             own = own.but(constraint=name, constraint_settings=None)
         if len(names) > 1:
             own = own.but(output_dir=str(Path(config.output_dir or "unlearned") / name))
+            if config.hub_model_id:
+                own = own.but(hub_model_id=f"{config.hub_model_id}-{name}")
         reports[name] = request.fulfil(own)
     return reports
 

@@ -28,16 +28,16 @@ from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.coverage import Coverage, freeze_unprotected, hold_norm_statistics
 from hf_unlearn.data import PairedCollator, PairedDataset, default_collator, encode_dataset, require_disjoint
 from hf_unlearn.errors import NonFiniteLossError, SettingsError, StatisticsError
-from hf_unlearn.hub import upload
 from hf_unlearn.layers import find_layers
 from hf_unlearn.metrics import RowScores, row_scores
 from hf_unlearn.optimizer import StepConstrainer
 from hf_unlearn.predictions import predict
 from hf_unlearn.sharding import gather, wait_for_all
 from hf_unlearn.statistics import RetainStatistics
+from hf_unlearn.trainer_hub import HubMixin
 
 
-class UnlearningTrainer(Trainer):
+class UnlearningTrainer(HubMixin, Trainer):
     """Forget `forget_dataset` under the constraint of `args`, the rest as in `transformers.Trainer`.
 
     Args:
@@ -284,15 +284,6 @@ class UnlearningTrainer(Trainer):
         if self.args.should_save:
             content = {k: v for k, v in self.args.to_dict().items() if not k.endswith("token")}
             (folder / "training_args.json").write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
-
-    def push_to_hub(self, commit_message: str | None = "Unlearned model", **options: Any) -> Any:
-        """Save to `output_dir` and upload the publishable files of it (weights, tokenizer, card, report, plots)."""
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=options.get("token"), private=options.pop("private", None))
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        return upload(self.args.output_dir, self.hub_model_id, commit_message=commit_message, **options)
 
     def _add_stopping(self) -> None:
         args = self.args

@@ -27,12 +27,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # Left to right. A name is a module or a sub-package of hf_unlearn.
 LEVELS = (
     ("errors", "linalg", "files", "sharding", "adapters", "fingerprint", "predictions", "report", "losses", "metrics"),
-    ("layers", "statistics", "data", "hub"),
+    ("layers", "statistics", "data", "hub", "plots", "card", "publish"),
     ("collect", "constraints"),
     ("optimizer", "coverage"),
-    ("config", "callbacks", "checkpoints", "trainer", "finetune"),
+    ("config", "callbacks", "checkpoints", "describe", "trainer", "trainer_hub", "finetune"),
     ("benchmarks", "audit", "evaluation"),
-    ("card", "ledger", "plots"),
+    ("ledger",),
     ("requests",),
     ("runs",),
     ("demo",),
