@@ -125,7 +125,10 @@ def one_failure(what: str, command: str, token: str | bool | None = None, folder
     except UnlearningError:
         raise
     except Exception as error:
-        reason = scrub(f"{type(error).__name__}: {error}", token)
+        reason = f"{type(error).__name__}: {error}"
+        if error.__cause__ is not None and not hasattr(error, "response"):  # the client's own words say less
+            reason += f" {type(error.__cause__).__name__}: {error.__cause__}"
+        reason = scrub(reason, token)
         kept = "; everything is kept there" if folder else ""
         raise PushError(f"{what} ({reason}){kept}; resume with: {command}", folder, command) from None
 
