@@ -8,6 +8,7 @@ commitment, whatever else the report holds.
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from hf_unlearn.report import Metric, UnlearningReport
 
 TEMPLATE = "model_card_template.md"
 NOT_MEASURED, NOT_RECORDED, UNDEFINED = "not measured", "not recorded", "undefined"
+WEIGHTS_TRAINED = "not used: the weights themselves were trained"
 MODELS = ("original", "unlearned", "retrained")
 UNITS = {"loss": "loss (nats)", "entropy": "entropy (nats)"}
 REQUEST_FIELDS = ("rows", "source", "date", "commitment")
@@ -103,12 +105,13 @@ def card_data(report: UnlearningReport, model_name: str) -> ModelCardData:
     """What the Hub indexes: tags, base model, task, and every finite metric, told apart by the model's name in it."""
     method, task = report.method, report.settings.get("task")
     names = [str(method[key]) for key in ("loss", "constraint") if method.get(key) not in (None, "", "none")]
-    base = method.get("base_model")
-    derived: dict[str, Any] = {"base_model": base, "base_model_relation": "finetune"} if is_hub_id(base) else {}
+    adapter = _has_adapter(method)
+    relation = "adapter" if adapter else "finetune"
+    derived = {"base_model": method["base_model"], "base_model_relation": relation} if _names_base(method) else {}
     results = [_eval_result(m, str(task or "other")) for m in report.metrics if _is_finite(m.value)]
     return ModelCardData(
         model_name=model_name if results else None,
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag=str(task) if task else None,
         tags=["machine-unlearning", "hf_unlearn", *names],
         eval_results=results or None,
@@ -120,6 +123,16 @@ def is_hub_id(name: Any) -> bool:
     """Whether `name` looks like `owner/model` or `model` on the Hub rather than like a local path."""
     part = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
     return isinstance(name, str) and bool(re.fullmatch(f"{part}(/{part})?", name)) and not Path(name).exists()
+
+
+def _names_base(method: Mapping[str, Any]) -> bool:
+    """Whether the base model can be linked: a folder's name alone looks like an id too."""
+    return is_hub_id(method.get("base_model")) and not method.get("base_model_is_local")
+
+
+def _has_adapter(method: Mapping[str, Any]) -> bool:
+    """Whether what is published is an adapter, and not merged."""
+    return bool(method.get("adapter")) and not method["adapter"].get("merged")
 
 
 def _eval_result(metric: Metric, task: str) -> EvalResult:
@@ -146,14 +159,16 @@ def _variables(report: UnlearningReport, model_name: str, plots: Sequence[str]) 
     return {
         "card_data": card_data(report, model_name).to_yaml(),
         "model_name": escape(model_name),
-        "base_model": _base_model(method.get("base_model")),
+        "base_model": _base_model(method),
         "base_model_revision": text(method.get("base_model_revision")),
         "request": _filled({**report.request, "rows": _count(report.request.get("rows"))}, REQUEST_FIELDS),
         "method": _filled(method, METHOD_FIELDS),
         "statistics": _filled(method.get("statistics") or {}, STATISTICS_FIELDS),
         "coverage": _filled({name: _count(value) for name, value in coverage.items()}, COVERAGE_FIELDS),
         "exposed": [code(name) for name in exposed] if isinstance(exposed, Sequence) else [],
+        "adapter": text(method.get("adapter"), missing=WEIGHTS_TRAINED if "adapter" in method else NOT_RECORDED),
         "retained_energy": _retained_energy(method),
+        "layers": _layers(report),
         "drift": _drift(report),
         "retain_changes": _retain_changes(report),
         "models": [escape(model) for model in models],
@@ -188,19 +203,37 @@ def _pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(code(name), text(value, missing="none")) for name, value in values.items()]
 
 
-def _base_model(name: Any) -> str:
-    if is_hub_id(name):
+def _base_model(method: Mapping[str, Any]) -> str:
+    name = method.get("base_model")
+    if isinstance(name, str) and _names_base(method):
         return f"[{escape(name)}](https://huggingface.co/{quote(name)})"
     return f"a local model, {code(Path(str(name)).name)}" if name else NOT_RECORDED
 
 
 def _retained_energy(method: Mapping[str, Any]) -> str:
-    settings = method.get("constraint_settings")
+    """The setting, and what it came to on these statistics."""
+    settings, retained = method.get("constraint_settings"), method.get("retained")
     if not isinstance(settings, Mapping):
         return NOT_RECORDED
     if "energy" not in settings:
         return "no cut by energy with this constraint"
-    return f"{text(settings['energy'])} of the spectrum ({text(settings.get('spectrum')).replace('_', ' ')})"
+    asked = f"{text(settings['energy'])} of the spectrum ({text(settings.get('spectrum')).replace('_', ' ')})"
+    if not isinstance(retained, Mapping):
+        return f"{asked}; as share of the energy: {NOT_RECORDED}"
+    return (
+        f"{asked}: {_percent(retained.get('energy'))} of the energy of the inputs, in {_percent(retained.get('rank'))} "
+        f"of their dimensions (means over {text(retained.get('layers'))} layers)"
+    )
+
+
+def _percent(value: Any) -> str:
+    return f"{value:.1%}" if _is_finite(value) else UNDEFINED
+
+
+def _layers(report: UnlearningReport) -> str:
+    """Layers by the pattern of their names, such as `model.layers.*.mlp.up_proj` x 30."""
+    patterns = Counter(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", str(name)) for name in report.drift.get("by_layer") or ())
+    return ", ".join(f"{code(name)} x {n}" if n > 1 else code(name) for name, n in patterns.items()) or NOT_RECORDED
 
 
 def _drift(report: UnlearningReport) -> dict[str, str]:

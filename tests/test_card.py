@@ -122,6 +122,38 @@ def test_metadata_parses_and_names_the_base_model() -> None:
     assert not {"model-index", "base_model", "base_model_relation", "pipeline_tag"} & empty.keys()
 
 
+def test_an_adapter_is_told_from_full_weights_and_from_a_merged_one() -> None:
+    report = make_report()
+    report.method["adapter"] = None
+    full = render_card(report, model_name="m")
+    assert cells(full)["adapter"] == "not used: the weights themselves were trained"
+    report.method["adapter"] = {"type": "LORA", "r": 16, "target_modules": ["q_proj", "v_proj"], "merged": False}
+    card = render_card(report, model_name="m")
+    data = ModelCard(card).data.to_dict()
+    assert (data["base_model_relation"], data["library_name"]) == ("adapter", "peft")
+    assert cells(card)["adapter"] == "type = LORA, r = 16, target_modules = q_proj, v_proj, merged = False"
+    report.method["adapter"]["merged"] = True
+    data = ModelCard(render_card(report, model_name="m")).data.to_dict()
+    assert (data["base_model_relation"], data["library_name"]) == ("finetune", "transformers")
+    report.method.pop("adapter")
+    assert cells(render_card(report, model_name="m"))["adapter"] == "not recorded"
+
+
+def test_layers_are_named_by_pattern_and_retained_energy_as_it_came_out() -> None:
+    report = make_report()
+    report.drift["by_layer"] = {f"model.layers.{i}.mlp.{name}": 0.1 for i in range(12) for name in ("up", "down")}
+    report.drift["by_layer"]["score"] = 0.1
+    found = cells(render_card(report, model_name="m"))
+    assert found["layers touched"] == "`model.layers.*.mlp.up` x 12, `model.layers.*.mlp.down` x 12, `score`"
+    energy = "retained energy: what steps may not touch"
+    assert found[energy] == "0.9 of the spectrum (singular values); as share of the energy: not recorded"
+    report.method["retained"] = {"energy": 0.9931, "rank": 0.25, "layers": 25}
+    expected = "0.9 of the spectrum (singular values): 99.3% of the energy of the inputs, in 25.0% of their dimensions"
+    assert cells(render_card(report, model_name="m"))[energy].startswith(expected)
+    report.method["retained"]["energy"] = math.nan
+    assert "undefined of the energy" in cells(render_card(report, model_name="m"))[energy]
+
+
 def test_numpy_scalars_become_numbers() -> None:
     report = make_report()
     report.metrics = [replace(report.metrics[0], value=np.float32(0.5), low=np.float32(0.25), high=np.float32(0.75))]
@@ -283,6 +315,12 @@ def test_a_local_base_model_is_named_without_its_path() -> None:
     report.method["base_model"] = "/home/someone/my-model"
     card = render_card(report, model_name="m")
     assert "`my-model`" in card and "someone" not in card and "base_model" not in ModelCard(card).data.to_dict()
+    # a folder's name alone looks like an id, which only the run knows that it is not
+    report.method["base_model"] = "my-model"
+    assert ModelCard(render_card(report, model_name="m")).data.to_dict()["base_model"] == "my-model"
+    report.method["base_model_is_local"] = True
+    card = render_card(report, model_name="m")
+    assert "`my-model`" in card and "base_model" not in ModelCard(card).data.to_dict()
 
 
 def test_text_of_values() -> None:
