@@ -14,6 +14,16 @@ from pathlib import Path
 from typing import Any
 
 
+TOKEN = "hf_LoopbackOnlyLoopbackOnlyLoopbackOnly"
+LOAD = """
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(repo).eval()
+with torch.no_grad():
+    result = model(torch.tensor(ids)).logits.tolist()
+"""
+
+
 class Failed(Exception):
     """The code raised: name of the exception's class, its message, and the traceback as printed."""
 
@@ -51,6 +61,14 @@ class Client:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+def start(folder: Path, url: str, **env: str) -> Client:
+    """A client of the Hub at `url`, with its cache and its log in `folder`."""
+    root = str(Path(__file__).resolve().parents[1])
+    own = {"HF_ENDPOINT": url, "HF_TOKEN": TOKEN, "HF_HOME": str(folder / "home"), "PYTHONPATH": root,
+           "NO_PROXY": "127.0.0.1,localhost", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    return Client(own | env, folder / "log")
 
 
 def serve() -> None:

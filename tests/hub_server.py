@@ -24,8 +24,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from hub_client import TOKEN
 
-TOKEN = "hf_LoopbackOnlyLoopbackOnlyLoopbackOnly"
 DATE = "2025-01-01T00:00:00.000Z"
 LARGE = ("*.safetensors", "*.bin", "*.png", "*.pt")  # as in the .gitattributes that the Hub gives a new repository
 GITATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LARGE).encode()

@@ -11,7 +11,6 @@ import shlex
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 from cases import collate, text_rows, tiny_gpt2, tiny_llama
-from hub_client import Client, Failed
-from hub_server import TOKEN, Fault, Hub, loopback_hub
+from hub_client import LOAD, TOKEN, Client, Failed, start
+from hub_server import Fault, File, Hub, loopback_hub
 
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.errors import OutputError, SettingsError
@@ -37,13 +36,6 @@ result = push_unlearned_model(folder, folder, repo, **options).oid
 COMMAND = """
 from hf_unlearn.cli import main
 result = main(argv)
-"""
-LOAD = """
-import torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(repo).eval()
-with torch.no_grad():
-    result = model(torch.tensor(ids)).logits.tolist()
 """
 
 
@@ -63,40 +55,12 @@ def finished(folder: Path, model: Any = None, **options: Any) -> Path:
     return folder
 
 
-def logits(model: Any) -> list:
-    with torch.no_grad():
-        return model.eval()(collate(ROWS)["input_ids"]).logits.tolist()
-
-
 IDS = collate(ROWS)["input_ids"].tolist()
 
 
-def start(folder: Path, hub: Hub, **env: str) -> Client:
-    root = str(Path(__file__).resolve().parents[1])
-    return Client(
-        {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(folder / "home"), "PYTHONPATH": root,
-         "NO_PROXY": "127.0.0.1,localhost", "OMP_NUM_THREADS": "1", **env},
-        folder / "log",
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def lfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, Client]]:
-    with loopback_hub() as hub:
-        client = start(tmp_path_factory.mktemp("client"), hub, HF_HUB_DISABLE_XET="1")
-        yield hub, client
-        client.kill()
-
-
-@pytest.fixture
-def hub(lfs: tuple[Hub, Client]) -> Hub:
-    lfs[0].reset()
-    return lfs[0]
-
-
-@pytest.fixture
-def client(lfs: tuple[Hub, Client]) -> Client:
-    return lfs[1]
+def logits(model: Any) -> list:
+    with torch.no_grad():
+        return model.eval()(collate(ROWS)["input_ids"]).logits.tolist()
 
 
 def push(client: Client, folder: Path, repo: str = "me/model", **options: Any) -> str:
@@ -196,7 +160,7 @@ def test_xet_storage_gives_the_same(tmp_path: Path) -> None:
     folder = finished(tmp_path / "model", model)
     (tmp_path / "xet").mkdir()
     with loopback_hub(tmp_path / "xet") as hub:
-        client = start(tmp_path, hub)
+        client = start(tmp_path, hub.url)
         try:
             hub.faults.append(Fault("GET .*/xet-write-token/", 403, "no storage for you"))
             with pytest.raises(Failed, match=r"PushError.*hf-unlearn push") as caught:
@@ -378,8 +342,6 @@ def test_bad_metadata_of_a_card_is_caught_before_anything_is_sent(hub: Hub, clie
 
 
 def test_content_that_the_hub_altered_is_noticed(hub: Hub, client: Client, tmp_path: Path) -> None:
-    from hub_server import File
-
     folder = finished(tmp_path / "model")
     for name, wrong in (("model.safetensors", File(None, "0" * 64, 5)), ("config.json", File(b"{}"))):
         hub.reset()
@@ -390,7 +352,7 @@ def test_content_that_the_hub_altered_is_noticed(hub: Hub, client: Client, tmp_p
 
 def test_a_killed_push_leaves_the_branch_as_it_was_and_resumes(hub: Hub, client: Client, tmp_path: Path) -> None:
     folder = finished(tmp_path / "model", tiny_llama(), max_shard_size="30KB")
-    victim = start(tmp_path, hub, HF_HUB_DISABLE_XET="1")
+    victim = start(tmp_path, hub.url, HF_HUB_DISABLE_XET="1")
     shards = len(list(folder.glob("model-*.safetensors")))
     slow = Fault("PUT /objects/", delay=0.3)
     hub.faults.append(slow)

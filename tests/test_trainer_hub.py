@@ -4,14 +4,17 @@ by the same path as everything else; Trainer's own behaviour, the negative contr
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cases import requires_asset
-from hub_client import Client, Failed
-from hub_server import TOKEN, Fault, Hub
-from test_hub import IDS, LOAD, client, hub, lfs  # noqa: F401
+from hub_client import LOAD, TOKEN, Client, Failed
+from hub_server import Fault, Hub, loopback_hub
+from test_hub import IDS
 
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.errors import SettingsError
@@ -33,11 +36,11 @@ with torch.no_grad():
 """
 
 
-def start(client: Client, folder: Path, then: str = "", **settings: Any) -> Any:  # noqa: F811
+def start(client: Client, folder: Path, then: str = "", **settings: Any) -> Any:
     return client.run(START + then, folder=str(folder), settings=settings, token=TOKEN, ids=IDS)
 
 
-def test_no_request_is_made_before_the_first_push(hub: Hub, client: Client, tmp_path: Path) -> None:  # noqa: F811
+def test_no_request_is_made_before_the_first_push(hub: Hub, client: Client, tmp_path: Path) -> None:
     saving = {"push_to_hub": True, "hub_model_id": "me/model", "save_strategy": "steps", "save_steps": 1}
     start(client, tmp_path / "run", "trainer.train()", **saving)
     assert not hub.requests and len(list((tmp_path / "run").glob("checkpoint-*"))) == 2
@@ -53,7 +56,7 @@ trainer._finish_current_push()
     assert "training_args.bin" in hub.files("me/model") and TOKEN.encode() in hub.everything_published()
 
 
-def test_pushing_publishes_the_finished_model_with_its_card(hub: Hub, client: Client, tmp_path: Path) -> None:  # noqa: F811
+def test_pushing_publishes_the_finished_model_with_its_card(hub: Hub, client: Client, tmp_path: Path) -> None:
     push = "trainer.train(); trainer.push_to_hub('forget'); trainer.push_to_hub('again')"
     got = start(client, tmp_path / "run", push + LOGITS, hub_model_id="me/model", hub_private_repo=True)
     assert hub.repositories["me/model"].private
@@ -69,7 +72,7 @@ def test_pushing_publishes_the_finished_model_with_its_card(hub: Hub, client: Cl
     assert TOKEN.encode() not in hub.everything_published() + hub.everything_received()
 
 
-def test_a_report_with_metrics_is_completed_by_the_run(hub: Hub, client: Client, tmp_path: Path) -> None:  # noqa: F811
+def test_a_report_with_metrics_is_completed_by_the_run(hub: Hub, client: Client, tmp_path: Path) -> None:
     measured = """
 from hf_unlearn import evaluate_unlearning
 trainer.train()
@@ -83,7 +86,7 @@ trainer.push_to_hub(report=report)
     assert "| steps | 2 |" in card
 
 
-def test_a_failed_push_names_the_folder_that_resumes(hub: Hub, client: Client, tmp_path: Path) -> None:  # noqa: F811
+def test_a_failed_push_names_the_folder_that_resumes(hub: Hub, client: Client, tmp_path: Path) -> None:
     hub.faults.append(Fault("POST .*/commit/", 500))
     with pytest.raises(Failed, match=r"PushError.*hf-unlearn push \S*/run/hub me/model") as caught:
         start(client, tmp_path / "run", "trainer.train(); trainer.push_to_hub()", hub_model_id="me/model")
@@ -94,7 +97,7 @@ def test_a_failed_push_names_the_folder_that_resumes(hub: Hub, client: Client, t
     assert "model.safetensors" in hub.files("me/model")
 
 
-def test_unfinished_weights_are_published_only_when_asked_for_twice(hub: Hub, client: Client, tmp_path: Path) -> None:  # noqa: F811
+def test_unfinished_weights_are_published_only_when_asked_for_twice(hub: Hub, client: Client, tmp_path: Path) -> None:
     saving = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 1, "hub_strategy": "every_save"}
     with pytest.raises(SettingsError, match="push_unfinished"):
         UnlearningConfig(str(tmp_path), use_cpu=True, **saving)
@@ -110,7 +113,7 @@ def test_unfinished_weights_are_published_only_when_asked_for_twice(hub: Hub, cl
     assert TOKEN.encode() not in hub.everything_published()
 
 
-def test_a_card_that_is_there_is_not_overwritten(hub: Hub, client: Client, tmp_path: Path) -> None:  # noqa: F811
+def test_a_card_that_is_there_is_not_overwritten(hub: Hub, client: Client, tmp_path: Path) -> None:
     start(client, tmp_path / "new", "trainer.create_model_card(tags=['x'])")
     assert "machine-unlearning" in (tmp_path / "new/README.md").read_text()
     (tmp_path / "old").mkdir()
@@ -126,7 +129,7 @@ def test_a_template_is_read_before_the_run(tmp_path: Path) -> None:
         UnlearningConfig(str(tmp_path), use_cpu=True, card_template=str(own))
 
 
-def test_a_run_publishes_at_its_end_with_the_name_of_the_base_model(hub: Hub, client: Client, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_publishes_at_its_end_with_the_name_of_the_base_model(hub: Hub, client: Client, tmp_path: Path) -> None:
     """`hf-unlearn run --push_to_hub True`, a LoRA adapter of a model that lies in a local folder."""
     model, data = requires_asset("stories260K"), tmp_path / "data"
     data.mkdir()
@@ -145,3 +148,21 @@ def test_a_run_publishes_at_its_end_with_the_name_of_the_base_model(hub: Hub, cl
     for seen in (hub.everything_published(), hub.everything_received()):
         for secret in ("number 4.", "Item 1 is", str(tmp_path), str(model), TOKEN):
             assert secret.encode() not in seen, secret
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_publishes(tmp_path: Path) -> None:
+    script = START.replace("(folder", "(sys.argv[1]").replace('"hub_token": token, **settings}', "}")
+    script = f"import sys\n{script}\ntrainer.train()\ncommit = trainer.push_to_hub()\n"
+    script += "assert (commit is None) == (args.process_index != 0) and args.world_size == 2\n"
+    (tmp_path / "push.py").write_text(script)
+    with loopback_hub() as running:
+        root = Path(__file__).resolve().parents[1]
+        env = {**os.environ, "HF_ENDPOINT": running.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1",
+               "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": f"{root}:{root / 'tests'}"}  # fmt: skip
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        done = subprocess.run([*line, str(tmp_path / "push.py"), str(tmp_path / "run")], env=env, capture_output=True,
+                              text=True, timeout=300, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert len(running.repositories["me/run"].commits) == 2, "the Hub's own first one, and ours"
+        assert {"model.safetensors", "README.md"} < set(running.files("me/run"))
