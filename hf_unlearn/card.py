@@ -233,7 +233,8 @@ def _percent(value: Any) -> str:
 def _layers(report: UnlearningReport) -> str:
     """Layers by the pattern of their names, such as `model.layers.*.mlp.up_proj` x 30."""
     patterns = Counter(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", str(name)) for name in report.drift.get("by_layer") or ())
-    return ", ".join(f"{code(name)} x {n}" if n > 1 else code(name) for name, n in patterns.items()) or NOT_RECORDED
+    shown = ", ".join(f"{code(name)} x {n}" if n > 1 else code(name) for name, n in patterns.items())
+    return f"{patterns.total()}: {shown}" if shown else NOT_RECORDED
 
 
 def _drift(report: UnlearningReport) -> dict[str, str]:
@@ -272,8 +273,15 @@ def _metric_rows(report: UnlearningReport, models: Sequence[str]) -> list[list[s
 
 
 def _attack(metrics: Iterable[Metric], pattern: str) -> str:
+    """One part per metric and split, in it the models in their usual order."""
     found = [m for m in metrics if re.search(pattern, f"{m.name} {m.split} {m.model}", re.IGNORECASE)]
-    parts = [f"{escape(m.name)} on {escape(m.split)}, {escape(m.model)}: {_value(m)}, n = {m.n}" for m in found]
+    parts = []
+    for name, split in dict.fromkeys((m.name, m.split) for m in found):
+        own = [m for m in found if (m.name, m.split) == (name, split)]
+        own.sort(key=lambda m: MODELS.index(m.model) if m.model in MODELS else len(MODELS))
+        values = ", ".join(f"{escape(m.model)} {_value(m)}" for m in own)
+        counts = " / ".join(str(n) for n in dict.fromkeys(m.n for m in own))
+        parts.append(f"{escape(name)} on {escape(split)}: {values} (n = {counts})")
     return "; ".join(parts) or NOT_MEASURED
 
 

@@ -49,7 +49,8 @@ def describe(report: UnlearningReport, trainer: Any, *, retain_rows: int = 0, me
         "steps": trainer.state.global_step,
         "retain_rows_used": retain_rows,
     }
-    report.settings = {k: v for k, v in args.to_dict().items() if k in _REPORTED}
+    others = ("adam_",) if "adam" not in str(args.optim) else ("momentum",)  # another optimizer's settings
+    report.settings = {k: v for k, v in args.to_dict().items() if k in _REPORTED and not k.startswith(others)}
     report.history = list(trainer.state.log_history)
     report.drift = asdict(drift) | {"relative": drift.relative}
 

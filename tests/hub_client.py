@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-
 TOKEN = "hf_LoopbackOnlyLoopbackOnlyLoopbackOnly"
 LOAD = """
 import torch

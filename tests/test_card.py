@@ -144,7 +144,7 @@ def test_layers_are_named_by_pattern_and_retained_energy_as_it_came_out() -> Non
     report.drift["by_layer"] = {f"model.layers.{i}.mlp.{name}": 0.1 for i in range(12) for name in ("up", "down")}
     report.drift["by_layer"]["score"] = 0.1
     found = cells(render_card(report, model_name="m"))
-    assert found["layers touched"] == "`model.layers.*.mlp.up` x 12, `model.layers.*.mlp.down` x 12, `score`"
+    assert found["layers touched"] == "25: `model.layers.*.mlp.up` x 12, `model.layers.*.mlp.down` x 12, `score`"
     energy = "retained energy: what steps may not touch"
     assert found[energy] == "0.9 of the spectrum (singular values); as share of the energy: not recorded"
     report.method["retained"] = {"energy": 0.9931, "rank": 0.25, "layers": 25}

@@ -147,6 +147,21 @@ result = [bool(same), loaded.weights == statistics.weights, list(loaded.layers) 
     assert "statistics.safetensors" in hub.files("me/again")
 
 
+def test_statistics_that_were_not_published_are_kept_where_the_error_says(
+    hub: Hub, client: Client, tmp_path: Path
+) -> None:
+    collect_statistics(tiny_gpt2(), ROWS, progress=False).save_pretrained(tmp_path / "statistics")
+    code = f"import tempfile; tempfile.tempdir = {str(tmp_path)!r}\nfrom hf_unlearn import RetainStatistics\n"
+    code += "RetainStatistics.from_pretrained(folder).push_to_hub('me/statistics')"
+    hub.faults.append(Fault("POST .*/commit/", 500))
+    with pytest.raises(Failed, match="PushError") as caught:
+        client.run(code, folder=str(tmp_path / "statistics"))
+    hub.faults.clear()
+    command = shlex.split(caught.value.message.rpartition("resume with: ")[2])
+    assert Path(command[2]).is_relative_to(tmp_path) and client.run(COMMAND, argv=command[1:]) == 0
+    assert "statistics.safetensors" in hub.files("me/statistics")
+
+
 def test_a_branch_is_made_and_main_is_left_alone(hub: Hub, client: Client, tmp_path: Path) -> None:
     push(client, finished(tmp_path / "model"), revision="unlearned", private=True)
     assert "model.safetensors" in hub.files("me/model", "unlearned") and set(hub.files("me/model")) == {
@@ -328,7 +343,10 @@ def test_a_wrong_token_and_a_hub_that_is_down(hub: Hub, client: Client, tmp_path
     code = elsewhere + PUSH.strip().replace("\n", "\n    ") + "\nfinally:\n    c.ENDPOINT = kept"
     with pytest.raises(Failed, match=f"PushError.*ConnectError.*hf-unlearn push {folder}"):
         client.run(code, folder=str(folder), repo="me/model", options={})
-    assert not hub.files("me/model") if "me/model" in hub.repositories else True
+    offline = code.replace("c.ENDPOINT", "c.HF_HUB_OFFLINE").replace("'http://127.0.0.1:9'", "True")
+    with pytest.raises(Failed, match=r"PushError.*OfflineModeIsEnabled"):
+        client.run(offline, folder=str(folder), repo="me/model", options={})
+    assert "me/model" not in hub.repositories
     push(client, folder)
 
 

@@ -158,8 +158,8 @@ def test_of_two_processes_one_publishes(tmp_path: Path) -> None:
     (tmp_path / "push.py").write_text(script)
     with loopback_hub() as running:
         root = Path(__file__).resolve().parents[1]
-        env = {**os.environ, "HF_ENDPOINT": running.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1",
-               "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": f"{root}:{root / 'tests'}"}  # fmt: skip
+        env = {**os.environ, "HF_ENDPOINT": running.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path),
+               "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{root / 'tests'}"}  # fmt: skip
         line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         done = subprocess.run([*line, str(tmp_path / "push.py"), str(tmp_path / "run")], env=env, capture_output=True,
                               text=True, timeout=300, check=False)  # fmt: skip
