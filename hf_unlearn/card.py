@@ -103,7 +103,7 @@ def default_template() -> Path:
 
 def card_data(report: UnlearningReport, model_name: str) -> ModelCardData:
     """What the Hub indexes: tags, base model, task, and every finite metric, told apart by the model's name in it."""
-    method, task = report.method, report.settings.get("task")
+    method, task = report.method, report.method.get("task")
     names = [str(method[key]) for key in ("loss", "constraint") if method.get(key) not in (None, "", "none")]
     adapter = _has_adapter(method)
     relation = "adapter" if adapter else "finetune"

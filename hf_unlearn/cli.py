@@ -192,6 +192,7 @@ def _evaluate(argv: list[str]) -> None:
 
 
 def _push(argv: list[str]) -> None:
+    from hf_unlearn.hub import STATISTICS, publishable
     from hf_unlearn.publish import push_statistics, push_unlearned_model
 
     parser = argparse.ArgumentParser(
@@ -209,9 +210,14 @@ def _push(argv: list[str]) -> None:
     if (folder / "statistics.json").is_file():
         args.pop("card_template")
         commit = push_statistics(folder, **args)
+        published = publishable(folder, STATISTICS)
     else:
         commit = push_unlearned_model(folder, folder, **args)
-    print(f"published and checked: {commit.commit_url}")
+        published = publishable(folder)
+    stay = sorted({f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()} - set(published))
+    print(f"{len(published)} files published and checked: {commit.commit_url}")
+    if stay:
+        print(f"{len(stay)} files stay here: {', '.join(stay[:8])}" + (", ..." if len(stay) > 8 else ""))
 
 
 def _parse(command: str, kinds: list[Any], argv: list[str]) -> tuple[Any, ...]:

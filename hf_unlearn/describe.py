@@ -5,8 +5,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
 from torch import nn
+from transformers.modelcard import TASK_MAPPING
 
+from hf_unlearn.adapters import without_wrapper
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.constraints import EnergyConstraint, constraint_for
 from hf_unlearn.linalg import rank_for_energy
@@ -45,6 +49,7 @@ def describe(report: UnlearningReport, trainer: Any, *, retain_rows: int = 0, me
         },
         "adapter": _adapter(trainer.model, merged),
         **_base_model(args, trainer.model),
+        "task": _task(trainer.model),
         "stopped": trainer.stop_reason,
         "steps": trainer.state.global_step,
         "retain_rows_used": retain_rows,
@@ -100,6 +105,15 @@ def _adapter(model: nn.Module, merged: bool) -> dict[str, Any] | None:
     return None
 
 
+def _task(model: nn.Module) -> str | None:
+    """The Hub's name of what a model class of transformers is for."""
+    kind = type(without_wrapper(model)).__name__
+    for task, names in TASK_MAPPING.items():
+        if any(kind == name or (isinstance(name, tuple) and kind in name) for name in names.values()):
+            return task
+    return None
+
+
 def _base_model(args: UnlearningConfig, model: nn.Module) -> dict[str, Any]:
     """A Hub id and its commit; of a local folder the last part of its name alone: the report is published."""
     if args.base_model:
@@ -110,6 +124,15 @@ def _base_model(args: UnlearningConfig, model: nn.Module) -> dict[str, Any]:
     local = bool(name) and Path(name).exists()
     return {
         "base_model": (Path(name).resolve().name if local else name) or None,
-        "base_model_revision": None if local else getattr(config, "_commit_hash", None),
+        "base_model_revision": None if local else getattr(config, "_commit_hash", None) or _only_snapshot(name),
         "base_model_is_local": local,
     }
+
+
+def _only_snapshot(name: str) -> str | None:
+    """The commit in the client's cache, if there is one alone: transformers no longer keeps it with the model."""
+    if not name:
+        return None
+    folder = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
+    found = [path.parent.name for path in folder.glob("*/config.json")]
+    return found[0] if len(found) == 1 else None

@@ -25,10 +25,16 @@ WEIGHTS = (
     "model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors", "model.safetensors.index.json",
     "adapter_model.safetensors", "adapter_model-[0-9]*-of-[0-9]*.safetensors", "adapter_model.safetensors.index.json",
 )  # fmt: skip
+_VOCABULARIES = (  # names that tokenizers of transformers give their files
+    "vocab.json", "vocab.txt", "vocab.bpe", "vocab-src.json", "vocab-tgt.json", "target_vocab.json", "merges.txt",
+    "bpe.codes", "dict.txt", "entity_vocab.json", "emoji.json", "byte_maps.json", "word_shape.json", "normalizer.json",
+    "word_pronunciation.json", "prophetnet.tokenizer", "spiece.model", "spm.model", "spm_char.model", "source.spm",
+    "target.spm", "sentencepiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 PUBLISHED = (
     *WEIGHTS, "config.json", "generation_config.json", "adapter_config.json",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
+    *_VOCABULARIES,
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
     "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
     "video_preprocessor_config.json", "README.md", "unlearning_report.json", "plots/*.png",
@@ -65,9 +71,10 @@ def push_folder(
     commit_message: str = "Unlearned model",
     update: bool = False,
 ) -> CommitInfo:
-    """Upload `files` of `folder` in one commit, then compare the hash of each at that commit with the local one.
+    """Upload `files` of `folder`, then compare the hash of each on the Hub with the local one.
 
-    The repository is made only now. A re-run after any failure resumes: what is there already is not sent again.
+    Up to 250 files go in one commit: a reader sees the old state or the new one. The repository is
+    made only now. A re-run after any failure resumes: what is there already is not sent again.
 
     Args:
         folder: Finished local folder.
@@ -87,6 +94,8 @@ def push_folder(
     command = resume_command(folder, repo_id, private=private, revision=revision, update=update)
     _refuse_tokens(Path(folder), files, token)
     with one_failure(f"{folder} was not published as {repo_id}", command, token, str(folder)):
+        if token is False or not (isinstance(token, str) or get_token()):
+            raise ValueError("no access token: set HF_TOKEN, or run `hf auth login`")
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):

@@ -11,7 +11,7 @@ from huggingface_hub import CommitInfo, ModelCard, ModelCardData
 from hf_unlearn.card import REQUEST_FIELDS, write_card
 from hf_unlearn.errors import OutputError, SettingsError
 from hf_unlearn.hub import STATISTICS, WEIGHTS, publishable, push_folder
-from hf_unlearn.plots import save_plots
+from hf_unlearn.plots import PICTURES, save_plots
 from hf_unlearn.report import REPORT, UnlearningReport
 
 
@@ -34,7 +34,8 @@ def push_unlearned_model(
 
     Args:
         report: The report, or the folder that has it.
-        model_dir: Folder with the weights; report, card and plots are written into it where they are missing.
+        model_dir: Folder with the weights. If `report` is its own, what is missing of card and plots is added; any
+            other takes the place of report, card and plots there.
         repo_id, private, token, revision, commit_message, update: As in `hub.push_folder`.
         card_template: Your own template of the card, which is rendered anew then.
 
@@ -47,9 +48,11 @@ def push_unlearned_model(
     if not folder.is_dir():
         raise OutputError(f"there is no folder {folder}; push the output folder of a run")
     _check_weights(folder)
-    complete_folder(
-        folder, _load(report), repo_id.rpartition("/")[2], card_template, isinstance(report, UnlearningReport)
-    )
+    homes = (folder.resolve(), (folder / REPORT).resolve())
+    own = not isinstance(report, UnlearningReport) and Path(report).resolve() in homes
+    loaded = _load(report)
+    check_public(loaded)
+    complete_folder(folder, loaded, repo_id.rpartition("/")[2], card_template, anew=not own)
     return push_folder(
         folder, repo_id, publishable(folder), private=private, token=token, revision=revision,
         commit_message=commit_message, update=update,
@@ -66,13 +69,14 @@ def complete_folder(
     """Write report, plots and card beside the weights; without `anew` only what is missing.
 
     Raises:
-        SettingsError: A report that names rows, or a README.md that is no card of an unlearned model.
+        SettingsError: A README.md that is no card of an unlearned model.
     """
-    check_public(report)
     if anew or not (folder / REPORT).is_file():
         report.save(folder)
     pictures = publishable(folder, ["plots/*.png"])
     if anew or not pictures:
+        for name in PICTURES:  # of another report
+            (folder / "plots" / name).unlink(missing_ok=True)
         pictures = [path.relative_to(folder).as_posix() for path in save_plots(report, folder / "plots")]
     if anew or card_template is not None or not (folder / "README.md").is_file():
         write_card(report, folder, model_name=model_name, template=card_template, plots=pictures)

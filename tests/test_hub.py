@@ -7,6 +7,7 @@ without the server, is checked where hf-xet takes a local folder as storage.
 
 from __future__ import annotations
 
+import ast
 import shlex
 import shutil
 import threading
@@ -236,6 +237,37 @@ hf_unlearn.hub._refuse_tokens = lambda *args: None
         assert secret.encode() in hub.everything_published() and secret.encode() in hub.everything_received()
 
 
+def test_the_files_of_every_tokenizer_are_on_the_list(tmp_path: Path) -> None:
+    import transformers
+
+    names = set()
+    for path in Path(transformers.__file__).parent.glob("models/*/tokenization_*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)):
+                continue
+            if any(getattr(target, "id", "").lower() == "vocab_files_names" for target in node.targets):
+                names |= {item.value for item in node.value.values if isinstance(item, ast.Constant)}
+    assert len(names) > 15
+    for name in names:
+        (tmp_path / name).write_text("")
+    assert set(publishable(tmp_path)) == names
+
+
+def test_the_command_says_what_stays(hub: Hub, client: Client, tmp_path: Path) -> None:
+    folder = finished(tmp_path / "model")
+    stray = litter(folder)
+    code = """
+import io, contextlib
+from hf_unlearn.cli import main
+with contextlib.redirect_stdout(io.StringIO()) as out:
+    main(["push", folder, "me/model"])
+result = out.getvalue()
+"""
+    shown = client.run(code, folder=str(folder))
+    assert f"{len(publishable(folder))} files published and checked: {hub.url}/me/model/commit/" in shown
+    assert f"{len(stray)} files stay here" in shown and ".env" in shown
+
+
 def test_own_code_goes_only_where_the_configuration_refers_to_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "modeling_own.py").write_text("")
@@ -284,6 +316,18 @@ def test_a_request_that_names_rows_is_not_public() -> None:
         changed.request[name] = value
         with pytest.raises(SettingsError, match=name):
             check_public(changed)
+
+
+def test_a_report_of_another_folder_takes_the_place_of_the_one_there(hub: Hub, client: Client, tmp_path: Path) -> None:
+    folder = finished(tmp_path / "model")
+    other = report()
+    other.request["source"] = "another source"
+    (tmp_path / "other").mkdir()
+    other.save(tmp_path / "other")
+    code = PUSH.replace("(folder, folder", "(other, folder")
+    client.run(code, folder=str(folder), other=str(tmp_path / "other"), repo="me/model", options={})
+    for name in ("README.md", "unlearning_report.json"):
+        assert b"another source" in (hub.files("me/model")[name].content or b"")
 
 
 def test_a_missing_card_is_rendered_and_a_template_renders_anew(tmp_path: Path, hub: Hub, client: Client) -> None:
@@ -343,6 +387,11 @@ def test_a_wrong_token_and_a_hub_that_is_down(hub: Hub, client: Client, tmp_path
     code = elsewhere + PUSH.strip().replace("\n", "\n    ") + "\nfinally:\n    c.ENDPOINT = kept"
     with pytest.raises(Failed, match=f"PushError.*ConnectError.*hf-unlearn push {folder}"):
         client.run(code, folder=str(folder), repo="me/model", options={})
+    nobody = "import os\nkept = os.environ.pop('HF_TOKEN')\ntry:\n    " + PUSH.strip().replace("\n", "\n    ")
+    with pytest.raises(Failed, match=r"PushError.*set HF_TOKEN, or run `hf auth login`"):
+        client.run(
+            nobody + "\nfinally:\n    os.environ['HF_TOKEN'] = kept", folder=str(folder), repo="me/model", options={}
+        )
     offline = code.replace("c.ENDPOINT", "c.HF_HUB_OFFLINE").replace("'http://127.0.0.1:9'", "True")
     with pytest.raises(Failed, match=r"PushError.*OfflineModeIsEnabled"):
         client.run(offline, folder=str(folder), repo="me/model", options={})

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import requires_asset
+from cases import requires_asset, tiny_gpt2
 from hub_client import LOAD, TOKEN, Client, Failed
 from hub_server import Fault, Hub, loopback_hub
-from test_hub import IDS
+from test_hub import IDS, finished, push
 
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.errors import SettingsError
@@ -84,6 +84,24 @@ trainer.push_to_hub(report=report)
     assert "| answer\\_probability" in card or "answer_probability" in card
     assert "plots/metrics.png" in card and "plots/metrics.png" in hub.files("me/run")
     assert "| steps | 2 |" in card
+
+
+def test_the_base_model_and_its_commit_are_those_that_were_loaded(hub: Hub, client: Client, tmp_path: Path) -> None:
+    commit = push(client, finished(tmp_path / "base"), "me/base")
+    loaded = "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained('me/base')\n"
+    code = START.replace("model = tiny_gpt2()\n", loaded) + "result = trainer.report().method"
+    method = client.run(code, folder=str(tmp_path / "run"), settings={}, token=TOKEN)
+    assert (method["base_model"], method["base_model_revision"]) == ("me/base", commit)
+    assert not method["base_model_is_local"] and method["task"] == "text-generation"
+    method = client.run(code.replace("'me/base'", repr(str(tmp_path / "base"))), folder=str(tmp_path / "run"),
+                        settings={}, token=TOKEN)  # fmt: skip
+    assert method["base_model_is_local"] and str(tmp_path) not in json.dumps(method)
+    push(client, finished(tmp_path / "newer", tiny_gpt2(seed=1)), "me/base", update=True)
+    method = client.run(code, folder=str(tmp_path / "run"), settings={}, token=TOKEN)
+    assert method["base_model_revision"] is None, "of two commits in the cache it is not known which one was loaded"
+    named = {"base_model": "me/named@" + "ab" * 20}
+    method = client.run(code, folder=str(tmp_path / "run"), settings=named, token=TOKEN)
+    assert (method["base_model"], method["base_model_revision"]) == ("me/named", "ab" * 20)
 
 
 def test_a_failed_push_names_the_folder_that_resumes(hub: Hub, client: Client, tmp_path: Path) -> None:
