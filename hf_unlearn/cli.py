@@ -205,10 +205,13 @@ def _push(argv: list[str]) -> None:
     parser.add_argument("--revision", help="Branch to push to; default: main.")
     parser.add_argument("--update", action="store_true", help="Also push into a repository that has other files.")
     parser.add_argument("--card_template", help="Render the model card anew from your own template.")
+    parser.add_argument(
+        "--publish_samples", action="store_true", help="Also publish prompts of forget rows and answers."
+    )
     args = vars(parser.parse_args(argv))
     folder = Path(args.pop("folder"))
     if (folder / "statistics.json").is_file():
-        args.pop("card_template")
+        del args["card_template"], args["publish_samples"]
         commit = push_statistics(folder, **args)
         published = publishable(folder, STATISTICS)
     else:

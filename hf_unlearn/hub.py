@@ -70,6 +70,7 @@ def push_folder(
     revision: str | None = None,
     commit_message: str = "Unlearned model",
     update: bool = False,
+    flags: Sequence[str] = (),
 ) -> CommitInfo:
     """Upload `files` of `folder`, then compare the hash of each on the Hub with the local one.
 
@@ -86,12 +87,13 @@ def push_folder(
         commit_message: First line of the commit.
         update: Also push into a repository that has other files. Its older weights leave the branch but stay
             reachable by commit; see `purge_history`.
+        flags: Further flags of the command that resumes.
 
     Raises:
         PushError: Whatever went wrong between here and the Hub; it names the folder and the command that resumes.
         SettingsError: A file that holds an access token, or a repository that `update` or `private` rule out.
     """
-    command = resume_command(folder, repo_id, private=private, revision=revision, update=update)
+    command = resume_command(folder, repo_id, flags, private=private, revision=revision, update=update)
     _refuse_tokens(Path(folder), files, token)
     with one_failure(f"{folder} was not published as {repo_id}", command, token, str(folder)):
         if token is False or not (isinstance(token, str) or get_token()):
@@ -113,9 +115,9 @@ def push_folder(
     return commit
 
 
-def resume_command(folder: str | Path, repo_id: str, **options: str | bool | None) -> str:
+def resume_command(folder: str | Path, repo_id: str, flags: Sequence[str] = (), **options: str | bool | None) -> str:
     """The shell command that makes the same push."""
-    flags = []
+    flags = list(flags)
     for name, value in options.items():
         if value:
             flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]

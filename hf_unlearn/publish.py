@@ -26,6 +26,7 @@ def push_unlearned_model(
     commit_message: str = "Unlearned model",
     card_template: str | os.PathLike | None = None,
     update: bool = False,
+    publish_samples: bool = False,
 ) -> CommitInfo:
     """Publish a model or adapter with its report, card and plots, and nothing else of its folder.
 
@@ -38,6 +39,7 @@ def push_unlearned_model(
             other takes the place of report, card and plots there.
         repo_id, private, token, revision, commit_message, update: As in `hub.push_folder`.
         card_template: Your own template of the card, which is rendered anew then.
+        publish_samples: The report may show its samples: prompts of forget rows, and answers to them.
 
     Raises:
         PushError: See `hub.push_folder`.
@@ -51,11 +53,11 @@ def push_unlearned_model(
     homes = (folder.resolve(), (folder / REPORT).resolve())
     own = not isinstance(report, UnlearningReport) and Path(report).resolve() in homes
     loaded = _load(report)
-    check_public(loaded)
+    check_public(loaded, publish_samples)
     complete_folder(folder, loaded, repo_id.rpartition("/")[2], card_template, anew=not own)
     return push_folder(
         folder, repo_id, publishable(folder), private=private, token=token, revision=revision,
-        commit_message=commit_message, update=update,
+        commit_message=commit_message, update=update, flags=["--publish_samples"] if publish_samples else [],
     )  # fmt: skip
 
 
@@ -87,8 +89,13 @@ def complete_folder(
         )
 
 
-def check_public(report: UnlearningReport) -> None:
-    """Raise `SettingsError` where the request of a report holds more than may be known of it: texts, ids, paths."""
+def check_public(report: UnlearningReport, publish_samples: bool = False) -> None:
+    """Raise `SettingsError` where a report holds more than may be known of a request: texts, ids, answers."""
+    if report.samples and not publish_samples:
+        raise SettingsError(
+            f"the report shows {len(report.samples)} prompts of forget rows and answers to them; if they may be "
+            "published, pass publish_samples=True (--publish_samples), else run again without samples"
+        )
     odd = [name for name in report.request if name not in REQUEST_FIELDS]
     odd += [name for name, value in report.request.items() if isinstance(value, (list, tuple, set, Mapping))]
     if odd:

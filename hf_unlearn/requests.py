@@ -94,7 +94,7 @@ class Request:
         if args.push_to_hub and is_main():
             push_unlearned_model(
                 target, target, args.hub_model_id or target.name, private=args.hub_private_repo, token=args.hub_token,
-                revision=args.hub_revision, update=args.push_unfinished,
+                revision=args.hub_revision, update=args.push_unfinished, publish_samples=self.samples is not None,
             )  # fmt: skip
         return report
 

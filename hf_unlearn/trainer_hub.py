@@ -54,6 +54,7 @@ class HubMixin(Trainer):
         *,
         report: UnlearningReport | None = None,
         update: bool = False,
+        publish_samples: bool = False,
     ) -> CommitInfo | None:
         """Write model, report, card and plots to the folder `hub` of `output_dir`, then publish that folder.
 
@@ -63,6 +64,7 @@ class HubMixin(Trainer):
             report: The finished report, such as that of `evaluate_unlearning`; what it lacks is filled in from this
                 run. Default: what the trainer knows, with nothing measured.
             update: Also push into a repository that has other files; always so with `push_unfinished`.
+            publish_samples: As in `push_unlearned_model`.
 
         Returns:
             The commit; None on other processes than the first.
@@ -83,7 +85,7 @@ class HubMixin(Trainer):
             folder, folder, self.hub_model_id, token=token or self.args.hub_token,
             private=self.args.hub_private_repo if private is None else private,
             revision=revision or self.args.hub_revision, commit_message=commit_message or "Unlearned model",
-            update=update or self.args.push_unfinished,
+            update=update or self.args.push_unfinished, publish_samples=publish_samples,
         )  # fmt: skip
 
     def create_model_card(self, *args: Any, **options: Any) -> None:

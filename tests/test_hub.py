@@ -268,6 +268,21 @@ result = out.getvalue()
     assert f"{len(stray)} files stay here" in shown and ".env" in shown
 
 
+def test_samples_are_published_only_when_allowed(hub: Hub, client: Client, tmp_path: Path) -> None:
+    folder = finished(tmp_path / "model")
+    shown = report(samples=[{"prompt": SECRETS[1], "answer": "Karachi", "after": "unsure"}])
+    complete_folder(folder, shown, "model")
+    with pytest.raises(Failed, match=r"SettingsError.*1 prompts of forget rows.*--publish_samples"):
+        push(client, folder)
+    assert not hub.requests
+    hub.faults.append(Fault("POST .*/commit/", 500))
+    with pytest.raises(Failed, match="PushError") as caught:
+        push(client, folder, publish_samples=True)
+    hub.faults.clear()
+    assert client.run(COMMAND, argv=shlex.split(caught.value.message.rpartition("resume with: ")[2])[1:]) == 0
+    assert SECRETS[1].encode() in hub.everything_published()
+
+
 def test_own_code_goes_only_where_the_configuration_refers_to_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "modeling_own.py").write_text("")
