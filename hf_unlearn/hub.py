@@ -110,8 +110,12 @@ def push_folder(
             delete_patterns=[glob.escape(name) for name in _replaced(before, files)] if update else None,
         )  # fmt: skip
         wrong = _different(_remote(api, repo_id, commit.oid), Path(folder), files)
-        if wrong:
-            raise ValueError(f"commit {commit.oid[:12]} does not have the local content of {', '.join(wrong)}")
+    if wrong:
+        again = resume_command(folder, repo_id, flags, private=private, revision=revision, update=True)
+        raise PushError(
+            f"{repo_id} at {commit.oid[:12]} does not have the local content of {', '.join(wrong)}; everything is kept "
+            f"in {folder}; resume with: {again}", str(folder), again,
+        )  # fmt: skip
     return commit
 
 

@@ -428,8 +428,12 @@ def test_content_that_the_hub_altered_is_noticed(hub: Hub, client: Client, tmp_p
     for name, wrong in (("model.safetensors", File(None, "0" * 64, 5)), ("config.json", File(b"{}"))):
         hub.reset()
         hub.on_commit = lambda tree, name=name, wrong=wrong: tree.update({name: wrong})  # type: ignore[misc]
-        with pytest.raises(Failed, match=f"PushError.*does not have the local content of {name}"):
+        with pytest.raises(Failed, match=f"PushError.*does not have the local content of {name}") as caught:
             push(client, folder)
+        hub.on_commit = lambda tree: None
+        command = shlex.split(caught.value.message.rpartition("resume with: ")[2])
+        assert client.run(COMMAND, argv=command[1:]) == 0
+        assert hub.content(hub.files("me/model")[name]) == (folder / name).read_bytes()
 
 
 def test_a_killed_push_leaves_the_branch_as_it_was_and_resumes(hub: Hub, client: Client, tmp_path: Path) -> None:
