@@ -87,16 +87,16 @@ trainer.push_to_hub(report=report)
 
 
 def test_the_base_model_and_its_commit_are_those_that_were_loaded(hub: Hub, client: Client, tmp_path: Path) -> None:
-    commit = push(client, finished(tmp_path / "base"), "me/base")
-    loaded = "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained('me/base')\n"
+    commit = push(client, finished(tmp_path / "base"), "me/pinned")
+    loaded = "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained('me/pinned')\n"
     code = START.replace("model = tiny_gpt2()\n", loaded) + "result = trainer.report().method"
     method = client.run(code, folder=str(tmp_path / "run"), settings={}, token=TOKEN)
-    assert (method["base_model"], method["base_model_revision"]) == ("me/base", commit)
+    assert (method["base_model"], method["base_model_revision"]) == ("me/pinned", commit)
     assert not method["base_model_is_local"] and method["task"] == "text-generation"
-    method = client.run(code.replace("'me/base'", repr(str(tmp_path / "base"))), folder=str(tmp_path / "run"),
+    method = client.run(code.replace("'me/pinned'", repr(str(tmp_path / "base"))), folder=str(tmp_path / "run"),
                         settings={}, token=TOKEN)  # fmt: skip
     assert method["base_model_is_local"] and str(tmp_path) not in json.dumps(method)
-    push(client, finished(tmp_path / "newer", tiny_gpt2(seed=1)), "me/base", update=True)
+    push(client, finished(tmp_path / "newer", tiny_gpt2(seed=1)), "me/pinned", update=True)
     method = client.run(code, folder=str(tmp_path / "run"), settings={}, token=TOKEN)
     assert method["base_model_revision"] is None, "of two commits in the cache it is not known which one was loaded"
     named = {"base_model": "me/named@" + "ab" * 20}
