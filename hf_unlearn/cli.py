@@ -218,9 +218,9 @@ def _push(argv: list[str]) -> None:
         commit = push_unlearned_model(folder, folder, **args)
         published = publishable(folder)
     stay = sorted({f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()} - set(published))
-    print(f"{len(published)} files published and checked: {commit.commit_url}")
+    print(f"published and checked ({len(published)} files): {commit.commit_url}")
     if stay:
-        print(f"{len(stay)} files stay here: {', '.join(stay[:8])}" + (", ..." if len(stay) > 8 else ""))
+        print(f"not published ({len(stay)} files): {', '.join(stay[:8])}" + (", ..." if len(stay) > 8 else ""))
 
 
 def _parse(command: str, kinds: list[Any], argv: list[str]) -> tuple[Any, ...]:

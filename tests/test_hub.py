@@ -264,8 +264,8 @@ with contextlib.redirect_stdout(io.StringIO()) as out:
 result = out.getvalue()
 """
     shown = client.run(code, folder=str(folder))
-    assert f"{len(publishable(folder))} files published and checked: {hub.url}/me/model/commit/" in shown
-    assert f"{len(stray)} files stay here" in shown and ".env" in shown
+    assert f"published and checked ({len(publishable(folder))} files): {hub.url}/me/model/commit/" in shown
+    assert f"not published ({len(stray)} files): .env, " in shown
 
 
 def test_samples_are_published_only_when_allowed(hub: Hub, client: Client, tmp_path: Path) -> None:
@@ -378,6 +378,8 @@ def test_a_failure_is_one_error_and_its_command_resumes(name: str, hub: Hub, cli
     hub.faults.append(SimpleNamespace(**vars(fault)))  # type: ignore[arg-type]
     if expected is None:
         push(client, folder)
+        puts = [seen.path for seen in hub.requests if seen.method == "PUT"]
+        assert len(puts) == len(set(puts)) + 1, "the upload that was dropped is made again"
     else:
         with pytest.raises(Failed, match=f"(?s)PushError.*{expected}") as caught:
             push(client, folder, private=True)

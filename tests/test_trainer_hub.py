@@ -88,7 +88,9 @@ trainer.push_to_hub(report=report)
 
 def test_the_base_model_and_its_commit_are_those_that_were_loaded(hub: Hub, client: Client, tmp_path: Path) -> None:
     commit = push(client, finished(tmp_path / "base"), "me/pinned")
-    loaded = "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained('me/pinned')\n"
+    loaded = (
+        "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained('me/pinned')\n"
+    )
     code = START.replace("model = tiny_gpt2()\n", loaded) + "result = trainer.report().method"
     method = client.run(code, folder=str(tmp_path / "run"), settings={}, token=TOKEN)
     assert (method["base_model"], method["base_model_revision"]) == ("me/pinned", commit)
