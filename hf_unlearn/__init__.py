@@ -22,6 +22,8 @@ _HOME = {
     "constrain_optimizer": "optimizer",
     "evaluate_unlearning": "evaluation",
     "freeze_unprotected": "coverage",
+    "purge_history": "hub",
+    "push_unlearned_model": "publish",
 }
 
 __all__ = [
@@ -38,6 +40,8 @@ __all__ = [
     "constrain_optimizer",
     "evaluate_unlearning",
     "freeze_unprotected",
+    "purge_history",
+    "push_unlearned_model",
 ]
 
 if TYPE_CHECKING:
@@ -48,7 +52,9 @@ if TYPE_CHECKING:
     from hf_unlearn.coverage import freeze_unprotected
     from hf_unlearn.errors import UnlearningError
     from hf_unlearn.evaluation import evaluate_unlearning
+    from hf_unlearn.hub import purge_history
     from hf_unlearn.optimizer import constrain_optimizer
+    from hf_unlearn.publish import push_unlearned_model
     from hf_unlearn.report import UnlearningReport
     from hf_unlearn.statistics import RetainStatistics
     from hf_unlearn.trainer import UnlearningTrainer

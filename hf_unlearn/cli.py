@@ -18,6 +18,7 @@ COMMANDS: dict[str, str] = {
     "run": "fulfil a deletion request: statistics, unlearning, evaluation, output folder",
     "evaluate": "judge a finished model on forget, retain and held-out rows",
     "audit": "attack a finished model: can what was forgotten be brought back, or told apart",
+    "push": "publish a finished output folder, or statistics, on the Hub; run again to resume",
 }
 
 
@@ -235,6 +236,38 @@ def _audit(argv: list[str]) -> None:
         with replace_folder(args.output_dir, args.overwrite_output_dir) as folder:
             report.save(folder)
         print(f"saved to {args.output_dir}")
+
+
+def _push(argv: list[str]) -> None:
+    from hf_unlearn.hub import STATISTICS, publishable
+    from hf_unlearn.publish import push_statistics, push_unlearned_model
+
+    parser = argparse.ArgumentParser(
+        prog="hf-unlearn push", description=COMMANDS["push"].capitalize() + ".", allow_abbrev=False,
+        epilog="The token is read from HF_TOKEN or `hf auth login`; it is never a flag.",
+    )  # fmt: skip
+    parser.add_argument("folder", metavar="DIR", help="Output folder of a run, or folder of statistics.")
+    parser.add_argument("repo_id", metavar="REPO", help="user/name on the Hub; made if it does not exist.")
+    parser.add_argument("--private", action="store_true", default=None, help="Make the repository private.")
+    parser.add_argument("--revision", help="Branch to push to; default: main.")
+    parser.add_argument("--update", action="store_true", help="Also push into a repository that has other files.")
+    parser.add_argument("--card_template", help="Render the model card anew from your own template.")
+    parser.add_argument(
+        "--publish_samples", action="store_true", help="Also publish prompts of forget rows and answers."
+    )
+    args = vars(parser.parse_args(argv))
+    folder = Path(args.pop("folder"))
+    if (folder / "statistics.json").is_file():
+        del args["card_template"], args["publish_samples"]
+        commit = push_statistics(folder, **args)
+        published = publishable(folder, STATISTICS)
+    else:
+        commit = push_unlearned_model(folder, folder, **args)
+        published = publishable(folder)
+    stay = sorted({f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()} - set(published))
+    print(f"published and checked ({len(published)} files): {commit.commit_url}")
+    if stay:
+        print(f"not published ({len(stay)} files): {', '.join(stay[:8])}" + (", ..." if len(stay) > 8 else ""))
 
 
 def _parse(command: str, kinds: list[Any], argv: list[str]) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ from torch import nn
 from transformers import PrinterCallback
 
 from hf_unlearn.adapters import merged_state_dict
-from hf_unlearn.card import write_card
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.data import default_collator
+from hf_unlearn.describe import describe, name_base_model
 from hf_unlearn.evaluation import evaluate_unlearning
 from hf_unlearn.files import check_output, replace_folder
-from hf_unlearn.plots import save_plots
+from hf_unlearn.publish import complete_folder, push_unlearned_model
 from hf_unlearn.report import UnlearningReport
 from hf_unlearn.sharding import is_main, wait_for_all
 from hf_unlearn.statistics import RetainStatistics
@@ -82,19 +82,25 @@ class Request:
         statistics, timings = self._retained, dict(self.timings)
         with _scratch(target) as scratch, clock(timings, "unlearn"):
             with clock(timings, "decompose"):
-                trainer = self._trainer(args.but(output_dir=str(scratch)), statistics)
+                own = args.but(output_dir=str(scratch), hub_model_id=args.hub_model_id or target.name)
+                trainer = self._trainer(own, statistics)
             trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         with clock(timings, "evaluate"):
             report = self._judge(trainer, args)
-        self._describe(report, trainer, args, timings)
+        self._describe(report, trainer, timings)
         state = trainer.whole_state_dict()
         if is_main():
             with replace_folder(target, args.overwrite_output_dir) as folder:
-                self._write(folder, trainer, state, report, target.name)
+                self._write(folder, trainer, state, report, args, target.name)
         wait_for_all()
         trainer.constrainer.restore()
         if self.peft_config is not None:
             trainer.model.unload()
+        if args.push_to_hub and is_main():
+            push_unlearned_model(
+                target, target, args.hub_model_id or target.name, private=args.hub_private_repo, token=args.hub_token,
+                revision=args.hub_revision, update=args.push_unfinished, publish_samples=self.samples is not None,
+            )  # fmt: skip
         return report
 
     def _retain_statistics(self, args: UnlearningConfig) -> RetainStatistics | None:
@@ -149,37 +155,14 @@ class Request:
                 references.samples = self.samples(original)
         return references
 
-    def _describe(
-        self, report: UnlearningReport, trainer: UnlearningTrainer, args: UnlearningConfig, timings: dict[str, float]
-    ) -> None:
-        statistics, drift = trainer.constrainer.statistics, trainer.constrainer.drift()
-        config = getattr(trainer.model, "config", None)
+    def _describe(self, report: UnlearningReport, trainer: UnlearningTrainer, timings: dict[str, float]) -> None:
         report.request = {
             "rows": len(self.forget),
             "source": self.source,
             "date": datetime.now(timezone.utc).date().isoformat(),
         }
-        report.method = {
-            "loss": trainer.loss.name,
-            "loss_settings": trainer.loss.all_settings,
-            "constraint": args.constraint,
-            "constraint_settings": _settings_of(args),
-            "statistics": statistics
-            and {"rows": statistics.rows, "weights": statistics.weights, "data": statistics.data},
-            "coverage": {
-                "protected": len(trainer.coverage.protected),
-                "frozen": len(trainer.coverage.frozen),
-                "exposed": list(trainer.coverage.exposed),
-            },
-            "base_model": _public_name(getattr(config, "_name_or_path", "")),
-            "stopped": trainer.stop_reason,
-            "steps": trainer.state.global_step,
-            "retain_rows_used": 0 if self.retain is None else len(self.retain),
-        }
-        report.settings = {k: v for k, v in args.to_dict().items() if k in _REPORTED}
+        describe(report, trainer, retain_rows=0 if self.retain is None else len(self.retain), merged=self.merge_adapter)
         report.timings = timings
-        report.history = list(trainer.state.log_history)
-        report.drift = asdict(drift) | {"relative": drift.relative}
 
     def _write(
         self,
@@ -187,8 +170,10 @@ class Request:
         trainer: UnlearningTrainer,
         state: dict[str, Any] | None,
         report: UnlearningReport,
+        args: UnlearningConfig,
         name: str,
     ) -> None:
+        name_base_model(trainer.model, args)
         if self.peft_config is not None and self.merge_adapter:
             merged = merged_state_dict(trainer.model, state)
             self.model.save_pretrained(folder, state_dict=merged)  # type: ignore[operator]
@@ -196,27 +181,7 @@ class Request:
             trainer.model.save_pretrained(folder, state_dict=state)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        report.save(folder)
-        plots = save_plots(report, folder / "plots")
-        write_card(report, folder, model_name=name, plots=[path.relative_to(folder).as_posix() for path in plots])
-
-
-_REPORTED = frozenset(
-    "learning_rate momentum optim lr_scheduler_type num_train_epochs max_steps per_device_train_batch_size "
-    "gradient_accumulation_steps max_grad_norm weight_decay relative_step seed bf16 fp16 eval_strategy eval_steps "
-    "forget_metric forget_target max_retain_drift layer_constraints allow_exposed freeze train_only max_length".split()
-)
-
-
-def _settings_of(args: UnlearningConfig) -> dict[str, Any]:
-    built = args.build_constraint()
-    built = built["*"] if isinstance(built, Mapping) else built
-    return asdict(built) if built is not None else {}  # type: ignore[call-overload]
-
-
-def _public_name(name: str) -> str | None:
-    """A Hub id as it is, of a local folder the last part alone: the report is published."""
-    return (Path(name).name if Path(name).exists() else name) or None
+        complete_folder(folder, report, name, args.card_template)
 
 
 @contextmanager

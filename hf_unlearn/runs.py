@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from hf_unlearn.attacks import AuditSettings, audit
-from hf_unlearn.card import write_card
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig, setting
 from hf_unlearn.constraints import CONSTRAINTS
@@ -43,6 +42,7 @@ from hf_unlearn.finetune import FineTuning, cache_folder, fine_tuned
 from hf_unlearn.fingerprint import weights_fingerprint
 from hf_unlearn.metrics.generation import generate_answers
 from hf_unlearn.predictions import IGNORED, Task
+from hf_unlearn.publish import complete_folder
 from hf_unlearn.report import UnlearningReport
 from hf_unlearn.requests import Request
 from hf_unlearn.selection import read_requests, rows_by_index, rows_requested, rows_where
@@ -205,6 +205,8 @@ def run(args: RunArguments, config: UnlearningConfig) -> dict[str, UnlearningRep
             own = own.but(constraint=name, constraint_settings=None)
         if len(names) > 1:
             own = own.but(output_dir=str(Path(config.output_dir or "unlearned") / name))
+            if config.hub_model_id:
+                own = own.but(hub_model_id=f"{config.hub_model_id}-{name}")
         reports[name] = request.fulfil(own)
     return reports
 
@@ -317,9 +319,7 @@ def add_to_model(report: UnlearningReport, folder: Path) -> None:
     new = {key(metric) for metric in report.metrics}
     whole.metrics = [metric for metric in whole.metrics if key(metric) not in new] + report.metrics
     whole.audit = {part: whole.audit.get(part, {}) | found for part, found in report.audit.items()}
-    plots = [path.relative_to(folder).as_posix() for path in sorted(folder.glob("plots/*.png"))]
-    write_card(whole, folder, model_name=folder.name, plots=plots)
-    whole.save(folder)
+    complete_folder(folder, whole, folder.resolve().name)
 
 
 def _metrics(args: RunArguments) -> list[str] | None:

@@ -38,7 +38,6 @@ from hf_unlearn.data import (
     require_labels,
 )
 from hf_unlearn.errors import ModelError, NonFiniteLossError, SettingsError, StatisticsError
-from hf_unlearn.hub import upload
 from hf_unlearn.layers import find_layers
 from hf_unlearn.losses import UnlearningLoss, build_loss
 from hf_unlearn.losses.base import ForgetTerm, OriginalModel
@@ -48,9 +47,10 @@ from hf_unlearn.original_outputs import frozen_copy, original_outputs
 from hf_unlearn.predictions import predict
 from hf_unlearn.sharding import check_sharding, gather, loaded_whole, shard_on_cpu, sharding_of, wait_for_all
 from hf_unlearn.statistics import RetainStatistics
+from hf_unlearn.trainer_hub import HubMixin
 
 
-class UnlearningTrainer(Trainer):
+class UnlearningTrainer(HubMixin, Trainer):
     """Forget `forget_dataset` under the constraint of `args`, the rest as in `transformers.Trainer`.
 
     Args:
@@ -401,15 +401,6 @@ class UnlearningTrainer(Trainer):
         if self.args.should_save:
             content = {k: v for k, v in self.args.to_dict().items() if not k.endswith("token")}
             (folder / "training_args.json").write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
-
-    def push_to_hub(self, commit_message: str | None = "Unlearned model", **options: Any) -> Any:
-        """Save to `output_dir` and upload the publishable files of it (weights, tokenizer, card, report, plots)."""
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=options.get("token"), private=options.pop("private", None))
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        return upload(self.args.output_dir, self.hub_model_id, commit_message=commit_message, **options)
 
     def _add_callbacks(self) -> None:
         args = self.args

@@ -85,7 +85,8 @@ def test_help_of_each_command_exits_with_0(command: str, capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
     text = capsys.readouterr().out
-    assert stopped.value.code == 0 and f"hf-unlearn {command}" in text and "--output_dir" in text
+    assert stopped.value.code == 0 and f"hf-unlearn {command}" in text
+    assert ("--revision" if command == "push" else "--output_dir") in text
 
 
 def test_help_of_run_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

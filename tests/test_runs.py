@@ -17,7 +17,7 @@ from PIL import Image
 from test_data import QUESTION, tokenizer
 from test_formats import processor as picture_processor
 
-from hf_unlearn import measures, requests
+from hf_unlearn import measures
 from hf_unlearn.cli import main
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.constraints import CONSTRAINTS
@@ -48,7 +48,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def quick_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of a small request's time, and has its own tests."""
-    monkeypatch.setattr(requests, "save_plots", lambda report, folder: [])
+    monkeypatch.setattr("hf_unlearn.publish.save_plots", lambda report, folder: [])
 
 
 def arguments(places: dict[str, str], **changes: Any) -> RunArguments:
