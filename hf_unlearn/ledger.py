@@ -7,7 +7,7 @@ A ledger is a folder:
     lock          held while reading or appending
     _private/     what the next request needs (`sequence`); never published
 
-Rows appear only as HMAC-SHA256 (RFC 2104) of their content under the key and a nonce of the request: whoever lacks the
+Rows appear only as HMAC-SHA256 (RFC 2104) of their content under the key and a nonce of the request: who lacks the
 key can neither test a guess nor see that two requests have a row in common. The key is in no file of the ledger.
 
 What `verify` detects: with or without the key any edited, removed, inserted or reordered entry, and entries missing at

@@ -90,8 +90,12 @@ class UnlearningReport:
     def save(self, folder: str | os.PathLike) -> Path:
         """Write `unlearning_report.json` into `folder`, atomically; NaN and infinities become null."""
         path = Path(folder) / REPORT
-        write_json(path, _plain({"format_version": FORMAT_VERSION, **asdict(self)}))
+        write_json(path, self.content())
         return path
+
+    def content(self) -> dict[str, Any]:
+        """What `save` writes: values that JSON knows."""
+        return _plain({"format_version": FORMAT_VERSION, **asdict(self)})
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "UnlearningReport":
