@@ -14,7 +14,7 @@ What `verify` detects: with or without the key any edited, removed, inserted or 
 the end (head.json counts them). With the key also entries, heads and whole ledgers that somebody wrote without it.
 What nothing in the folder can show: that all of it was put back to an older state, or that whoever has the key wrote a
 new history. Against both, keep an entry's hash or a commitment elsewhere, such as on a published model card, and have
-it looked for (`verify --anchor`). Times are the writer's clock. A commitment says what was asked, not what a model forgot.
+it looked for (`verify --anchor`). Times are the writer's clock. A commitment says what was asked, not what came of it.
 """
 
 import hashlib
@@ -187,17 +187,17 @@ class Ledger:
     def commit(self, rows: Iterable[Row]) -> Commitment:
         """Commit to rows as users have them, under a fresh nonce; equal rows count once."""
         nonce = secrets.token_hex(16)
-        tags = tuple(sorted({self._tag(nonce, row) for row in rows}))
+        tags = tuple(sorted({self.tag(nonce, row) for row in rows}))
         return Commitment(nonce, tags, self._mac("request", nonce, *tags))
 
     def holds(self, entry: Entry, rows: Iterable[Row]) -> bool:
         """Whether a request was about exactly these rows."""
-        return sorted({self._tag(entry.content["nonce"], row) for row in rows}) == entry.content["rows"]
+        return sorted({self.tag(entry.content["nonce"], row) for row in rows}) == entry.content["rows"]
 
     def prove(self, row: Row) -> list[Entry]:
         """The completed requests that a row was in; raises `LedgerError` without the ledger's key."""
         requests = self.requests()
-        return [entry for entry in requests if self._tag(entry.content["nonce"], row) in entry.content["rows"]]
+        return [entry for entry in requests if self.tag(entry.content["nonce"], row) in entry.content["rows"]]
 
     def record_push(self, request: int, repo_id: str, commit: str) -> Entry:
         """Note, once it is known, the Hub commit that published the model of request number `request`."""
@@ -327,7 +327,8 @@ class Ledger:
 
     # The key
 
-    def _tag(self, nonce: str, row: Row) -> str:
+    def tag(self, nonce: str, row: Row) -> str:
+        """A row's commitment under the nonce of a request."""
         return self._mac("row", nonce, row_identity(row))
 
     def _mac(self, purpose: str, *parts: str) -> str:

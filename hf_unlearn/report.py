@@ -53,6 +53,7 @@ class UnlearningReport:
         history: The trainer's log lines (step, epoch, losses, drift, evaluation).
         drift: Predicted retain drift: `relative`, `kl`, `by_layer`.
         entropies: Output entropies in nats on the forget set, by model, for the histogram.
+        sequence: Of one of several requests in a row: how many, the room left, warnings; see `sequence`.
         samples: Answers before and after on rows that may be shown (demo data only).
     """
 
@@ -66,6 +67,7 @@ class UnlearningReport:
     history: list[dict[str, Any]] = field(default_factory=list)
     drift: dict[str, Any] = field(default_factory=dict)
     entropies: dict[str, list[float]] = field(default_factory=dict)
+    sequence: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
 
     def get(self, name: str, split: str, model: str = "unlearned") -> Metric | None:
@@ -95,7 +97,7 @@ class UnlearningReport:
 
     def content(self) -> dict[str, Any]:
         """What `save` writes: values that JSON knows."""
-        return _plain({"format_version": FORMAT_VERSION, **asdict(self)})
+        return plain({"format_version": FORMAT_VERSION, **asdict(self)})
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "UnlearningReport":
@@ -134,12 +136,12 @@ def _cell(metric: Metric | None) -> str:
     return f"{metric.value:.3f}" + (f" [{metric.low:.3f}, {metric.high:.3f}]" if bounded else "")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Only what JSON knows: numpy scalars to numbers, NaN and infinities to null, anything else to text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

@@ -16,10 +16,13 @@ from hf_unlearn.card import write_card
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.data import default_collator
+from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation import evaluate_unlearning
 from hf_unlearn.files import check_output, replace_folder
+from hf_unlearn.fingerprint import state_fingerprint, weights_fingerprint
 from hf_unlearn.plots import save_plots
 from hf_unlearn.report import UnlearningReport
+from hf_unlearn.sequence import RequestSequence
 from hf_unlearn.sharding import is_main, wait_for_all
 from hf_unlearn.statistics import RetainStatistics
 from hf_unlearn.trainer import UnlearningTrainer
@@ -44,6 +47,7 @@ class Request:
         source: Where the rows come from, in words, for the report.
         samples: Given a model, answers to show; called before and after.
         timings: Seconds spent before this request (training, collecting).
+        sequence: The requests that this one follows; its ledger gets an entry once the folder is there.
     """
 
     model: nn.Module
@@ -60,6 +64,8 @@ class Request:
     source: str = ""
     samples: Callable[[nn.Module], list[dict[str, str]]] | None = None
     timings: dict[str, float] = field(default_factory=dict)
+    sequence: RequestSequence | None = None
+    _forgotten: RetainStatistics | None = field(default=None, init=False, repr=False)
     _retained: RetainStatistics | None = field(default=None, init=False, repr=False)
     _references: UnlearningReport | None = field(default=None, init=False, repr=False)
 
@@ -72,6 +78,8 @@ class Request:
             UnlearningError: Whatever is wrong with the request; nothing is written then.
         """
         target = check_output(args.output_dir or "unlearned", args.overwrite_output_dir)
+        if self.sequence is not None:
+            self._enter(self.sequence, target)
         if self._retained is None:
             with clock(self.timings, "subtract"):
                 self._retained = self._retain_statistics(args)
@@ -83,9 +91,13 @@ class Request:
         with clock(timings, "evaluate"):
             report = self._judge(trainer, args)
         self._describe(report, trainer, args, timings)
+        if self.sequence is not None:
+            self._describe_sequence(self.sequence, report, trainer, args)
         if is_main():
             with replace_folder(target, args.overwrite_output_dir) as folder:
                 self._write(folder, trainer, report, target.name)
+            if self.sequence is not None:
+                self.sequence.complete(report, target)
         wait_for_all()
         trainer.constrainer.restore()
         if self.peft_config is not None:
@@ -102,7 +114,32 @@ class Request:
             batch_size=args.per_device_eval_batch_size, fisher=settings["fisher"], layers=settings["layers"],
             progress=not args.disable_tqdm,
         )  # fmt: skip
+        self._forgotten = forget
         return self.statistics - forget
+
+    def _enter(self, sequence: RequestSequence, target: Path) -> None:
+        """Check that this request can follow the last one, before any work."""
+        if self.peft_config is not None and not self.merge_adapter:
+            raise SettingsError(
+                "a sequence needs whole models to go on from; pass merge_adapter (--merge_adapter True)"
+            )
+        if sequence.model_folder is not None and Path(sequence.model_folder) == target.resolve():
+            raise SettingsError(f"{target} has the model that this request goes on from; choose another --output_dir")
+        sequence.check_model(self.model)
+        if sequence.commitment is None:
+            sequence.begin(self.forget)
+
+    def _describe_sequence(
+        self, sequence: RequestSequence, report: UnlearningReport, trainer: UnlearningTrainer, args: UnlearningConfig
+    ) -> None:
+        with trainer.original_model():
+            before = weights_fingerprint(self.model)
+        merged = self.peft_config is not None
+        after = state_fingerprint(merged_state_dict(trainer.model)) if merged else weights_fingerprint(trainer.model)
+        sequence.describe(
+            report, weights=(before, after), forget=self._forgotten, full=self.statistics, retain=self._retained,
+            constraint=args.build_constraint(),
+        )  # fmt: skip
 
     def _trainer(self, args: UnlearningConfig, statistics: RetainStatistics | None) -> UnlearningTrainer:
         trainer = UnlearningTrainer(

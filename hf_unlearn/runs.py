@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -31,9 +31,11 @@ from hf_unlearn.evaluation import evaluate_unlearning
 from hf_unlearn.files import check_output
 from hf_unlearn.finetune import FineTuning, cache_folder, fine_tuned
 from hf_unlearn.fingerprint import weights_fingerprint
+from hf_unlearn.ledger import KEY_VARIABLE, Ledger, read_key
 from hf_unlearn.predictions import IGNORED
 from hf_unlearn.report import UnlearningReport
 from hf_unlearn.requests import Request
+from hf_unlearn.sequence import RequestSequence, stepped
 from hf_unlearn.sharding import is_main, wait_for_all
 from hf_unlearn.statistics import RetainStatistics
 
@@ -83,6 +85,16 @@ class RunArguments(DataArguments):
     merge_adapter: bool = setting(False, "Write the merged model instead of the adapter.")
     samples: int = setting(0, "Show so many answers before and after; only for rows that may be published.")
     fine_tune_seed: int = setting(0, "Seed of the fine-tunes.")
+    ledger: str | None = setting(
+        None,
+        "Folder of the ledger that records this request. The first one makes it; later ones go on from the last one's "
+        "model and statistics (pass --statistics only if they were collected afresh on that model), test all earlier "
+        "forget sets again, and count max_retain_drift over all requests.",
+    )
+    ledger_key_file: str | None = setting(
+        None, "File of the ledger's key, kept elsewhere; default: the variable HF_UNLEARN_LEDGER_KEY."
+    )
+    energy_step: float = setting(0.0, "Energy that each later request of a ledger protects more than the one before.")
 
 
 def load_rows(dataset_name: str, splits: str, what: str) -> datasets.Dataset:
@@ -146,7 +158,10 @@ def run(args: RunArguments, config: UnlearningConfig) -> dict[str, UnlearningRep
     """One deletion request, or the same one under several constraints; reports by constraint name."""
     names = _constraints(args, config)
     check_output(config.output_dir or "unlearned", config.overwrite_output_dir)
-    request = prepare(args, config, fisher="kronecker" in names)
+    sequence = _sequence(args, names)
+    if sequence is not None:
+        config = _continued(args, config, sequence)
+    request = prepare(args, config, fisher="kronecker" in names, sequence=sequence)
     reports = {}
     for name in names:
         own = config
@@ -158,11 +173,15 @@ def run(args: RunArguments, config: UnlearningConfig) -> dict[str, UnlearningRep
     return reports
 
 
-def prepare(args: RunArguments, config: UnlearningConfig, *, fisher: bool) -> Request:
+def prepare(
+    args: RunArguments, config: UnlearningConfig, *, fisher: bool, sequence: RequestSequence | None = None
+) -> Request:
     """Load or make everything that a request needs: rows, original and retrained model, statistics."""
-    tokenizer = load_tokenizer(args.model_name_or_path)
+    last = _last_model(args, sequence)
+    tokenizer = load_tokenizer(last or args.model_name_or_path)
     collator = default_collator(tokenizer)
-    splits = _splits(args, tokenizer, config.max_length)
+    earlier = _begin(args, sequence, tokenizer, config.max_length) if sequence is not None else {}
+    splits = _splits(args, tokenizer, config.max_length, earlier)
     train = splits.pop("train")
     timings: dict[str, float] = {}
 
@@ -177,7 +196,9 @@ def prepare(args: RunArguments, config: UnlearningConfig, *, fisher: bool) -> Re
         raise SettingsError("fine_tune needs rows to learn; pass --train")
     if args.retrained == "auto" and "retain" not in splits:
         raise SettingsError("retrained 'auto' needs rows to retrain on; pass --train or --retain")
-    if args.fine_tune:
+    if last is not None:
+        model = load_model(last)
+    elif args.fine_tune:
         model, timings["train original"] = fine_tuned(load, train, settings, collator, cache)
     else:
         model = load(None)
@@ -186,7 +207,12 @@ def prepare(args: RunArguments, config: UnlearningConfig, *, fisher: bool) -> Re
         retrained, timings["retrain"] = fine_tuned(load, splits["retain"], settings, collator, cache)
     elif args.retrained not in (None, "none"):
         retrained = load_model(args.retrained)
-    statistics, timings["collect"] = _full_statistics(args, config, model, train, collator, cache, fisher)
+    start = time.perf_counter()
+    if last is not None and sequence is not None and args.statistics is None:
+        sequence.check_model(model)
+        statistics, timings["collect"] = sequence.statistics(model), time.perf_counter() - start
+    else:
+        statistics, timings["collect"] = _full_statistics(args, config, model, train, collator, cache, fisher)
     forget, retain = splits["forget"], splits.get("retain")
     for name, rows in splits.items():
         splits[name] = rows[: args.max_rows] if name != "forget" else rows
@@ -194,8 +220,78 @@ def prepare(args: RunArguments, config: UnlearningConfig, *, fisher: bool) -> Re
         model, forget, splits, statistics, args.subtract_forget, retain if args.use_retain_rows else None, retrained,
         tokenizer, collator, _peft_config(args), args.merge_adapter,
         f"{args.dataset_name.rstrip('/').split('/')[-1]} {args.forget}",
-        _sampler(forget[: args.samples], tokenizer) if args.samples else None, timings,
+        _sampler(forget[: args.samples], tokenizer) if args.samples else None, timings, sequence,
     )  # fmt: skip
+
+
+def _sequence(args: RunArguments, names: Sequence[str]) -> RequestSequence | None:
+    if args.ledger is None:
+        if args.energy_step:
+            raise SettingsError("energy_step is of requests in a row; pass --ledger, or set the energy alone")
+        return None
+    if len(names) > 1:
+        raise SettingsError("a ledger goes on from one model; run one constraint, without --constraints")
+    if args.use_peft and not args.merge_adapter:
+        raise SettingsError("a ledger goes on from whole models; pass --merge_adapter True with --use_peft")
+    key = read_key(args.ledger_key_file)
+    if key is None:
+        raise SettingsError(f"--ledger needs its key; pass --ledger_key_file, or set {KEY_VARIABLE}")
+    return RequestSequence(Ledger(args.ledger, key))
+
+
+def _continued(args: RunArguments, config: UnlearningConfig, sequence: RequestSequence) -> UnlearningConfig:
+    """The settings of the request to come: its energy, and what is left of the drift budget."""
+    changes: dict[str, Any] = {}
+    if args.energy_step:
+        if config.constraint != "energy":
+            raise SettingsError(f"energy_step is of the energy constraint; the constraint is {config.constraint!r}")
+        base, by_layer = config.constraint_settings or {}, config.layer_constraints or {}
+        assert isinstance(base, dict) and isinstance(by_layer, dict)  # or the configuration would not exist
+        changes["constraint_settings"] = stepped(base, args.energy_step, sequence.number)
+        changes["layer_constraints"] = {
+            pattern: stepped(own, args.energy_step, sequence.number) if "energy" in own else own
+            for pattern, own in by_layer.items()
+        } or None
+    if config.max_retain_drift is not None:
+        left = config.max_retain_drift - sequence.drift_used
+        if left <= 0:
+            raise SettingsError(
+                f"the {len(sequence.done)} requests of {args.ledger} have used {sequence.drift_used:.4f} of "
+                f"max_retain_drift {config.max_retain_drift}: no room is left; retrain, or raise it"
+            )
+        changes["max_retain_drift"] = left
+    return config.but(**changes) if changes else config
+
+
+def _last_model(args: RunArguments, sequence: RequestSequence | None) -> str | None:
+    """The model to go on from: where the last request wrote it, or the one named if it was moved."""
+    if sequence is None or sequence.model_folder is None:
+        return None
+    if Path(sequence.model_folder).is_dir():
+        return sequence.model_folder
+    if not args.model_name_or_path:
+        raise ModelError(
+            f"the last request's model is no longer in {sequence.model_folder}; pass its new place as "
+            "--model_name_or_path"
+        )
+    return args.model_name_or_path
+
+
+def _begin(
+    args: RunArguments, sequence: RequestSequence, tokenizer: Any, max_length: int | None
+) -> dict[str, list[Row]]:
+    """Commit to the forget rows, and find those of earlier requests, encoded, by the split names of the report."""
+
+    def load(where: dict[str, Any]) -> Sequence[Row]:
+        return load_rows(where["dataset_name"], where["forget"], "forget")
+
+    place = str(Path(args.dataset_name).resolve()) if Path(args.dataset_name).is_dir() else args.dataset_name
+    where = {"dataset_name": place, "forget": args.forget}
+    sequence.begin(load_rows(args.dataset_name, args.forget, "forget"), where)
+    return {
+        f"forgotten_{number}": encode_dataset(rows, tokenizer, what=f"forgotten {number}", max_length=max_length)
+        for number, rows in sequence.earlier(load).items()
+    }
 
 
 def collect(
@@ -255,16 +351,22 @@ def _constraints(args: RunArguments, config: UnlearningConfig) -> list[str]:
     return names
 
 
-def _splits(args: RunArguments, tokenizer: Any, max_length: int | None) -> dict[str, list[Row]]:
-    """Encoded rows by split; the retain split defaults to the train rows that are not to be forgotten."""
+def _splits(
+    args: RunArguments, tokenizer: Any, max_length: int | None, earlier: Mapping[str, list[Row]] | None = None
+) -> dict[str, list[Row]]:
+    """Encoded rows by split; the retain split defaults to the train rows that are not to be forgotten.
+
+    Rows that were forgotten `earlier` are in no train or retain split, and in splits of their own.
+    """
+    gone = {row_key(row) for rows in (earlier or {}).values() for row in rows}
 
     def encoded(splits: str, what: str) -> list[Row]:
         return encode_dataset(load_rows(args.dataset_name, splits, what), tokenizer, what=what, max_length=max_length)
 
     forget = encoded(args.forget, "forget")
-    train = encoded(args.train, "train") if args.train else []
+    train = [row for row in encoded(args.train, "train") if row_key(row) not in gone] if args.train else []
     if args.retain:
-        retain = encoded(args.retain, "retain")
+        retain = [row for row in encoded(args.retain, "retain") if row_key(row) not in gone]
         require_disjoint(forget, retain)
     else:
         keys = {row_key(row) for row in forget}
@@ -280,7 +382,7 @@ def _splits(args: RunArguments, tokenizer: Any, max_length: int | None) -> dict[
     for split in (args.eval_splits or "").split(","):
         if split.strip():
             found[split.strip()] = encoded(split.strip(), "eval_splits")
-    return found
+    return found | dict(earlier or {})
 
 
 def _full_statistics(

@@ -32,7 +32,7 @@ LEVELS = (
     ("optimizer", "coverage"),
     ("config", "callbacks", "checkpoints", "trainer", "finetune"),
     ("benchmarks", "audit", "evaluation"),
-    ("card", "ledger", "plots"),
+    ("card", "ledger", "plots", "sequence"),
     ("requests",),
     ("runs",),
     ("demo",),
