@@ -256,7 +256,11 @@ class RequestSequence:
             "card": {name: sha256_of(path / name) for name in ("README.md", REPORT) if (path / name).is_file()},
             "versions": report.versions, "hardware": report.hardware,
         }  # fmt: skip
-        entry = self.ledger.append("request", plain(content), after=len(self.done))
+        try:
+            entry = self.ledger.append("request", plain(content), after=len(self.done))
+        except LedgerError:  # nothing was written; any other end leaves that open, and the folder where it is
+            shutil.rmtree(private)
+            raise
         for old in self.ledger.folder.glob(f"{PRIVATE}/*/{STATISTICS}"):
             if old.parent != private:  # of no use any more, and large
                 shutil.rmtree(old)
