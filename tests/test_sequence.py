@@ -184,8 +184,8 @@ def test_there_is_no_room_for_rows_that_are_protected_and_all_of_it_without_prot
 
 @pytest.mark.parametrize(
     ("rooms", "warns"),
-    [([0.4], False), ([0.4, 0.3], False), ([0.4, 0.09], True), ([0.4, 0.3, 0.2], False), ([0.4, 0.3, 0.15], True), ([0.4, 0.19], True),
-     ([0.0, 0.0], False), ([0.1, 0.5], False)],
+    [([0.4], False), ([0.4, 0.3], False), ([0.4, 0.09], True), ([0.4, 0.3, 0.2], False), ([0.4, 0.3, 0.15], True),
+     ([0.4, 0.19], True), ([0.0, 0.0], False), ([0.1, 0.5], False)],
 )  # fmt: skip
 def test_a_room_that_runs_out_is_told_before_it_has(rooms: list[float], warns: bool) -> None:
     """0.19 is 0.475 of 0.4, and at that rate the next is 0.226 of it."""
