@@ -295,6 +295,15 @@ def stepped(settings: Mapping[str, Any], step: float, number: int) -> dict[str, 
     return {**settings, "energy": min(energy + step * (number - 1), 1.0)}
 
 
+def forgotten_so_far(report: UnlearningReport, metric: str, model: str = "unlearned") -> float | None:
+    """Mean of a metric over the rows of this request and of all earlier ones that were tested again."""
+    sets = [
+        m for m in report.metrics
+        if (m.name, m.model) == (metric, model) and (m.split == "forget" or m.split.startswith("forgotten_"))
+    ]  # fmt: skip
+    return sum(m.value * m.n for m in sets) / sum(m.n for m in sets) if sets else None
+
+
 def running_out(rooms: Sequence[float]) -> bool:
     """Whether the last of the rooms, or the next at their mean rate, is below `ROOM_LEFT` of the first."""
     if len(rooms) < 2 or rooms[0] == 0:
