@@ -164,7 +164,12 @@ class Ledger:
         """
         if self._key is None:
             raise LedgerError(f"appending needs the ledger key: pass --ledger_key_file, or set {KEY_VARIABLE}")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LedgerError(f"cannot make the ledger {self.folder} ({error.strerror})") from error
+        if not os.access(self.folder, os.W_OK):
+            raise LedgerError(f"the ledger {self.folder} cannot be written; nothing was appended")
         with self._locked():
             found = self._sound(self._examine())
             done = sum(entry.kind == "request" for entry in found.entries)

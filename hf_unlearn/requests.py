@@ -125,6 +125,9 @@ class Request:
             )
         if sequence.model_folder is not None and Path(sequence.model_folder) == target.resolve():
             raise SettingsError(f"{target} has the model that this request goes on from; choose another --output_dir")
+        ledger = sequence.ledger.folder.resolve()
+        if target.resolve() in (ledger, *ledger.parents):
+            raise SettingsError(f"the ledger {ledger} must not be in the output folder, which is replaced as a whole")
         sequence.check_model(self.model)
         if sequence.commitment is None:
             sequence.begin(self.forget)

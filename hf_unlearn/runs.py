@@ -233,6 +233,8 @@ def _sequence(args: RunArguments, names: Sequence[str]) -> RequestSequence | Non
         raise SettingsError("a ledger goes on from one model; run one constraint, without --constraints")
     if args.use_peft and not args.merge_adapter:
         raise SettingsError("a ledger goes on from whole models; pass --merge_adapter True with --use_peft")
+    if args.ledger_key_file and Path(args.ledger).resolve() in Path(args.ledger_key_file).resolve().parents:
+        raise SettingsError(f"{args.ledger_key_file} is in the ledger's own folder; keep its key elsewhere")
     key = read_key(args.ledger_key_file)
     if key is None:
         raise SettingsError(f"--ledger needs its key; pass --ledger_key_file, or set {KEY_VARIABLE}")

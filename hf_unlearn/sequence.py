@@ -44,6 +44,9 @@ CARRIED = "carried_from"
 ROOM_LEFT = 0.25
 """Warn when the room is, or at the present rate will be at the next request, below this share of that of the first."""
 
+NEGATIVE = 0.01
+"""Warn when a larger share of a Gram's energy than this has become negative: the carried statistics are out of date."""
+
 
 class RequestSequence:
     """The requests of one ledger and the one to come.
@@ -168,7 +171,8 @@ class RequestSequence:
           their Gram and R the right factor; it is what a gradient on them has left. None where the forget rows were not
           collected.
         - `drift_used`: the predicted relative drifts of all requests, added layer by layer. By the triangle inequality
-          it bounds the drift from the first request's weights, as far as the requests' statistics agree.
+          it bounds the drift from the first request's weights, as far as the requests' statistics agree. `budget` is
+          `max_retain_drift` over all requests, of which the report's settings have what was left for this one.
         - `negative_share`: see the module.
 
         Args:
@@ -186,12 +190,14 @@ class RequestSequence:
             used[layer] = used.get(layer, 0.0) + drift
         protected = retain is not None and constraint is not None
         room = room_left(forget, retain, constraint) if forget and retain and protected else {}
+        left = report.settings.get("max_retain_drift")
+        budget = None if left is None else self.drift_used + left
         report.sequence = {
             "requests": self.number,
             "statistics_carried_from": list(retain.settings.get(CARRIED, [])) if retain else [],
             "negative_share": negative_share(retain) if retain and protected else None,
             "room": {"mean": fmean(room.values()), "least": min(room.values()), "by_layer": room} if room else None,
-            "drift_used": {"relative": _root_mean_square(used.values()), "by_layer": used},
+            "drift_used": {"relative": _root_mean_square(used.values()), "budget": budget, "by_layer": used},
             "untested": {str(number): why for number, why in self.untested.items()},
         }
         report.sequence["warnings"] = self._warnings(report)
@@ -210,11 +216,15 @@ class RequestSequence:
                 f"the room is running out: the constraint leaves {report.sequence['room']['mean']:.2%} of the forget "
                 f"rows' input energy free, at the first request it was {rooms[0]:.2%}; {way_out}, or protect less"
             )
-        used, budget = report.sequence["drift_used"]["relative"], report.settings.get("max_retain_drift")
-        if budget is not None and used * (1 + 1 / self.number) > self.drift_used + budget:
+        used, budget = report.sequence["drift_used"]["relative"], report.sequence["drift_used"]["budget"]
+        if budget is not None and used * (1 + 1 / self.number) > budget:
             found.append(
-                f"the drift budget is running out: {used:.4f} of {self.drift_used + budget:.4f} is used, by "
-                f"{self.number} requests; {way_out}"
+                f"the drift budget is running out: {self.number} requests used {used:.4f} of {budget:.4f}; {way_out}"
+            )
+        aged = report.sequence["negative_share"]
+        if aged is not None and aged > NEGATIVE and report.sequence["statistics_carried_from"]:
+            found.append(
+                f"the carried statistics are out of date: {aged:.1%} of a Gram's energy is negative; {way_out}"
             )
         if self.untested:
             numbers = ", ".join(map(str, self.untested))

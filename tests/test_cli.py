@@ -162,6 +162,7 @@ def test_a_wrong_settings_file_is_refused(
         ({"learning_rate": "much"}, "invalid float value: 'much'"),
         ({"ledger": "ledger"}, "--ledger needs its key"),
         ({"ledger": "ledger", "ledger_key_file": "./no/such/key"}, "no/such/key"),
+        ({"ledger": "ledger", "ledger_key_file": "ledger/key"}, "keep its key elsewhere"),
         ({"ledger": "ledger", "constraints": "energy,none"}, "one constraint"),
         ({"ledger": "ledger", "use_peft": "True"}, "--merge_adapter True"),
         ({"energy_step": "0.01"}, "pass --ledger"),
@@ -398,9 +399,13 @@ def test_requests_in_a_row_by_flags_alone_and_their_ledger(
     assert "without the key" in capsys.readouterr().out
     assert main(["ledger", "verify", *keyed, "--anchor", anchor[::-1]]) == NO
     assert "damaged" in capsys.readouterr().out
+    one_more = request(places, tmp_path, **flags, forget="full[5:6]", output_dir=str(tmp_path / "text"))
+    assert main([*one_more, "--max_retain_drift", "9"]) == 0
+    text = capsys.readouterr().out
+    assert "request 4 of its ledger: room " in text and " of 9.0000, commitment " in text
     again = request(places, tmp_path, **flags, forget="full[1:2]", output_dir=str(tmp_path / "again"))
     assert "in request 1 already" in refused(again, capsys)
-    spent = request(places, tmp_path, **flags, forget="full[5:6]", max_retain_drift="1e-9")
+    spent = request(places, tmp_path, **flags, forget="full[3:4]", max_retain_drift="1e-9")
     assert "no room is left" in refused(spent, capsys)
     path = tmp_path / "ledger" / "ledger.jsonl"
     path.write_text(path.read_text().replace("full[0:2]", "full[0:3]"))

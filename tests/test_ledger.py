@@ -394,6 +394,12 @@ def test_a_copy_that_cannot_be_written_can_be_verified(ledger: Ledger, monkeypat
     (ledger.folder / "lock").unlink(missing_ok=True)
     monkeypatch.setattr("hf_unlearn.ledger.os.access", lambda path, mode: False)
     assert ledger.verify().intact and not (ledger.folder / "lock").exists()
+    before = lines_of(ledger)
+    with pytest.raises(LedgerError, match="cannot be written"):
+        asked(ledger, ROWS, 3)
+    with pytest.raises(LedgerError, match="cannot make"):
+        Ledger(ledger.folder / LINES / "inside", KEY).append("push", {})
+    assert lines_of(ledger) == before
 
 
 def test_a_lock_held_for_long_is_one_line(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,3 @@ def _guarded(command: Callable[[], Answer], as_json: bool, debug: bool, silent: 
                 print(json.dumps({"error": str(error)}))
         return 2
     return answer.code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

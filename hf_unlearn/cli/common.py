@@ -134,8 +134,22 @@ def show(reports: "dict[str, UnlearningReport]", output_dir: str, metric: str) -
         lines.append(f"\n{name}: {report.method['stopped']}")
         for sample in report.samples:
             lines.append(f"  Q      {sample['prompt']}\n  before {sample['answer']}\n  after  {sample['after']}\n")
+    lines += _about_sequence(first)
     lines.append("\ntime: " + ", ".join(f"{phase} {value:.1f} s" for phase, value in first.timings.items()))
     several = "/<constraint>" if len(reports) > 1 else ""
     lines.append(f"checkpoint, report, card and plots: {output_dir}{several}")
     content = {"output_dir": output_dir, "reports": {name: report.content() for name, report in reports.items()}}
     return Answer("\n".join(lines), content)
+
+
+def _about_sequence(report: "UnlearningReport") -> list[str]:
+    """What one of several requests in a row has used, left, and must be told of."""
+    about = report.sequence
+    if not about:
+        return []
+    room = f"room {about['room']['mean']:.2%}" if about["room"] else "room not measured"
+    drift = about["drift_used"]
+    of = f" of {drift['budget']:.4f}" if drift["budget"] is not None else ""
+    used = f"drift used by all requests {drift['relative']:.4f}{of}"
+    lines = [f"\nrequest {about['requests']} of its ledger: {room}, {used}, commitment {report.request['commitment']}"]
+    return lines + [f"warning: {line}" for line in about["warnings"]]
