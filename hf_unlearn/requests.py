@@ -79,7 +79,7 @@ class Request:
         """
         target = check_output(args.output_dir or "unlearned", args.overwrite_output_dir)
         if self.sequence is not None:
-            self._enter(self.sequence, target)
+            args = self._enter(self.sequence, target, args)
         if self._retained is None:
             with clock(self.timings, "subtract"):
                 self._retained = self._retain_statistics(args)
@@ -117,8 +117,8 @@ class Request:
         self._forgotten = forget
         return self.statistics - forget
 
-    def _enter(self, sequence: RequestSequence, target: Path) -> None:
-        """Check that this request can follow the last one, before any work."""
+    def _enter(self, sequence: RequestSequence, target: Path, args: UnlearningConfig) -> UnlearningConfig:
+        """Check that this request can follow the last one, before any work; its settings, with the first one's mark."""
         if self.peft_config is not None and not self.merge_adapter:
             raise SettingsError(
                 "a sequence needs whole models to go on from; pass merge_adapter (--merge_adapter True)"
@@ -131,6 +131,10 @@ class Request:
         sequence.check_model(self.model)
         if sequence.commitment is None:
             sequence.begin(self.forget)
+        if args.forget_target is None and "holdout" in self.splits:
+            metric = {"probability": "answer_probability"}.get(args.forget_metric, args.forget_metric)
+            args = args.but(forget_target=sequence.mark(metric))
+        return args
 
     def _describe_sequence(
         self, sequence: RequestSequence, report: UnlearningReport, trainer: UnlearningTrainer, args: UnlearningConfig

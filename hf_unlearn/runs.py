@@ -89,7 +89,8 @@ class RunArguments(DataArguments):
         None,
         "Folder of the ledger that records this request. The first one makes it; later ones go on from the last one's "
         "model and statistics (pass --statistics only if they were collected afresh on that model), test all earlier "
-        "forget sets again, and count max_retain_drift over all requests.",
+        "forget sets again, count max_retain_drift over all requests, and stop by what held-out rows had before the "
+        "first.",
     )
     ledger_key_file: str | None = setting(
         None, "File of the ledger's key, kept elsewhere; default: the variable HF_UNLEARN_LEDGER_KEY."

@@ -87,6 +87,15 @@ class RequestSequence:
         """Root mean square over layers of the summed predicted drifts; see `describe`."""
         return _root_mean_square((self.records[-1]["drift_used"] if self.records else {}).values())
 
+    def mark(self, metric: str) -> float | None:
+        """A metric on held-out rows before the first request: what forget rows are to come to at each.
+
+        That of the model at hand would fall with every request's damage, and the next one would go after it.
+        """
+        found = [m["value"] for m in (self.done[0].content["metrics"] if self.done else [])
+                 if (m["name"], m["split"], m["model"]) == (metric, "holdout", "original")]  # fmt: skip
+        return found[0] if found else None
+
     def check_model(self, model: nn.Module) -> None:
         """Raise `LedgerError` unless `model` is the last request's, to the bit."""
         if not self.done:

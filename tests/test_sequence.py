@@ -142,6 +142,18 @@ def test_drift_adds_up_over_requests_layer_by_layer(chain: Chain) -> None:
     assert RequestSequence(chain.ledger).drift_used == pytest.approx(used["relative"])
 
 
+def test_every_request_goes_by_what_held_out_rows_had_before_the_first(chain: Chain) -> None:
+    """The model at hand may have lost more on them; an explicit target has the last word."""
+    targets, found = [], []
+    for number in (1, 2, 3):
+        request = chain.request(number)
+        request.splits = {**request.splits, "holdout": text_rows(4, 9)}
+        report = request.fulfil(chain.args(number, forget_target=0.3 if number == 3 else None))
+        targets.append(report.settings["forget_target"])
+        found.append(report.get("answer_probability", "holdout", "original"))
+    assert targets == [None, found[0].value, 0.3] and found[1].value != found[0].value
+
+
 def test_nothing_that_may_be_published_holds_a_row_or_a_path(chain: Chain) -> None:
     chain.request(1).fulfil(chain.args(1))
     public = [chain.folder / "ledger" / "ledger.jsonl", *(chain.folder / "out-1").glob("*.[jm][sd]*")]
