@@ -167,8 +167,8 @@ def run_tofu(args: argparse.Namespace, flags: Sequence[str]) -> None:
     keyed = ["--ledger_key_file", str(key_file(out)), "--retrained", "none", "--overwrite_output_dir", "True"]
 
     def call(*line: str) -> None:
-        if hf_unlearn(list(line)):
-            raise UnlearningError("the command above failed")
+        if code := hf_unlearn(list(line)):  # it has said why
+            raise SystemExit(code)
 
     for arm in ARMS:
         for number in range(1, args.requests + 1):

@@ -10,10 +10,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from cases import sharpen
+from cases import requires_asset, sharpen
 
 from hf_unlearn import requests
 from hf_unlearn.ledger import Ledger
+from hf_unlearn.report import UnlearningReport
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "sequential.py"
 
@@ -106,3 +107,27 @@ def test_every_request_has_rows_of_its_own() -> None:
             assert {row["labels"] for row in left} == {row["labels"] for row in holdout} == {5, 6, 7, 8, 9}
         else:
             assert {len(rows) for rows in forget} == {14}
+
+
+@pytest.mark.slow
+def test_authors_in_a_row_by_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = requires_asset("stories260K"), requires_asset("tofu/full.json").parent
+    spec = importlib.util.spec_from_file_location("sequential_tofu", RECIPE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    few = ["--fine_tune_epochs", 1, "--max_length", 128, "--max_steps", 1, "--use_cpu", "True", "--eval_splits", ""]
+    few += ["--model_name_or_path", model, "--dataset_name", data, "--cache_dir", tmp_path / "cache"]
+    argv = ["tofu", "--requests", 2, "--output_dir", tmp_path / "out", *few]
+    for _ in range(2):  # the second time everything is there
+        assert start(module, monkeypatch, *argv) == 0
+    table = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [cells[0].strip() for cells in table[2:7]] == ["original", "carried", "fresh", "joint", "retrained"]
+    assert table[7:] == table[:7]
+    for arm, carried in (("carried", 1), ("fresh", 0)):
+        last = UnlearningReport.load(tmp_path / "out" / arm / "02")
+        assert len(last.sequence["statistics_carried_from"]) == carried
+        assert last.get("answer_probability", "forgotten_1").n == 20  # type: ignore[union-attr]
+        assert not list((tmp_path / "out" / arm / "01").glob("*.safetensors"))
