@@ -1,7 +1,7 @@
 """One deletion request from statistics to a finished output folder."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -48,6 +48,8 @@ class Request:
         samples: Given a model, answers to show; called before and after.
         timings: Seconds spent before this request (training, collecting).
         sequence: The requests that this one follows; its ledger gets an entry once the folder is there.
+        again: Rows of earlier requests to train on as well, so that they stay forgotten; nothing of them is subtracted,
+            and the stopping rule goes by them, too.
     """
 
     model: nn.Module
@@ -65,6 +67,7 @@ class Request:
     samples: Callable[[nn.Module], list[dict[str, str]]] | None = None
     timings: dict[str, float] = field(default_factory=dict)
     sequence: RequestSequence | None = None
+    again: Sequence[Any] = ()
     _forgotten: RetainStatistics | None = field(default=None, init=False, repr=False)
     _retained: RetainStatistics | None = field(default=None, init=False, repr=False)
     _references: UnlearningReport | None = field(default=None, init=False, repr=False)
@@ -149,8 +152,9 @@ class Request:
         )  # fmt: skip
 
     def _trainer(self, args: UnlearningConfig, statistics: RetainStatistics | None) -> UnlearningTrainer:
+        forget = [*self.forget, *self.again] if self.again else self.forget
         trainer = UnlearningTrainer(
-            self.model, args, self.forget, self.retain, statistics=statistics,
+            self.model, args, forget, self.retain, statistics=statistics,
             holdout_dataset=self.splits.get("holdout"), data_collator=self.collator,
             processing_class=self.processing_class, peft_config=self.peft_config,
         )  # fmt: skip
@@ -213,6 +217,7 @@ class Request:
             "stopped": trainer.stop_reason,
             "steps": trainer.state.global_step,
             "retain_rows_used": 0 if self.retain is None else len(self.retain),
+            "rows_forgotten_again": len(self.again),
         }
         report.settings = {k: v for k, v in args.to_dict().items() if k in _REPORTED}
         report.timings = timings

@@ -95,6 +95,9 @@ class RunArguments(DataArguments):
     ledger_key_file: str | None = setting(
         None, "File of the ledger's key, kept elsewhere; default: the variable HF_UNLEARN_LEDGER_KEY."
     )
+    forget_again: bool = setting(
+        False, "Train on the rows of a ledger's earlier requests as well, where they are at hand: they may come back."
+    )
     energy_step: float = setting(0.0, "Energy that each later request of a ledger protects more than the one before.")
 
 
@@ -222,13 +225,15 @@ def prepare(
         tokenizer, collator, _peft_config(args), args.merge_adapter,
         f"{args.dataset_name.rstrip('/').split('/')[-1]} {args.forget}",
         _sampler(forget[: args.samples], tokenizer) if args.samples else None, timings, sequence,
+        [row for rows in earlier.values() for row in rows] if args.forget_again else (),
     )  # fmt: skip
 
 
 def _sequence(args: RunArguments, names: Sequence[str]) -> RequestSequence | None:
     if args.ledger is None:
-        if args.energy_step:
-            raise SettingsError("energy_step is of requests in a row; pass --ledger, or set the energy alone")
+        for name in ("energy_step", "forget_again"):
+            if getattr(args, name):
+                raise SettingsError(f"{name} is of requests in a row; pass --ledger with it")
         return None
     if len(names) > 1:
         raise SettingsError("a ledger goes on from one model; run one constraint, without --constraints")

@@ -21,7 +21,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -235,10 +235,26 @@ class RequestSequence:
             found.append(
                 f"the carried statistics are out of date: {aged:.1%} of a Gram's energy is negative; {way_out}"
             )
+        found += self._came_back(report)
         if self.untested:
             numbers = ", ".join(map(str, self.untested))
             found.append(f"rows of earlier requests ({numbers}) are not at hand: whether they stayed forgotten is open")
         return found
+
+    def _came_back(self, report: UnlearningReport) -> Iterator[str]:
+        """Earlier forget sets that the model knows better than when they were forgotten, beyond the 95% intervals."""
+        for entry in self.done:
+            number, then = entry.content["request"], entry.content["metrics"]
+            for name in ("accuracy", "answer_probability"):
+                now = report.get(name, f"forgotten_{number}")
+                high = [m["high"] for m in then if (m["name"], m["split"], m["model"]) == (name, "forget", "unlearned")]
+                if now is not None and now.low is not None and high and high[0] is not None and now.low > high[0]:
+                    yield (
+                        f"the rows of request {number} came back: {name} {now.value:.3f} [{now.low:.3f}, "
+                        f"{now.high:.3f}], after their own request at most {high[0]:.3f}; run with forget_again "
+                        "(--forget_again True)"
+                    )
+                    break
 
     def complete(self, report: UnlearningReport, folder: str | os.PathLike) -> Entry:
         """Keep what the next request needs, then append the entry; it is the entry that makes the request completed.

@@ -5,8 +5,9 @@
     python recipes/sequential.py tofu --output_dir outputs/sequential/tofu
     python recipes/sequential.py table outputs/sequential/rows-*
 
-Three arms from one original, each request stopped by the recipe's own rule:
+Four arms from one original, each request stopped by the recipe's own rule:
   carried  the retain statistics of one request are the full statistics of the next (no retain row is read)
+  again    the same, and each request trains on the rows of all earlier ones as well (`forget_again`)
   fresh    statistics are collected anew on the last model before each request (all rows left are read)
   joint    one request for all the rows
 After each request all earlier forget sets are tested again. Killed and started again it goes on with the request that
@@ -36,7 +37,7 @@ from hf_unlearn.report import REPORT, UnlearningReport
 from hf_unlearn.requests import Request
 from hf_unlearn.sequence import RequestSequence, forgotten_so_far
 
-ARMS = ("carried", "fresh")
+ARMS = ("carried", "again", "fresh")
 Arms = dict[str, list[UnlearningReport]]
 
 
@@ -119,10 +120,11 @@ def run_digits(args: argparse.Namespace) -> None:
                 continue
             model = ViTForImageClassification.from_pretrained(sequence.model_folder or original).eval()
             at_hand = [row for later in forget[number - 1 :] for row in later] + left
-            carried = sequence.statistics(model) if arm == "carried" else None
+            carried = sequence.statistics(model) if arm != "fresh" else None
             earlier = {f"forgotten_{n}": old for n, old in enumerate(forget[: number - 1], 1)}
             ask(model, rows, folder_of(out, arm, number), f"{args.forget} {number} of {len(forget)}", earlier=earlier,
-                statistics=carried or collect(model, at_hand), sequence=sequence)  # fmt: skip
+                statistics=carried or collect(model, at_hand), sequence=sequence,
+                again=[row for old in earlier.values() for row in old] if arm == "again" else ())  # fmt: skip
     if not (folder_of(out, "joint", 1) / REPORT).is_file():
         model = ViTForImageClassification.from_pretrained(original).eval()
         ask(model, every, folder_of(out, "joint", 1), f"{args.forget} 1 to {len(forget)}",
@@ -177,6 +179,7 @@ def run_tofu(args: argparse.Namespace, flags: Sequence[str]) -> None:
             if ledger.exists() and len(ledger.requests()) >= number:
                 continue
             more = ["--ledger", str(out / arm / "ledger"), "--output_dir", str(folder)]
+            more += ["--forget_again", str(arm == "again")]
             if arm == "fresh" and number > 1:
                 fresh = out / arm / "statistics"
                 data = [flag for name in ("--dataset_name", "--max_length") for flag in value_of(flags, name)]

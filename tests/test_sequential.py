@@ -58,10 +58,17 @@ def test_it_ends_with_a_table_of_every_arm(
     argv = ("digits", "--forget", forget, "--requests", 2, "--output_dir", tmp_path / "out")
     assert start(recipe, monkeypatch, *argv) == 0
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert [line.split("|")[1].strip() for line in table[2:]] == ["original", "carried", "fresh", "joint", "retrained"]
+    assert [line.split("|")[1].strip() for line in table[2:]] == [
+        "original",
+        "carried",
+        "again",
+        "fresh",
+        "joint",
+        "retrained",
+    ]
     assert len({line.count("|") for line in table}) == 1
     assert (tmp_path / "out" / "sequence.png").read_bytes().startswith(b"\x89PNG")
-    for arm, carried in (("carried", True), ("fresh", False)):
+    for arm, carried in (("carried", True), ("again", True), ("fresh", False)):
         ledger = Ledger(tmp_path / "out" / arm / "ledger", recipe.read_key(tmp_path / "out" / "ledger.key"))
         assert ledger.verify().intact
         first, second = ledger.requests()
@@ -90,7 +97,7 @@ def test_killed_it_goes_on_and_nothing_is_done_twice(
         start(recipe, monkeypatch, *argv)
     asked[:] = ["two", "before", *asked]
     assert start(recipe, monkeypatch, *argv) == 0 and start(recipe, monkeypatch, *argv) == 0
-    assert asked[2:] == ["carried01", "carried02", "fresh01", "fresh02", "joint01"]
+    assert asked[2:] == ["carried01", "carried02", "again01", "again02", "fresh01", "fresh02", "joint01"]
 
 
 def test_every_request_has_rows_of_its_own() -> None:
@@ -124,10 +131,11 @@ def test_authors_in_a_row_by_the_command_line(
     for _ in range(2):  # the second time everything is there
         assert start(module, monkeypatch, *argv) == 0
     table = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert [cells[0].strip() for cells in table[2:7]] == ["original", "carried", "fresh", "joint", "retrained"]
-    assert table[7:] == table[:7]
-    for arm, carried in (("carried", 1), ("fresh", 0)):
+    assert [cells[0].strip() for cells in table[2:8]] == ["original", "carried", "again", "fresh", "joint", "retrained"]
+    assert table[8:] == table[:8]
+    for arm, carried in (("carried", 1), ("again", 1), ("fresh", 0)):
         last = UnlearningReport.load(tmp_path / "out" / arm / "02")
         assert len(last.sequence["statistics_carried_from"]) == carried
+        assert last.method["rows_forgotten_again"] == (20 if arm == "again" else 0)
         assert last.get("answer_probability", "forgotten_1").n == 20  # type: ignore[union-attr]
         assert not list((tmp_path / "out" / arm / "01").glob("*.safetensors"))
