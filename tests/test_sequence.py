@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from hf_unlearn.constraints import EnergyConstraint, RidgeConstraint
 from hf_unlearn.errors import DataError, LedgerError, SettingsError
 from hf_unlearn.fingerprint import weights_fingerprint
 from hf_unlearn.ledger import Ledger
-from hf_unlearn.report import UnlearningReport
+from hf_unlearn.report import Metric, UnlearningReport
 from hf_unlearn.requests import Request
 from hf_unlearn.sequence import CARRIED, RequestSequence, room_left, running_out, stepped
 from hf_unlearn.statistics import RetainStatistics
@@ -336,6 +337,41 @@ def test_earlier_rows_are_given_back_where_they_are_those_and_else_it_is_said(ch
     other = RequestSequence(chain.ledger)
     assert other.earlier(lambda where: ROWS[5:7]) == {}
     assert set(other.untested.values()) == {"the rows found are not those of the request"}
+
+
+def test_rows_forgotten_again_are_trained_on_and_subtracted_once(chain: Chain) -> None:
+    chain.fulfil(1)
+    request = chain.request(2)
+    request.again = FORGET[0]
+    seen: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        plain = requests.UnlearningTrainer
+
+        def watch(model: Any, args: Any, forget: Any, *rest: Any, **options: Any) -> Any:
+            seen.append(len(forget))
+            return plain(model, args, forget, *rest, **options)
+
+        patch.setattr(requests, "UnlearningTrainer", watch)
+        report = request.fulfil(chain.args(2))
+    assert seen == [4] and report.method["rows_forgotten_again"] == 2 and report.request["rows"] == 2
+    assert (
+        chain.carried().rows == 6 and chain.ledger.requests()[1].content["commitment"] == report.request["commitment"]
+    )
+    assert [e.content["request"] for e in chain.ledger.prove(FORGET[0][0])] == [1]
+
+
+@pytest.mark.parametrize(("low", "told"), [(0.11, True), (0.1, False)])
+def test_rows_that_come_back_are_told_of(low: float, told: bool, chain: Chain) -> None:
+    """Beyond the interval that they were left in."""
+    left = {"name": "accuracy", "split": "forget", "model": "unlearned", "value": 0.05, "high": 0.1}
+    chain.ledger.append("request", {"request": 1, "metrics": [left]}, after=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RequestSequence, "_record", lambda self, entry: {})
+        sequence = RequestSequence(chain.ledger)
+    metrics = [Metric("accuracy", 0.5, "forgotten_1", "unlearned", 9, low, 0.9)]
+    found = list(sequence._came_back(UnlearningReport(metrics)))
+    assert len(found) == told and all("request 1 came back" in line for line in found)
+    assert not list(sequence._came_back(UnlearningReport([replace(metrics[0], model="original")])))
 
 
 @pytest.mark.parametrize("merge", [True, False])
