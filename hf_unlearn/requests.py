@@ -49,7 +49,7 @@ class Request:
         timings: Seconds spent before this request (training, collecting).
         sequence: The requests that this one follows; its ledger gets an entry once the folder is there.
         again: Rows of earlier requests to train on as well, so that they stay forgotten; nothing of them is subtracted,
-            and the stopping rule goes by them, too.
+            and the stopping rule does not look at them.
     """
 
     model: nn.Module
@@ -82,7 +82,7 @@ class Request:
         """
         target = check_output(args.output_dir or "unlearned", args.overwrite_output_dir)
         if self.sequence is not None:
-            args = self._enter(self.sequence, target, args)
+            self._enter(self.sequence, target)
         if self._retained is None:
             with clock(self.timings, "subtract"):
                 self._retained = self._retain_statistics(args)
@@ -120,8 +120,8 @@ class Request:
         self._forgotten = forget
         return self.statistics - forget
 
-    def _enter(self, sequence: RequestSequence, target: Path, args: UnlearningConfig) -> UnlearningConfig:
-        """Check that this request can follow the last one, before any work; its settings, with the first one's mark."""
+    def _enter(self, sequence: RequestSequence, target: Path) -> None:
+        """Check that this request can follow the last one, before any work."""
         if self.peft_config is not None and not self.merge_adapter:
             raise SettingsError(
                 "a sequence needs whole models to go on from; pass merge_adapter (--merge_adapter True)"
@@ -134,10 +134,6 @@ class Request:
         sequence.check_model(self.model)
         if sequence.commitment is None:
             sequence.begin(self.forget)
-        if args.forget_target is None and "holdout" in self.splits:
-            metric = {"probability": "answer_probability"}.get(args.forget_metric, args.forget_metric)
-            args = args.but(forget_target=sequence.mark(metric))
-        return args
 
     def _describe_sequence(
         self, sequence: RequestSequence, report: UnlearningReport, trainer: UnlearningTrainer, args: UnlearningConfig
@@ -158,6 +154,8 @@ class Request:
             holdout_dataset=self.splits.get("holdout"), data_collator=self.collator,
             processing_class=self.processing_class, peft_config=self.peft_config,
         )  # fmt: skip
+        if self.sequence is not None:
+            trainer.stop_by(self.forget, self.sequence.mark(args.forget_metric))
         if args.disable_tqdm:  # Trainer would print each log line instead; the report has them
             trainer.remove_callback(PrinterCallback)
         return trainer

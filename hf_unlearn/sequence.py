@@ -87,11 +87,12 @@ class RequestSequence:
         """Root mean square over layers of the summed predicted drifts; see `describe`."""
         return _root_mean_square((self.records[-1]["drift_used"] if self.records else {}).values())
 
-    def mark(self, metric: str) -> float | None:
-        """A metric on held-out rows before the first request: what forget rows are to come to at each.
+    def mark(self, forget_metric: str) -> float | None:
+        """The forget metric on held-out rows before the first request: what forget rows are to come to at each.
 
         That of the model at hand would fall with every request's damage, and the next one would go after it.
         """
+        metric = {"probability": "answer_probability"}.get(forget_metric, forget_metric)
         found = [m["value"] for m in (self.done[0].content["metrics"] if self.done else [])
                  if (m["name"], m["split"], m["model"]) == (metric, "holdout", "original")]  # fmt: skip
         return found[0] if found else None
@@ -176,6 +177,7 @@ class RequestSequence:
     ) -> None:
         """Put into the report what only the sequence knows.
 
+        - `mark`: see there.
         - `room`: share of the forget rows' input energy that the constraint lets through, `tr(R G R) / tr(G)` with G
           their Gram and R the right factor; it is what a gradient on them has left. None where the forget rows were not
           collected.
@@ -203,6 +205,7 @@ class RequestSequence:
         budget = None if left is None else self.drift_used + left
         report.sequence = {
             "requests": self.number,
+            "mark": self.mark(str(report.settings.get("forget_metric"))),
             "statistics_carried_from": list(retain.settings.get(CARRIED, [])) if retain else [],
             "negative_share": negative_share(retain) if retain and protected else None,
             "room": {"mean": fmean(room.values()), "least": min(room.values()), "by_layer": room} if room else None,

@@ -145,14 +145,41 @@ def test_drift_adds_up_over_requests_layer_by_layer(chain: Chain) -> None:
 
 def test_every_request_goes_by_what_held_out_rows_had_before_the_first(chain: Chain) -> None:
     """The model at hand may have lost more on them; an explicit target has the last word."""
-    targets, found = [], []
-    for number in (1, 2, 3):
-        request = chain.request(number)
-        request.splits = {**request.splits, "holdout": text_rows(4, 9)}
-        report = request.fulfil(chain.args(number, forget_target=0.3 if number == 3 else None))
-        targets.append(report.settings["forget_target"])
-        found.append(report.get("answer_probability", "holdout", "original"))
-    assert targets == [None, found[0].value, 0.3] and found[1].value != found[0].value
+    marks, found = [], []
+    plain = requests.UnlearningTrainer.train
+
+    def train(self: Any, **options: Any) -> Any:
+        done = plain(self, **options)
+        marks.append(self._stopping_callback().mark)
+        return done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(requests.UnlearningTrainer, "train", train)
+        for number in (1, 2, 3):
+            request = chain.request(number)
+            request.splits = {**request.splits, "holdout": text_rows(4, 9)}
+            report = request.fulfil(chain.args(number, forget_target=0.3 if number == 3 else None))
+            found.append(report.get("answer_probability", "holdout", "original").value)  # type: ignore[union-attr]
+            assert report.sequence["mark"] == (None if number == 1 else found[0])
+    assert marks == pytest.approx([found[0], found[0], 0.3], rel=1e-5) and abs(found[1] / found[0] - 1) > 1e-3
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_it_stops_by_its_own_rows_whatever_is_forgotten_again(again: bool, chain: Chain) -> None:
+    request = chain.request(1)
+    request.again, request.splits = ROWS[5:9] if again else (), {**request.splits, "holdout": text_rows(4, 9)}
+    scored: list[int] = []
+    plain = requests.UnlearningTrainer.get_eval_dataloader
+
+    def watch(self: Any, rows: Any = None) -> Any:
+        loader = plain(self, rows)
+        scored.append(len(loader.dataset))
+        return loader
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(requests.UnlearningTrainer, "get_eval_dataloader", watch)
+        request.fulfil(chain.args(1, eval_strategy="steps", eval_steps=1))
+    assert scored and set(scored) == {len(FORGET[0]), 4}
 
 
 def test_nothing_that_may_be_published_holds_a_row_or_a_path(chain: Chain) -> None:
