@@ -12,8 +12,11 @@ forgotten, need not be kept. S_k differs from the statistics of the rows left on
    their inputs moved no more than the constraint let them. `negative_share` shows the part of this that makes S_k
    indefinite; the rest cannot be seen without rows;
 2. the rows left have moved, too, by about the drift that was predicted.
-Both vanish with energy 1.0 and full coverage, grow with the drift used, and end when statistics are collected afresh
-on the last model (`hf-unlearn collect`, then `--statistics`), which reads the retain rows.
+Both vanish with energy 1.0 and full coverage, grow with each request below that, and end when statistics are collected
+afresh on the last model (`hf-unlearn collect`, then `--statistics`), which reads the retain rows. Negative energy is
+clamped, so that its directions are free to move in: `room` then grows, and the predicted drift, which is made from the
+same S_k, does not see what happens there. That is why a share above `NEGATIVE` is warned of (digits, a class at each
+request: 3% at the third, before retain accuracy fell; recipes/README.md).
 """
 
 import json
