@@ -28,7 +28,7 @@ NOT_MEASURED, NOT_RECORDED, UNDEFINED = "not measured", "not recorded", "undefin
 WEIGHTS_TRAINED = "not used: the weights themselves were trained"
 MODELS = ("original", "unlearned", "retrained")
 UNITS = {"loss": "loss (nats)", "entropy": "entropy (nats)"}
-REQUEST_FIELDS = ("rows", "source", "date", "commitment")
+REQUEST_FIELDS = ("rows", "source", "date", "number", "commitment")
 METHOD_FIELDS = ("loss", "loss_settings", "constraint", "constraint_settings", "stopped", "steps", "retain_rows_used")
 STATISTICS_FIELDS = ("rows", "weights", "data")
 COVERAGE_FIELDS = ("protected", "frozen", "exposed")
@@ -180,6 +180,7 @@ def _variables(report: UnlearningReport, model_name: str, plots: Sequence[str]) 
         "has_retrained": any(m.model == "retrained" for m in report.metrics),
         "bootstrap_seeds": text(sorted({m.seed for m in report.metrics}) or None),
         "attacks": {name: _attack(report.metrics, pattern) for name, pattern in ATTACKS.items()},
+        "sequence": _sequence(report),
         "verdicts": _pairs(report.audit.get("verdicts") or {}),
         "not_run": _pairs(report.audit.get("not_run") or {}),
         "undefined": _undefined(report.metrics),
@@ -290,6 +291,20 @@ def _attack(metrics: Iterable[Metric], pattern: str) -> str:
         counts = " / ".join(str(n) for n in dict.fromkeys(m.n for m in own))
         parts.append(f"{escape(name)} on {escape(split)}: {values} (n = {counts})")
     return "; ".join(parts) or NOT_MEASURED
+
+
+def _sequence(report: UnlearningReport) -> list[tuple[str, str]]:
+    """Of one of several requests in a row: the room left, the drift used by all of them, and what it warns of."""
+    about = report.sequence
+    if not about:
+        return []
+    room, used = about.get("room") or {}, about.get("drift_used") or {}
+    budget = "none" if used.get("budget") is None else text(used["budget"])
+    rows = [
+        ("input energy of the forget rows that the constraint left free", _percent(room.get("mean"))),
+        ("predicted drift of all requests, relative", f"{text(used.get('relative'))} (budget: {budget})"),
+    ]
+    return rows + [("warning", escape(line)) for line in about.get("warnings") or ()]
 
 
 def _undefined(metrics: Iterable[Metric]) -> list[str]:

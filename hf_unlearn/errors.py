@@ -33,6 +33,10 @@ class OutputError(UnlearningError, OSError):
     """The output folder cannot be written without losing something."""
 
 
+class LedgerError(UnlearningError, ValueError):
+    """A ledger is damaged, missing or held by another process, or its key is wrong, too short or not at hand."""
+
+
 class NonFiniteLossError(UnlearningError, ArithmeticError):
     """The loss became NaN or infinite; the last good weights are back in the model when this is raised."""
 

@@ -26,8 +26,12 @@ def weights_fingerprint(model: nn.Module) -> str:
     A bf16 checkpoint has the same fingerprint loaded as bf16 or as float32, and with or without PEFT adapters; tied
     weights count once.
     """
-    weights = {base_name(name): tensor for name, tensor in model.state_dict().items() if not is_adapter(name)}
-    return tensors_fingerprint(weights)
+    return state_fingerprint(model.state_dict())
+
+
+def state_fingerprint(state: Mapping[str, Tensor]) -> str:
+    """`weights_fingerprint` of the model that has this state dict."""
+    return tensors_fingerprint({base_name(name): tensor for name, tensor in state.items() if not is_adapter(name)})
 
 
 def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -16,10 +16,13 @@ from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.data import default_collator
 from hf_unlearn.describe import describe, name_base_model
+from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation import evaluate_unlearning
 from hf_unlearn.files import check_output, replace_folder
+from hf_unlearn.fingerprint import state_fingerprint, weights_fingerprint
 from hf_unlearn.publish import complete_folder, push_unlearned_model
 from hf_unlearn.report import UnlearningReport
+from hf_unlearn.sequence import RequestSequence
 from hf_unlearn.sharding import is_main, wait_for_all
 from hf_unlearn.statistics import RetainStatistics
 from hf_unlearn.trainer import UnlearningTrainer
@@ -46,6 +49,9 @@ class Request:
         metrics: Names of metrics or suites, as in `evaluate_unlearning`.
         cache_dir: Where what was measured is kept, so that no model is scored twice on the same rows.
         timings: Seconds spent before this request (training, collecting).
+        sequence: The requests that this one follows; its ledger gets an entry once the folder is there.
+        again: Rows of earlier requests to train on as well, so that they stay forgotten; nothing of them is subtracted,
+            and the stopping rule does not look at them.
     """
 
     model: nn.Module
@@ -64,6 +70,10 @@ class Request:
     metrics: Sequence[str] | None = None
     cache_dir: Path | None = None
     timings: dict[str, float] = field(default_factory=dict)
+    sequence: RequestSequence | None = None
+    again: Sequence[Any] = ()
+    _before: str = field(default="", init=False, repr=False)
+    _forgotten: RetainStatistics | None = field(default=None, init=False, repr=False)
     _retained: RetainStatistics | None = field(default=None, init=False, repr=False)
     _references: UnlearningReport | None = field(default=None, init=False, repr=False)
 
@@ -76,6 +86,8 @@ class Request:
             UnlearningError: Whatever is wrong with the request; nothing is written then.
         """
         target = check_output(args.output_dir or "unlearned", args.overwrite_output_dir)
+        if self.sequence is not None:
+            self._enter(self.sequence, target)
         if self._retained is None:
             with clock(self.timings, "subtract"):
                 self._retained = self._retain_statistics(args)
@@ -89,19 +101,28 @@ class Request:
             report = self._judge(trainer, args)
         self._describe(report, trainer, timings)
         state = trainer.whole_state_dict()
+        if self.sequence is not None:
+            self._describe_sequence(self.sequence, report, trainer, state, args)
         if is_main():
             with replace_folder(target, args.overwrite_output_dir) as folder:
                 self._write(folder, trainer, state, report, args, target.name)
+            if self.sequence is not None:
+                self.sequence.complete(report, target)
         wait_for_all()
         trainer.constrainer.restore()
         if self.peft_config is not None:
             trainer.model.unload()
         if args.push_to_hub and is_main():
-            push_unlearned_model(
-                target, target, args.hub_model_id or target.name, private=args.hub_private_repo, token=args.hub_token,
-                revision=args.hub_revision, update=args.push_unfinished, publish_samples=self.samples is not None,
-            )  # fmt: skip
+            self._push(target, report, args)
         return report
+
+    def _push(self, folder: Path, report: UnlearningReport, args: UnlearningConfig) -> None:
+        commit = push_unlearned_model(
+            folder, folder, args.hub_model_id or folder.name, private=args.hub_private_repo, token=args.hub_token,
+            revision=args.hub_revision, update=args.push_unfinished, publish_samples=self.samples is not None,
+        )  # fmt: skip
+        if self.sequence is not None:
+            self.sequence.ledger.record_push(report.request["number"], commit.repo_url.repo_id, commit.oid)
 
     def _retain_statistics(self, args: UnlearningConfig) -> RetainStatistics | None:
         """Statistics of the full set minus those of the forget rows on the current model (PGU, section 3.3)."""
@@ -113,14 +134,57 @@ class Request:
             batch_size=args.per_device_eval_batch_size, fisher=settings["fisher"], layers=settings["layers"],
             progress=not args.disable_tqdm,
         )  # fmt: skip
+        self._forgotten = forget
         return self.statistics - forget
 
+    def _enter(self, sequence: RequestSequence, target: Path) -> None:
+        """Check that this request can follow the last one, before any work."""
+        if self.peft_config is not None and not self.merge_adapter:
+            raise SettingsError(
+                "a sequence needs whole models to go on from; pass merge_adapter (--merge_adapter True)"
+            )
+        if sequence.model_folder is not None and Path(sequence.model_folder) == target.resolve():
+            raise SettingsError(f"{target} has the model that this request goes on from; choose another --output_dir")
+        ledger = sequence.ledger.folder.resolve()
+        if target.resolve() in (ledger, *ledger.parents):
+            raise SettingsError(f"the ledger {ledger} must not be in the output folder, which is replaced as a whole")
+        sequence.check_model(self.model)
+        self._before = weights_fingerprint(self.model)
+        if sequence.commitment is None:
+            sequence.begin(self.forget)
+
+    def _describe_sequence(
+        self,
+        sequence: RequestSequence,
+        report: UnlearningReport,
+        trainer: UnlearningTrainer,
+        state: dict[str, Any] | None,
+        args: UnlearningConfig,
+    ) -> None:
+        after = self._fingerprint(trainer, state) if is_main() else ""  # which completes the sequence
+        sequence.describe(
+            report, weights=(self._before, after), forget=self._forgotten, full=self.statistics, retain=self._retained,
+            constraint=args.build_constraint(),
+        )  # fmt: skip
+
+    def _fingerprint(self, trainer: UnlearningTrainer, state: dict[str, Any] | None) -> str:
+        """Of the weights that are written: gathered ones, which are tied no more, as the model that loads them."""
+        if state is not None:
+            tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+            state = state | {name: state[source] for name, source in tied.items() if source in state}
+        if self.peft_config is not None:
+            return state_fingerprint(merged_state_dict(trainer.model, state))
+        return weights_fingerprint(trainer.model) if state is None else state_fingerprint(state)
+
     def _trainer(self, args: UnlearningConfig, statistics: RetainStatistics | None) -> UnlearningTrainer:
+        forget = [*self.forget, *self.again] if self.again else self.forget
         trainer = UnlearningTrainer(
-            self.model, args, self.forget, self.retain, statistics=statistics,
+            self.model, args, forget, self.retain, statistics=statistics,
             holdout_dataset=self.splits.get("holdout"), data_collator=self.collator,
             processing_class=self.processing_class, peft_config=self.peft_config,
         )  # fmt: skip
+        if self.sequence is not None:
+            trainer.stop_by(self.forget, self.sequence.mark(args.forget_metric))
         if args.disable_tqdm:  # Trainer would print each log line instead; the report has them
             trainer.remove_callback(PrinterCallback)
         return trainer
@@ -162,6 +226,7 @@ class Request:
             "date": datetime.now(timezone.utc).date().isoformat(),
         }
         describe(report, trainer, retain_rows=0 if self.retain is None else len(self.retain), merged=self.merge_adapter)
+        report.method["rows_forgotten_again"] = len(self.again)
         report.timings = timings
 
     def _write(

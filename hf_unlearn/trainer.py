@@ -417,6 +417,18 @@ class UnlearningTrainer(HubMixin, Trainer):
         if self.loss.dual is not None:
             self.add_callback(DualWeightCallback(self.loss.dual))
 
+    def stop_by(self, forget_dataset: Any, mark: float | None = None) -> None:
+        """Let early stopping look at these forget rows alone, and go by a mark that was measured before."""
+        rows = encode_dataset(
+            forget_dataset, self.processing_class, what="forget", max_length=self.args.max_length, model=self.model
+        )
+        self._stopping_rows["forget"] = rows
+        if isinstance(self.eval_dataset, dict) and "forget" in self.eval_dataset:
+            self.eval_dataset["forget"] = rows
+        stopping = self._stopping_callback()
+        if stopping is not None and stopping.target is None and mark is not None:
+            stopping.mark = mark
+
     def _stopping_score(self, split: str) -> float:
         """The forget metric on `forget` or `holdout` rows as `evaluate` has it, without a log line."""
         loader = self.get_eval_dataloader(self._stopping_rows[split])

@@ -118,6 +118,18 @@ def test_an_audits_verdicts_what_was_not_run_and_why_a_number_is_undefined_are_s
     assert said[name] == cells(before)[name] and not any(attack in said[name] for attack in attacks)  # stays short
 
 
+def test_a_request_in_a_row_says_its_number_its_room_and_its_warnings() -> None:
+    report = make_report()
+    assert cells(render_card(report, model_name="m"))["number in its ledger"] == "not recorded"
+    report.request["number"] = 3
+    report.sequence = {
+        "room": {"mean": 0.25}, "drift_used": {"relative": 0.0123, "budget": None}, "warnings": ["the room | runs out"],
+    }  # fmt: skip
+    said = cells(render_card(report, model_name="m"))
+    assert said["number in its ledger"] == "3" and said["warning"] == "the room | runs out"
+    assert said["predicted drift of all requests, relative"] == "0.0123 (budget: none)" and "25.0%" in said.values()
+
+
 def test_what_was_recorded_is_in_the_card() -> None:
     card = render_card(make_report(), model_name="me/model", plots=["plots/metrics.png", "plots/my own.png"])
     for part in (

@@ -18,24 +18,17 @@ from test_data import QUESTION, tokenizer
 from test_formats import processor as picture_processor
 
 from hf_unlearn import measures
+from hf_unlearn.arguments import RunArguments
 from hf_unlearn.cli import main
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.constraints import CONSTRAINTS
 from hf_unlearn.data import default_collator, encode_dataset
 from hf_unlearn.errors import DataError, SettingsError, UnlearningError
 from hf_unlearn.finetune import FineTuning
+from hf_unlearn.loading import forget_rows, load_model, load_rows, load_tokenizer
 from hf_unlearn.metrics import score_rows
 from hf_unlearn.report import UnlearningReport
-from hf_unlearn.runs import (
-    RunArguments,
-    collect,
-    evaluate,
-    forget_rows,
-    load_model,
-    load_rows,
-    load_tokenizer,
-    run,
-)
+from hf_unlearn.runs import collect, evaluate, run
 from hf_unlearn.statistics import RetainStatistics
 
 
