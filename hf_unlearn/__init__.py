@@ -17,10 +17,13 @@ _HOME = {
     "UnlearningError": "errors",
     "UnlearningReport": "report",
     "UnlearningTrainer": "trainer",
+    "audit": "attacks",
     "collect_statistics": "collect",
     "constrain_optimizer": "optimizer",
     "evaluate_unlearning": "evaluation",
     "freeze_unprotected": "coverage",
+    "purge_history": "hub",
+    "push_unlearned_model": "publish",
 }
 
 __all__ = [
@@ -32,20 +35,26 @@ __all__ = [
     "UnlearningError",
     "UnlearningReport",
     "UnlearningTrainer",
+    "audit",
     "collect_statistics",
     "constrain_optimizer",
     "evaluate_unlearning",
     "freeze_unprotected",
+    "purge_history",
+    "push_unlearned_model",
 ]
 
 if TYPE_CHECKING:
+    from hf_unlearn.attacks import audit
     from hf_unlearn.collect import collect_statistics
     from hf_unlearn.config import UnlearningConfig
     from hf_unlearn.constraints import EnergyConstraint, KroneckerConstraint, RidgeConstraint
     from hf_unlearn.coverage import freeze_unprotected
     from hf_unlearn.errors import UnlearningError
     from hf_unlearn.evaluation import evaluate_unlearning
+    from hf_unlearn.hub import purge_history
     from hf_unlearn.optimizer import constrain_optimizer
+    from hf_unlearn.publish import push_unlearned_model
     from hf_unlearn.report import UnlearningReport
     from hf_unlearn.statistics import RetainStatistics
     from hf_unlearn.trainer import UnlearningTrainer

@@ -8,6 +8,7 @@ commitment, whatever else the report holds.
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,24 @@ from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
 from jinja2.sandbox import SandboxedEnvironment
 
 from hf_unlearn.errors import SettingsError
+from hf_unlearn.files import replace_file
 from hf_unlearn.plots import PICTURES
 from hf_unlearn.report import Metric, UnlearningReport
 
 TEMPLATE = "model_card_template.md"
 NOT_MEASURED, NOT_RECORDED, UNDEFINED = "not measured", "not recorded", "undefined"
+WEIGHTS_TRAINED = "not used: the weights themselves were trained"
 MODELS = ("original", "unlearned", "retrained")
 UNITS = {"loss": "loss (nats)", "entropy": "entropy (nats)"}
-REQUEST_FIELDS = ("rows", "source", "date", "commitment")
+REQUEST_FIELDS = ("rows", "source", "date", "number", "commitment")
 METHOD_FIELDS = ("loss", "loss_settings", "constraint", "constraint_settings", "stopped", "steps", "retain_rows_used")
 STATISTICS_FIELDS = ("rows", "weights", "data")
 COVERAGE_FIELDS = ("protected", "frozen", "exposed")
-ATTACKS = {"membership": "membership", "relearning": "relearn", "quantisation": r"quanti[sz]|(?<![a-z0-9])\d+.?bit"}
+ATTACKS = {
+    "membership": r"^membership_auc\s",  # the attack by the loss alone; the metrics have the others
+    "relearning": "relearn",
+    "quantisation": r"quanti[sz]|(?<![a-z0-9])\d+.?bit",
+}
 
 
 def write_card(
@@ -44,9 +51,8 @@ def write_card(
     target = Path(folder) / "README.md"
     content = render_card(report, model_name=model_name, template=template, plots=plots)
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.partial")
-    beside.write_text(content, encoding="utf-8")
-    os.replace(beside, target)
+    with replace_file(target) as beside:
+        beside.write_text(content, encoding="utf-8")
     return target
 
 
@@ -82,6 +88,11 @@ def render_card(
     return content
 
 
+def check_template(template: str | os.PathLike) -> None:
+    """Raise `SettingsError` unless a card can be rendered from a template."""
+    render_card(UnlearningReport(), model_name="model", template=template)
+
+
 def default_template() -> Path:
     """The package's template: beside the modules in a wheel, in the repository's root otherwise."""
     here = Path(__file__).resolve().parent
@@ -96,14 +107,15 @@ def default_template() -> Path:
 
 def card_data(report: UnlearningReport, model_name: str) -> ModelCardData:
     """What the Hub indexes: tags, base model, task, and every finite metric, told apart by the model's name in it."""
-    method, task = report.method, report.settings.get("task")
+    method, task = report.method, report.method.get("task")
     names = [str(method[key]) for key in ("loss", "constraint") if method.get(key) not in (None, "", "none")]
-    base = method.get("base_model")
-    derived: dict[str, Any] = {"base_model": base, "base_model_relation": "finetune"} if is_hub_id(base) else {}
+    adapter = _has_adapter(method)
+    relation = "adapter" if adapter else "finetune"
+    derived = {"base_model": method["base_model"], "base_model_relation": relation} if _names_base(method) else {}
     results = [_eval_result(m, str(task or "other")) for m in report.metrics if _is_finite(m.value)]
     return ModelCardData(
         model_name=model_name if results else None,
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag=str(task) if task else None,
         tags=["machine-unlearning", "hf_unlearn", *names],
         eval_results=results or None,
@@ -115,6 +127,16 @@ def is_hub_id(name: Any) -> bool:
     """Whether `name` looks like `owner/model` or `model` on the Hub rather than like a local path."""
     part = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
     return isinstance(name, str) and bool(re.fullmatch(f"{part}(/{part})?", name)) and not Path(name).exists()
+
+
+def _names_base(method: Mapping[str, Any]) -> bool:
+    """Whether the base model can be linked: a folder's name alone looks like an id too."""
+    return is_hub_id(method.get("base_model")) and not method.get("base_model_is_local")
+
+
+def _has_adapter(method: Mapping[str, Any]) -> bool:
+    """Whether what is published is an adapter, and not merged."""
+    return bool(method.get("adapter")) and not method["adapter"].get("merged")
 
 
 def _eval_result(metric: Metric, task: str) -> EvalResult:
@@ -141,14 +163,16 @@ def _variables(report: UnlearningReport, model_name: str, plots: Sequence[str]) 
     return {
         "card_data": card_data(report, model_name).to_yaml(),
         "model_name": escape(model_name),
-        "base_model": _base_model(method.get("base_model")),
+        "base_model": _base_model(method),
         "base_model_revision": text(method.get("base_model_revision")),
         "request": _filled({**report.request, "rows": _count(report.request.get("rows"))}, REQUEST_FIELDS),
         "method": _filled(method, METHOD_FIELDS),
         "statistics": _filled(method.get("statistics") or {}, STATISTICS_FIELDS),
         "coverage": _filled({name: _count(value) for name, value in coverage.items()}, COVERAGE_FIELDS),
         "exposed": [code(name) for name in exposed] if isinstance(exposed, Sequence) else [],
+        "adapter": text(method.get("adapter"), missing=WEIGHTS_TRAINED if "adapter" in method else NOT_RECORDED),
         "retained_energy": _retained_energy(method),
+        "layers": _layers(report),
         "drift": _drift(report),
         "retain_changes": _retain_changes(report),
         "models": [escape(model) for model in models],
@@ -156,6 +180,10 @@ def _variables(report: UnlearningReport, model_name: str, plots: Sequence[str]) 
         "has_retrained": any(m.model == "retrained" for m in report.metrics),
         "bootstrap_seeds": text(sorted({m.seed for m in report.metrics}) or None),
         "attacks": {name: _attack(report.metrics, pattern) for name, pattern in ATTACKS.items()},
+        "sequence": _sequence(report),
+        "verdicts": _pairs(report.audit.get("verdicts") or {}),
+        "not_run": _pairs(report.audit.get("not_run") or {}),
+        "undefined": _undefined(report.metrics),
         "settings": _pairs({name: value for name, value in report.settings.items() if not name.endswith("token")}),
         "seed": text(report.settings.get("seed")),
         "versions": _pairs(report.versions),
@@ -183,19 +211,38 @@ def _pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(code(name), text(value, missing="none")) for name, value in values.items()]
 
 
-def _base_model(name: Any) -> str:
-    if is_hub_id(name):
+def _base_model(method: Mapping[str, Any]) -> str:
+    name = method.get("base_model")
+    if isinstance(name, str) and _names_base(method):
         return f"[{escape(name)}](https://huggingface.co/{quote(name)})"
     return f"a local model, {code(Path(str(name)).name)}" if name else NOT_RECORDED
 
 
 def _retained_energy(method: Mapping[str, Any]) -> str:
-    settings = method.get("constraint_settings")
+    """The setting, and what it came to on these statistics."""
+    settings, retained = method.get("constraint_settings"), method.get("retained")
     if not isinstance(settings, Mapping):
         return NOT_RECORDED
     if "energy" not in settings:
         return "no cut by energy with this constraint"
-    return f"{text(settings['energy'])} of the spectrum ({text(settings.get('spectrum')).replace('_', ' ')})"
+    asked = f"{text(settings['energy'])} of the spectrum ({text(settings.get('spectrum')).replace('_', ' ')})"
+    if not isinstance(retained, Mapping):
+        return f"{asked}; as share of the energy: {NOT_RECORDED}"
+    return (
+        f"{asked}: {_percent(retained.get('energy'))} of the energy of the inputs, in {_percent(retained.get('rank'))} "
+        f"of their dimensions (means over {text(retained.get('layers'))} layers)"
+    )
+
+
+def _percent(value: Any) -> str:
+    return f"{value:.1%}" if _is_finite(value) else UNDEFINED
+
+
+def _layers(report: UnlearningReport) -> str:
+    """Layers by the pattern of their names, such as `model.layers.*.mlp.up_proj` x 30."""
+    patterns = Counter(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", str(name)) for name in report.drift.get("by_layer") or ())
+    shown = ", ".join(f"{code(name)} x {n}" if n > 1 else code(name) for name, n in patterns.items())
+    return f"{patterns.total()}: {shown}" if shown else NOT_RECORDED
 
 
 def _drift(report: UnlearningReport) -> dict[str, str]:
@@ -234,9 +281,36 @@ def _metric_rows(report: UnlearningReport, models: Sequence[str]) -> list[list[s
 
 
 def _attack(metrics: Iterable[Metric], pattern: str) -> str:
+    """One part per metric and split, in it the models in their usual order."""
     found = [m for m in metrics if re.search(pattern, f"{m.name} {m.split} {m.model}", re.IGNORECASE)]
-    parts = [f"{escape(m.name)} on {escape(m.split)}, {escape(m.model)}: {_value(m)}, n = {m.n}" for m in found]
+    parts = []
+    for name, split in dict.fromkeys((m.name, m.split) for m in found):
+        own = [m for m in found if (m.name, m.split) == (name, split)]
+        own.sort(key=lambda m: MODELS.index(m.model) if m.model in MODELS else len(MODELS))
+        values = ", ".join(f"{escape(m.model)} {_value(m)}" for m in own)
+        counts = " / ".join(str(n) for n in dict.fromkeys(m.n for m in own))
+        parts.append(f"{escape(name)} on {escape(split)}: {values} (n = {counts})")
     return "; ".join(parts) or NOT_MEASURED
+
+
+def _sequence(report: UnlearningReport) -> list[tuple[str, str]]:
+    """Of one of several requests in a row: the room left, the drift used by all of them, and what it warns of."""
+    about = report.sequence
+    if not about:
+        return []
+    room, used = about.get("room") or {}, about.get("drift_used") or {}
+    budget = "none" if used.get("budget") is None else text(used["budget"])
+    rows = [
+        ("input energy of the forget rows that the constraint left free", _percent(room.get("mean"))),
+        ("predicted drift of all requests, relative", f"{text(used.get('relative'))} (budget: {budget})"),
+    ]
+    return rows + [("warning", escape(line)) for line in about.get("warnings") or ()]
+
+
+def _undefined(metrics: Iterable[Metric]) -> list[str]:
+    """Why a number has no value, each reason once."""
+    reasons = (f"{code(m.name)} on {escape(m.split)}: {escape(m.reason)}" for m in metrics if m.reason)
+    return list(dict.fromkeys(reasons))
 
 
 def _picture(name: str) -> tuple[str, str]:

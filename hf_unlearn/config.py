@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from hf_unlearn.card import check_template
 from hf_unlearn.constraints import CONSTRAINTS, ConstraintLike, build_constraint
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.losses import LOSSES, UnlearningLoss, build_loss
@@ -36,6 +37,7 @@ class UnlearningConfig(TrainingArguments):
         "loss_settings",
         "constraint_settings",
         "layer_constraints",
+        "utility_floor",
     ]
 
     loss: str = setting(
@@ -75,6 +77,11 @@ class UnlearningConfig(TrainingArguments):
     max_retain_drift: float | None = setting(
         None, "Stop once the predicted retain drift (root mean square over layers, relative) exceeds this."
     )
+    utility_floor: dict | str | None = setting(
+        None,
+        "Lowest values that metrics of an evaluation may have for its checkpoint to be the best, as JSON such as "
+        '{"retain_probability": 0.9}; the best among those is by metric_for_best_model.',
+    )
     max_length: int | None = setting(512, "Longest row in tokens; longer rows are cut.")
     keep_statistics_on: str = setting(
         "device",
@@ -86,6 +93,14 @@ class UnlearningConfig(TrainingArguments):
     )
     overwrite_output_dir: bool = setting(False, "Replace what is in the output folder.")
 
+    base_model: str | None = setting(
+        None, "Hub id to name as base model, with @REVISION, where the model is loaded from a local copy."
+    )
+    card_template: str | None = setting(None, "Your own template of the model card; default: the package's.")
+    push_unfinished: bool = setting(
+        False, "With push_to_hub and hub_strategy every_save, publish half-unlearned weights too; they stay reachable."
+    )
+
     # Defaults of TrainingArguments that do not fit unlearning: few, large-norm, unscheduled steps.
     optim: str = setting("sgd", "Optimizer; any of TrainingArguments.")
     momentum: float = setting(0.9, "Momentum of optim=sgd.")
@@ -96,6 +111,7 @@ class UnlearningConfig(TrainingArguments):
     logging_steps: float = setting(1, "Log every so many steps.")
     save_strategy: str = setting("no", "When to write checkpoints to resume from.")
     report_to: None | str | list[str] = setting("none", "Trackers to report to.")
+    hub_strategy: str = setting("end", "What push_to_hub publishes: end (the finished model) or every_save.")
 
     def __post_init__(self) -> None:
         processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -110,12 +126,30 @@ class UnlearningConfig(TrainingArguments):
         self.build_loss()
         self.build_constraint()
         Storage(self.keep_statistics_on)
+        _mapping("utility_floor", self.utility_floor)
+        if self.utility_floor and not (self.load_best_model_at_end and self.metric_for_best_model):
+            raise SettingsError(
+                "utility_floor chooses among checkpoints; set load_best_model_at_end and metric_for_best_model too"
+            )
+        if self.card_template is not None:
+            check_template(self.card_template)  # now, not after the run
+        self._check_hub_strategy()
         for pattern, reason in REFUSED_OPTIMIZERS.items():
             optim = str(getattr(self.optim, "value", self.optim))
             if fnmatchcase(optim, pattern):
                 raise SettingsError(f"optim {optim!r} {reason}; choose another, such as sgd or adamw_torch")
         if self.forget_metric not in ("probability", "accuracy", "loss"):
             raise SettingsError(f"forget_metric must be probability, accuracy or loss, got {self.forget_metric!r}")
+
+    def _check_hub_strategy(self) -> None:
+        strategy = str(getattr(self.hub_strategy, "value", self.hub_strategy))
+        if strategy not in ("end", "every_save"):
+            raise SettingsError(f"hub_strategy {strategy!r} would publish optimizer states; choose end or every_save")
+        if strategy != "end" and not self.push_unfinished:
+            raise SettingsError(
+                "hub_strategy 'every_save' publishes half-unlearned weights, which stay reachable by commit; choose "
+                "end, or pass push_unfinished=True as well"
+            )
 
     def but(self, **changes: Any) -> "UnlearningConfig":
         """A copy with some settings changed."""

@@ -1,7 +1,8 @@
 """From rows as users have them to batches as models take them, and the pairing of forget with retain rows.
 
 Raw rows are those of `formats`; already tokenised rows (`input_ids`, ...) and image rows (`pixel_values`, `labels`)
-pass through unchanged.
+pass through unchanged. Other answers (`alternatives`) are encoded beside a row's own, for the metrics that compare with
+them.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from hf_unlearn.alternatives import WRONG, with_alternatives
 from hf_unlearn.errors import DataError
 from hf_unlearn.formats import ENCODERS, LABELS, Encode, Encoding
 from hf_unlearn.predictions import IGNORED, Task, task_of
@@ -59,8 +61,9 @@ def encode_dataset(
         streams: Take a stream too, and return a `RowStream`.
 
     Returns:
-        Rows with `input_ids`, `attention_mask` and `labels` (-100 on the prompt; or the class), as a list; rows with
-        `pixel_values` and `labels`; a `RowStream`; or `dataset` itself.
+        Rows with `input_ids`, `attention_mask` and `labels` (-100 on the prompt; or the class), as a list, with
+        `alternatives` where there are wrong answers; rows with `pixel_values` and `labels`; a `RowStream`; or `dataset`
+        itself.
 
     Raises:
         DataError: No rows, a stream where rows are needed, none of the task's formats, no tokenizer, a row with
@@ -78,6 +81,8 @@ def encode_dataset(
         return RowStream(dataset, lambda row, index: dict(row)) if streamed else dataset
     task = task or (task_of(model) if model is not None else None) or "language-model"
     encode = ENCODERS[task](set(first), Encoding(processing_class, what, max_length, model))
+    if WRONG in first and task == "language-model":
+        encode = with_alternatives(encode, what)
     if idk_seed is not None:
         encode = _with_idk(encode, idk_seed)
     if streamed:
@@ -188,8 +193,7 @@ def own_batches(rows: Any, collator: Callable[[Sequence[Row]], Any], batch_size:
 class PaddingCollator:
     """Stack rows into a batch, padding token sequences on the right (on the left with `side="left"`).
 
-    Columns of text and alternate answers are left out, and `label` is renamed to `labels`; any other column reaches
-    the model.
+    Columns of text and other answers are left out, `label` is renamed to `labels`; any other column reaches the model.
     """
 
     pad_token_id: int = 0

@@ -33,5 +33,22 @@ class OutputError(UnlearningError, OSError):
     """The output folder cannot be written without losing something."""
 
 
+class LedgerError(UnlearningError, ValueError):
+    """A ledger is damaged, missing or held by another process, or its key is wrong, too short or not at hand."""
+
+
 class NonFiniteLossError(UnlearningError, ArithmeticError):
     """The loss became NaN or infinite; the last good weights are back in the model when this is raised."""
+
+
+class PushError(UnlearningError, RuntimeError):
+    """A push to the Hub did not come to its end. What it publishes lies whole in a local folder; a re-run resumes.
+
+    Attributes:
+        folder: The local folder, or None where nothing local is at stake (`purge_history`).
+        command: What resumes.
+    """
+
+    def __init__(self, message: str, folder: str | None = None, command: str | None = None):
+        super().__init__(message)
+        self.folder, self.command = folder, command

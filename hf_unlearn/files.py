@@ -47,15 +47,24 @@ def replace_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterat
         raise
 
 
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path`; the file written there takes its place by rename: a reader sees old or new."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield beside
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write `content` beside `path` and rename it into place: a reader sees the old file or the new one."""
     text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)  # before any file is made: it may raise
-    beside = path.with_name(f".{path.name}.partial")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    with replace_file(path) as beside:
+        beside.write_text(text + "\n", encoding="utf-8")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

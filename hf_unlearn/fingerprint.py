@@ -26,10 +26,19 @@ def weights_fingerprint(model: nn.Module) -> str:
     A bf16 checkpoint has the same fingerprint loaded as bf16 or as float32, and with or without PEFT adapters; tied
     weights count once.
     """
+    return state_fingerprint(model.state_dict())
+
+
+def state_fingerprint(state: Mapping[str, Tensor]) -> str:
+    """`weights_fingerprint` of the model that has this state dict."""
+    return tensors_fingerprint({base_name(name): tensor for name, tensor in state.items() if not is_adapter(name)})
+
+
+def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over tensors by name, with floating values as float32; of several in one place the first counts."""
     digest = hashlib.sha256()
     seen: set[int | str] = set()
-    weights = {base_name(name): tensor for name, tensor in model.state_dict().items() if not is_adapter(name)}
-    for name, tensor in sorted(weights.items()):
+    for name, tensor in sorted(tensors.items()):
         place = local_part(tensor).data_ptr() or name  # an empty shard has no place
         if place not in seen or tensor.numel() == 0:
             seen.add(place)

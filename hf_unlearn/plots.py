@@ -18,9 +18,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
-from scipy.stats import wasserstein_distance
 
-from hf_unlearn.report import Metric, UnlearningReport
+from hf_unlearn.metrics.classification import SMALLEST_ENTROPY, entropy_distance, log_entropies
+from hf_unlearn.report import Metric, UnlearningReport, forgotten_so_far
 
 DPI = 150
 LABEL_PIXELS = 19  # height of a line of text at figure.dpi
@@ -44,7 +44,6 @@ LINE_STYLES = ("-", "--", ":", "-.")
 TITLES = {"accuracy": "Accuracy", "answer_probability": "Answer probability", "membership_auc": "Membership AUC"}
 SPLIT_NAMES = {"holdout": "held-out"}
 DRIFTS = {"retain_drift": "relative drift", "retain_kl": "KL (nats)", "leak": "leak of a step"}
-SMALLEST_ENTROPY = 1e-7  # single precision knows no smaller entropy of a confident prediction
 MOST_BARS = 30
 
 Points: TypeAlias = list[tuple[float, float]]
@@ -65,6 +64,62 @@ def save_plots(report: UnlearningReport, folder: str | os.PathLike) -> list[Path
                 figure.savefig(target / name, dpi=DPI, format="png")
                 written.append(target / name)
     return written
+
+
+def save_sequence_plot(arms: Mapping[str, Sequence[UnlearningReport]], path: str | os.PathLike, metric: str) -> Path:
+    """Draw requests in a row: `metric` on all rows forgotten so far, on retain and held-out rows, and the drift used.
+
+    Args:
+        arms: Reports by request of each way to go; one with a single report is drawn as a cross at the last request.
+        path: The PNG file.
+        metric: Name of a metric that all reports have.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = sequence_figure(arms, metric)
+        figure.savefig(path, dpi=DPI, format="png")
+    return Path(path)
+
+
+def sequence_figure(arms: Mapping[str, Sequence[UnlearningReport]], metric: str) -> Figure:
+    """See `save_sequence_plot`."""
+    figure, (upper, lower) = _panels(2, sharex=True)
+    last = max(map(len, arms.values()))
+    labels: list[tuple[float, str, str]] = []
+    values: list[float] = []
+    drifts: list[float] = []
+    styles = dict(zip(arms, LINE_STYLES, strict=False))
+    for arm, reports in arms.items():
+        look: dict[str, Any] = {"linestyle": styles[arm], "marker": "o", "markersize": 4, "linewidth": 1.8}
+        if len(reports) == 1:
+            look = {"linestyle": "", "marker": "x", "markersize": 9, "markeredgewidth": 2.2}
+        places = range(1, len(reports) + 1) if len(reports) > 1 else [last]
+        for split, colour in SPLIT_COLOURS.items():
+            found = [_split_value(report, metric, split) for report in reports]
+            upper.plot(places, found, color=colour, **look)
+            values += [value for value in found if _is_finite(value)]
+            if len(labels) < len(SPLIT_COLOURS):
+                name = "forgotten so far" if split == "forget" else SPLIT_NAMES.get(split, split)
+                labels.append((found[-1], name, colour))
+        used = [(r.sequence.get("drift_used") or r.drift)["relative"] for r in reports]
+        lower.plot(places, used, color="#0072B2", label=arm, **look)
+        drifts += used
+    _zoom(upper, values)
+    upper.set_title(f"{TITLES.get(metric, metric)} after each request")
+    _label_ends(upper, labels)
+    lower.set_ylim(0, 1.08 * max(drifts) or 1)
+    lower.set_title("Predicted retain drift, added up")
+    lower.legend()
+    lower.set_xlabel("request")
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def _split_value(report: UnlearningReport, metric: str, split: str) -> float:
+    if split == "forget":
+        known = forgotten_so_far(report, metric)
+        return math.nan if known is None else known
+    found = report.get(metric, split)
+    return math.nan if found is None else found.value
 
 
 def headline(report: UnlearningReport, measured: Iterable[str]) -> str | None:
@@ -189,16 +244,13 @@ PICTURES: dict[str, tuple[Callable[[UnlearningReport], Figure | None], str]] = {
 
 
 def _log_entropies(entropies: Iterable[float | None]) -> np.ndarray:
-    finite = [value for value in entropies if _is_finite(value)]
-    return np.log10(np.maximum(np.asarray(finite, dtype=float), SMALLEST_ENTROPY))
+    return log_entropies(np.asarray([value for value in entropies if _is_finite(value)], dtype=float))
 
 
 def _entropy_label(model: str, values: Mapping[str, np.ndarray]) -> str:
     if model == "retrained" or "retrained" not in values:
         return model
-    return (
-        f"{model}: {wasserstein_distance(values[model], values['retrained']):.2f} decades from retrained (Wasserstein)"
-    )
+    return f"{model}: {entropy_distance(values[model], values['retrained']):.2f} decades from retrained (Wasserstein)"
 
 
 # By step

@@ -26,6 +26,7 @@ class Metric:
         n: Number of rows behind `value`.
         low, high: Bounds of the 95% bootstrap interval.
         seed: Seed of the bootstrap.
+        reason: Why there is no value, where it is undefined.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Metric:
     low: float | None = None
     high: float | None = None
     seed: int = 0
+    reason: str = ""
 
 
 @dataclass
@@ -53,6 +55,8 @@ class UnlearningReport:
         history: The trainer's log lines (step, epoch, losses, drift, evaluation).
         drift: Predicted retain drift: `relative`, `kl`, `by_layer`.
         entropies: Output entropies in nats on the forget set, by model, for the histogram.
+        audit: `verdicts` by metric and attacks `not_run`, with the reason.
+        sequence: Of one of several requests in a row: how many, the room left, warnings; see `sequence`.
         samples: Answers before and after on rows that may be shown (demo data only).
     """
 
@@ -66,6 +70,8 @@ class UnlearningReport:
     history: list[dict[str, Any]] = field(default_factory=list)
     drift: dict[str, Any] = field(default_factory=dict)
     entropies: dict[str, list[float]] = field(default_factory=dict)
+    audit: dict[str, dict[str, str]] = field(default_factory=dict)
+    sequence: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
 
     def get(self, name: str, split: str, model: str = "unlearned") -> Metric | None:
@@ -85,13 +91,18 @@ class UnlearningReport:
         for name, split in rows:
             found = [self.get(name, split, model) for model in self.models]
             lines.append([name, split, *map(_cell, found), str(next(m.n for m in found if m))])
-        return align(lines)
+        reasons = dict.fromkeys(f"{m.name} on {m.split} is undefined: {m.reason}" for m in self.metrics if m.reason)
+        return "\n".join([align(lines), *reasons])
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write `unlearning_report.json` into `folder`, atomically; NaN and infinities become null."""
         path = Path(folder) / REPORT
-        write_json(path, _plain({"format_version": FORMAT_VERSION, **asdict(self)}))
+        write_json(path, self.content())
         return path
+
+    def content(self) -> dict[str, Any]:
+        """What `save` writes: values that JSON knows."""
+        return plain({"format_version": FORMAT_VERSION, **asdict(self)})
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "UnlearningReport":
@@ -130,17 +141,26 @@ def _cell(metric: Metric | None) -> str:
     return f"{metric.value:.3f}" + (f" [{metric.low:.3f}, {metric.high:.3f}]" if bounded else "")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Only what JSON knows: numpy scalars to numbers, NaN and infinities to null, anything else to text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def forgotten_so_far(report: UnlearningReport, metric: str, model: str = "unlearned") -> float | None:
+    """Mean of a metric over the rows of this request and of all earlier ones that were tested again."""
+    sets = [
+        m for m in report.metrics
+        if (m.name, m.model) == (metric, model) and (m.split == "forget" or m.split.startswith("forgotten_"))
+    ]  # fmt: skip
+    return sum(m.value * m.n for m in sets) / sum(m.n for m in sets) if sets else None
 
 
 def side_by_side(reports: Mapping[str, UnlearningReport], metric: str) -> str:

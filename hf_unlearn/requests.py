@@ -1,9 +1,9 @@
 """One deletion request from statistics to a finished output folder."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,17 @@ from torch import nn
 from transformers import PrinterCallback
 
 from hf_unlearn.adapters import merged_state_dict
-from hf_unlearn.card import write_card
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.data import default_collator
+from hf_unlearn.describe import describe, name_base_model
+from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation import evaluate_unlearning
 from hf_unlearn.files import check_output, replace_folder
-from hf_unlearn.plots import save_plots
+from hf_unlearn.fingerprint import state_fingerprint, weights_fingerprint
+from hf_unlearn.publish import complete_folder, push_unlearned_model
 from hf_unlearn.report import UnlearningReport
+from hf_unlearn.sequence import RequestSequence
 from hf_unlearn.sharding import is_main, wait_for_all
 from hf_unlearn.statistics import RetainStatistics
 from hf_unlearn.trainer import UnlearningTrainer
@@ -43,7 +46,12 @@ class Request:
         merge_adapter: Write the merged model instead of the adapter.
         source: Where the rows come from, in words, for the report.
         samples: Given a model, answers to show; called before and after.
+        metrics: Names of metrics or suites, as in `evaluate_unlearning`.
+        cache_dir: Where what was measured is kept, so that no model is scored twice on the same rows.
         timings: Seconds spent before this request (training, collecting).
+        sequence: The requests that this one follows; its ledger gets an entry once the folder is there.
+        again: Rows of earlier requests to train on as well, so that they stay forgotten; nothing of them is subtracted,
+            and the stopping rule does not look at them.
     """
 
     model: nn.Module
@@ -59,7 +67,13 @@ class Request:
     merge_adapter: bool = False
     source: str = ""
     samples: Callable[[nn.Module], list[dict[str, str]]] | None = None
+    metrics: Sequence[str] | None = None
+    cache_dir: Path | None = None
     timings: dict[str, float] = field(default_factory=dict)
+    sequence: RequestSequence | None = None
+    again: Sequence[Any] = ()
+    _before: str = field(default="", init=False, repr=False)
+    _forgotten: RetainStatistics | None = field(default=None, init=False, repr=False)
     _retained: RetainStatistics | None = field(default=None, init=False, repr=False)
     _references: UnlearningReport | None = field(default=None, init=False, repr=False)
 
@@ -72,26 +86,43 @@ class Request:
             UnlearningError: Whatever is wrong with the request; nothing is written then.
         """
         target = check_output(args.output_dir or "unlearned", args.overwrite_output_dir)
+        if self.sequence is not None:
+            self._enter(self.sequence, target)
         if self._retained is None:
             with clock(self.timings, "subtract"):
                 self._retained = self._retain_statistics(args)
         statistics, timings = self._retained, dict(self.timings)
         with _scratch(target) as scratch, clock(timings, "unlearn"):
             with clock(timings, "decompose"):
-                trainer = self._trainer(args.but(output_dir=str(scratch)), statistics)
+                own = args.but(output_dir=str(scratch), hub_model_id=args.hub_model_id or target.name)
+                trainer = self._trainer(own, statistics)
             trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         with clock(timings, "evaluate"):
             report = self._judge(trainer, args)
-        self._describe(report, trainer, args, timings)
+        self._describe(report, trainer, timings)
         state = trainer.whole_state_dict()
+        if self.sequence is not None:
+            self._describe_sequence(self.sequence, report, trainer, state, args)
         if is_main():
             with replace_folder(target, args.overwrite_output_dir) as folder:
-                self._write(folder, trainer, state, report, target.name)
+                self._write(folder, trainer, state, report, args, target.name)
+            if self.sequence is not None:
+                self.sequence.complete(report, target)
         wait_for_all()
         trainer.constrainer.restore()
         if self.peft_config is not None:
             trainer.model.unload()
+        if args.push_to_hub and is_main():
+            self._push(target, report, args)
         return report
+
+    def _push(self, folder: Path, report: UnlearningReport, args: UnlearningConfig) -> None:
+        commit = push_unlearned_model(
+            folder, folder, args.hub_model_id or folder.name, private=args.hub_private_repo, token=args.hub_token,
+            revision=args.hub_revision, update=args.push_unfinished, publish_samples=self.samples is not None,
+        )  # fmt: skip
+        if self.sequence is not None:
+            self.sequence.ledger.record_push(report.request["number"], commit.repo_url.repo_id, commit.oid)
 
     def _retain_statistics(self, args: UnlearningConfig) -> RetainStatistics | None:
         """Statistics of the full set minus those of the forget rows on the current model (PGU, section 3.3)."""
@@ -103,14 +134,57 @@ class Request:
             batch_size=args.per_device_eval_batch_size, fisher=settings["fisher"], layers=settings["layers"],
             keep_on=args.keep_statistics_on, max_memory=args.max_memory, progress=not args.disable_tqdm,
         )  # fmt: skip
+        self._forgotten = forget
         return self.statistics - forget
 
+    def _enter(self, sequence: RequestSequence, target: Path) -> None:
+        """Check that this request can follow the last one, before any work."""
+        if self.peft_config is not None and not self.merge_adapter:
+            raise SettingsError(
+                "a sequence needs whole models to go on from; pass merge_adapter (--merge_adapter True)"
+            )
+        if sequence.model_folder is not None and Path(sequence.model_folder) == target.resolve():
+            raise SettingsError(f"{target} has the model that this request goes on from; choose another --output_dir")
+        ledger = sequence.ledger.folder.resolve()
+        if target.resolve() in (ledger, *ledger.parents):
+            raise SettingsError(f"the ledger {ledger} must not be in the output folder, which is replaced as a whole")
+        sequence.check_model(self.model)
+        self._before = weights_fingerprint(self.model)
+        if sequence.commitment is None:
+            sequence.begin(self.forget)
+
+    def _describe_sequence(
+        self,
+        sequence: RequestSequence,
+        report: UnlearningReport,
+        trainer: UnlearningTrainer,
+        state: dict[str, Any] | None,
+        args: UnlearningConfig,
+    ) -> None:
+        after = self._fingerprint(trainer, state) if is_main() else ""  # which completes the sequence
+        sequence.describe(
+            report, weights=(self._before, after), forget=self._forgotten, full=self.statistics, retain=self._retained,
+            constraint=args.build_constraint(),
+        )  # fmt: skip
+
+    def _fingerprint(self, trainer: UnlearningTrainer, state: dict[str, Any] | None) -> str:
+        """Of the weights that are written: gathered ones, which are tied no more, as the model that loads them."""
+        if state is not None:
+            tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+            state = state | {name: state[source] for name, source in tied.items() if source in state}
+        if self.peft_config is not None:
+            return state_fingerprint(merged_state_dict(trainer.model, state))
+        return weights_fingerprint(trainer.model) if state is None else state_fingerprint(state)
+
     def _trainer(self, args: UnlearningConfig, statistics: RetainStatistics | None) -> UnlearningTrainer:
+        forget = [*self.forget, *self.again] if self.again else self.forget
         trainer = UnlearningTrainer(
-            self.model, args, self.forget, self.retain, statistics=statistics,
+            self.model, args, forget, self.retain, statistics=statistics,
             holdout_dataset=self.splits.get("holdout"), data_collator=self.collator,
             processing_class=self.processing_class, peft_config=self.peft_config,
         )  # fmt: skip
+        if self.sequence is not None:
+            trainer.stop_by(self.forget, self.sequence.mark(args.forget_metric))
         if args.disable_tqdm:  # Trainer would print each log line instead; the report has them
             trainer.remove_callback(PrinterCallback)
         return trainer
@@ -120,15 +194,16 @@ class Request:
         first = self._references is None
         report = evaluate_unlearning(
             trainer.model, self.splits, original=trainer.original_model if first else None,
-            retrained=self.retrained if first else None, processing_class=self.processing_class,
+            retrained=self.retrained if first or self.metrics else None, metrics=self.metrics,
+            processing_class=self.processing_class,
             collator=self.collator or default_collator(self.processing_class),
-            batch_size=args.per_device_eval_batch_size, seed=args.seed,
+            batch_size=args.per_device_eval_batch_size, seed=args.seed, cache_dir=self.cache_dir,
         )  # fmt: skip
         if self.samples is not None:
             report.samples = self.samples(trainer.model)
         if self._references is None:
             self._references = self._reference_part(report, trainer)
-            report.metrics = [m for m in report.metrics if m.model == "unlearned"]
+        report.metrics = [m for m in report.metrics if m.model == "unlearned"]
         report.metrics = self._references.metrics + report.metrics
         report.entropies = self._references.entropies | report.entropies
         answers = zip(self._references.samples, report.samples, strict=True)
@@ -144,37 +219,15 @@ class Request:
                 references.samples = self.samples(original)
         return references
 
-    def _describe(
-        self, report: UnlearningReport, trainer: UnlearningTrainer, args: UnlearningConfig, timings: dict[str, float]
-    ) -> None:
-        statistics, drift = trainer.constrainer.statistics, trainer.constrainer.drift()
-        config = getattr(trainer.model, "config", None)
+    def _describe(self, report: UnlearningReport, trainer: UnlearningTrainer, timings: dict[str, float]) -> None:
         report.request = {
             "rows": len(self.forget),
             "source": self.source,
             "date": datetime.now(timezone.utc).date().isoformat(),
         }
-        report.method = {
-            "loss": trainer.loss.name,
-            "loss_settings": trainer.loss.all_settings,
-            "constraint": args.constraint,
-            "constraint_settings": _settings_of(args),
-            "statistics": statistics
-            and {"rows": statistics.rows, "weights": statistics.weights, "data": statistics.data},
-            "coverage": {
-                "protected": len(trainer.coverage.protected),
-                "frozen": len(trainer.coverage.frozen),
-                "exposed": list(trainer.coverage.exposed),
-            },
-            "base_model": _public_name(getattr(config, "_name_or_path", "")),
-            "stopped": trainer.stop_reason,
-            "steps": trainer.state.global_step,
-            "retain_rows_used": 0 if self.retain is None else len(self.retain),
-        }
-        report.settings = {k: v for k, v in args.to_dict().items() if k in _REPORTED}
+        describe(report, trainer, retain_rows=0 if self.retain is None else len(self.retain), merged=self.merge_adapter)
+        report.method["rows_forgotten_again"] = len(self.again)
         report.timings = timings
-        report.history = list(trainer.state.log_history)
-        report.drift = asdict(drift) | {"relative": drift.relative}
 
     def _write(
         self,
@@ -182,8 +235,10 @@ class Request:
         trainer: UnlearningTrainer,
         state: dict[str, Any] | None,
         report: UnlearningReport,
+        args: UnlearningConfig,
         name: str,
     ) -> None:
+        name_base_model(trainer.model, args)
         if self.peft_config is not None and self.merge_adapter:
             merged = merged_state_dict(trainer.model, state)
             self.model.save_pretrained(folder, state_dict=merged)  # type: ignore[operator]
@@ -191,27 +246,7 @@ class Request:
             trainer.model.save_pretrained(folder, state_dict=state)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        report.save(folder)
-        plots = save_plots(report, folder / "plots")
-        write_card(report, folder, model_name=name, plots=[path.relative_to(folder).as_posix() for path in plots])
-
-
-_REPORTED = frozenset(
-    "learning_rate momentum optim lr_scheduler_type num_train_epochs max_steps per_device_train_batch_size "
-    "gradient_accumulation_steps max_grad_norm weight_decay relative_step seed bf16 fp16 eval_strategy eval_steps "
-    "forget_metric forget_target max_retain_drift layer_constraints allow_exposed freeze train_only max_length".split()
-)
-
-
-def _settings_of(args: UnlearningConfig) -> dict[str, Any]:
-    built = args.build_constraint()
-    built = built["*"] if isinstance(built, Mapping) else built
-    return asdict(built) if built is not None else {}  # type: ignore[call-overload]
-
-
-def _public_name(name: str) -> str | None:
-    """A Hub id as it is, of a local folder the last part alone: the report is published."""
-    return (Path(name).name if Path(name).exists() else name) or None
+        complete_folder(folder, report, name, args.card_template)
 
 
 @contextmanager

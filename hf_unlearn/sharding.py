@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from hf_unlearn.errors import SettingsError
+from hf_unlearn.errors import ModelError, SettingsError
 
 T = TypeVar("T")
 
@@ -179,3 +179,15 @@ def local_part(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor of a sharded one (a collective call); any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a process has only parts of the model's weights or gradients (FSDP2, DeepSpeed)."""
+    marks = ("ds_id", "_hp_mapping")  # of ZeRO-3 and of ZeRO-1 and -2
+    return any(isinstance(p, DTensor) or any(hasattr(p, mark) for mark in marks) for p in model.parameters())
+
+
+def require_whole(model: nn.Module, what: str) -> None:
+    """Raise `ModelError` where `what` would see parts of a gradient, or a mean over the processes' rows."""
+    if is_sharded(model):
+        raise ModelError(f"{what} needs whole gradients, and the model is sharded over processes; load the saved one")

@@ -5,6 +5,8 @@ Shapes: N positions (unmasked rows of the layer inputs), I input features, O out
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -249,6 +251,37 @@ class RetainStatistics:
             write_json(new / METADATA, head | self._metadata())
         return Path(folder)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Retain statistics",
+        update: bool = False,
+    ) -> Any:
+        """Publish these statistics with a short card; `from_pretrained(repo_id)` loads them again.
+
+        They are saved to a temporary folder first, which stays if the push fails. Returns the commit
+        (`huggingface_hub.CommitInfo`).
+
+        Args:
+            repo_id, private, token, revision, commit_message, update: As in `hub.push_folder`.
+
+        Raises:
+            PushError, SettingsError: As `hub.push_folder`.
+        """
+        from hf_unlearn.publish import push_statistics
+
+        folder = self.save_pretrained(Path(tempfile.mkdtemp(prefix="statistics-")) / repo_id.rpartition("/")[2])
+        commit = push_statistics(
+            folder, repo_id, private=private, token=token, revision=revision, commit_message=commit_message,
+            update=update,
+        )  # fmt: skip
+        shutil.rmtree(folder.parent)
+        return commit
+
     def _metadata(self) -> dict[str, Any]:
         plain = ("positions", "rows", "labels", "weights", "data", "settings", "versions")
         layers = {name: asdict(sums) for name, sums in self.layers.items()}
@@ -261,6 +294,7 @@ class RetainStatistics:
         folder: str | os.PathLike,
         *,
         revision: str | None = None,
+        token: str | bool | None = None,
         model: nn.Module | None = None,
         allow_other_weights: bool = False,
         device: str | torch.device = "cpu",
@@ -273,6 +307,7 @@ class RetainStatistics:
         Args:
             folder: Local folder, or `user/repo` on the Hub.
             revision: Branch, tag or commit on the Hub.
+            token: Read token for a private repository; default: `HF_TOKEN` or that of `hf auth login`.
             model: If given, `check_model` is applied.
             allow_other_weights: Accept statistics of other weights of the same architecture.
             device: Where the sums go.
@@ -281,7 +316,7 @@ class RetainStatistics:
         Raises:
             StatisticsError: Missing, truncated or altered files, a newer format, or another model.
         """
-        path = _local_folder(folder, revision)
+        path = _local_folder(folder, revision, token)
         content = _read_metadata(path)
         if sha256_of(path / TENSORS) != content["sha256"]:
             raise StatisticsError(f"{path / TENSORS} does not match its checksum (truncated or altered); collect again")
@@ -318,7 +353,7 @@ def _difference(a: RetainStatistics, b: RetainStatistics) -> str:
     return f"{len(odd)} differ, first {odd[0]!r}"
 
 
-def _local_folder(folder: str | os.PathLike, revision: str | None) -> Path:
+def _local_folder(folder: str | os.PathLike, revision: str | None, token: str | bool | None) -> Path:
     path = Path(folder)
     if path.exists():
         return path
@@ -326,10 +361,14 @@ def _local_folder(folder: str | os.PathLike, revision: str | None) -> Path:
         raise StatisticsError(f"{folder} is neither a local folder nor a Hub id of the form user/repo")
     from huggingface_hub import snapshot_download
 
+    from hf_unlearn.hub import scrub
+
     try:
-        return Path(snapshot_download(str(folder), revision=revision, allow_patterns=[TENSORS, METADATA]))
+        files = [TENSORS, METADATA]
+        return Path(snapshot_download(str(folder), revision=revision, token=token, allow_patterns=files))
     except Exception as error:  # the client's exceptions share no base class
-        raise StatisticsError(f"cannot get statistics {folder!r} from the Hub: {error}".split("\n")[0]) from error
+        reason = scrub(f"{type(error).__name__}: {error}", token)
+        raise StatisticsError(f"cannot get statistics {str(folder)!r} from the Hub ({reason})") from None
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:

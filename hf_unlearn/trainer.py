@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -36,8 +37,7 @@ from hf_unlearn.data import (
     require_disjoint,
     require_labels,
 )
-from hf_unlearn.errors import NonFiniteLossError, SettingsError, StatisticsError
-from hf_unlearn.hub import upload
+from hf_unlearn.errors import ModelError, NonFiniteLossError, SettingsError, StatisticsError
 from hf_unlearn.layers import find_layers
 from hf_unlearn.losses import UnlearningLoss, build_loss
 from hf_unlearn.losses.base import ForgetTerm, OriginalModel
@@ -47,9 +47,10 @@ from hf_unlearn.original_outputs import frozen_copy, original_outputs
 from hf_unlearn.predictions import predict
 from hf_unlearn.sharding import check_sharding, gather, loaded_whole, shard_on_cpu, sharding_of, wait_for_all
 from hf_unlearn.statistics import RetainStatistics
+from hf_unlearn.trainer_hub import HubMixin
 
 
-class UnlearningTrainer(Trainer):
+class UnlearningTrainer(HubMixin, Trainer):
     """Forget `forget_dataset` under the constraint of `args`, the rest as in `transformers.Trainer`.
 
     Args:
@@ -70,6 +71,7 @@ class UnlearningTrainer(Trainer):
             `losses.base.LossKind`) or what `losses.build_loss` gives.
         original_model: A frozen copy for losses that read the original model; default: its weights, or the model
             without its adapter, put in for the moment (no copy), or `args.original_logprobs`.
+        judge: Further metrics of the model at each evaluation, such as `evaluation.training_judge` gives.
         callbacks, optimizers, compute_metrics: As in Trainer.
 
     Attributes:
@@ -100,6 +102,7 @@ class UnlearningTrainer(Trainer):
         peft_config: Any = None,
         loss: str | ForgetTerm | UnlearningLoss | None = None,
         original_model: nn.Module | None = None,
+        judge: Callable[[nn.Module], Mapping[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
@@ -120,6 +123,7 @@ class UnlearningTrainer(Trainer):
         if self.loss.kind.alternates:
             require_alternates(forget, self.loss.name)
         collator = data_collator or default_collator(processing_class)
+        self.judge = judge
         if self.loss.kind.needs_retain and retain is None:
             raise SettingsError(
                 f"loss {self.loss.name!r} needs retain rows; pass retain_dataset or choose another loss"
@@ -355,6 +359,27 @@ class UnlearningTrainer(Trainer):
         )  # fmt: skip
         return lambda: nullcontext(stored)
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As Trainer; the metrics of `judge` come with those of the splits."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.judge is not None and eval_dataset is None:
+            judged = {f"{metric_key_prefix}_{name}": value for name, value in self.judge(self.model).items()}
+            self.log(judged)
+            metrics |= judged
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As Trainer, among the evaluations that keep to `utility_floor`."""
+        for name, floor in (self.args.utility_floor or {}).items():
+            key = f"eval_{name.removeprefix('eval_')}"
+            if key not in metrics:
+                raise SettingsError(f"utility_floor names {name!r}; an evaluation has {', '.join(sorted(metrics))}")
+            if not metrics[key] >= floor:
+                return False
+        return super()._determine_best_metric(metrics, trial)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add predicted retain drift and leak to the training log lines."""
         if "loss" in logs:
@@ -377,15 +402,6 @@ class UnlearningTrainer(Trainer):
             content = {k: v for k, v in self.args.to_dict().items() if not k.endswith("token")}
             (folder / "training_args.json").write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
 
-    def push_to_hub(self, commit_message: str | None = "Unlearned model", **options: Any) -> Any:
-        """Save to `output_dir` and upload the publishable files of it (weights, tokenizer, card, report, plots)."""
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=options.get("token"), private=options.pop("private", None))
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        return upload(self.args.output_dir, self.hub_model_id, commit_message=commit_message, **options)
-
     def _add_callbacks(self) -> None:
         args = self.args
         if self.is_deepspeed_enabled:
@@ -400,6 +416,18 @@ class UnlearningTrainer(Trainer):
             self.add_callback(DriftBudgetCallback(self.constrainer, args.max_retain_drift))
         if self.loss.dual is not None:
             self.add_callback(DualWeightCallback(self.loss.dual))
+
+    def stop_by(self, forget_dataset: Any, mark: float | None = None) -> None:
+        """Let early stopping look at these forget rows alone, and go by a mark that was measured before."""
+        rows = encode_dataset(
+            forget_dataset, self.processing_class, what="forget", max_length=self.args.max_length, model=self.model
+        )
+        self._stopping_rows["forget"] = rows
+        if isinstance(self.eval_dataset, dict) and "forget" in self.eval_dataset:
+            self.eval_dataset["forget"] = rows
+        stopping = self._stopping_callback()
+        if stopping is not None and stopping.target is None and mark is not None:
+            stopping.mark = mark
 
     def _stopping_score(self, split: str) -> float:
         """The forget metric on `forget` or `holdout` rows as `evaluate` has it, without a log line."""
@@ -481,7 +509,12 @@ def _freeze(model: nn.Module, statistics: RetainStatistics | None, constraint: A
 
 
 def _mean_scores(prediction: EvalPrediction) -> dict[str, float]:
-    """Means over rows of what `prediction_step` returns."""
+    """Means over rows, on all processes, of what `prediction_step` returns; raises `ModelError` on NaN logits."""
     scores = RowScores.from_matrix(prediction.predictions)
+    if (broken := np.isnan(scores.loss)).any():
+        raise ModelError(
+            f"the model's logits are NaN on row {broken.argmax()} of {len(broken)}; its weights are broken: go back to "
+            "an earlier checkpoint, with a lower learning_rate"
+        )
     return {"loss": scores.loss.mean(), "probability": scores.probability.mean(), "accuracy": scores.accuracy.mean(),
             "entropy": scores.entropy.mean()}  # fmt: skip

@@ -45,8 +45,9 @@ def make_report() -> UnlearningReport:
             "base_model_revision": REVISION,
             "stopped": "forget probability reached held-out",
             "retain_rows_used": 0,
+            "task": "text-generation",
         },
-        settings={"learning_rate": 1e-3, "seed": 7, "task": "text-generation", "max_length": None},
+        settings={"learning_rate": 1e-3, "seed": 7, "optim": "sgd", "max_length": None},
         versions={"torch": "2.7.0"},
         hardware="2 cores",
         timings={"unlearn": 26.04},
@@ -98,6 +99,37 @@ def test_every_metric_is_in_the_table_and_in_the_model_index() -> None:
     assert table[1][2] == "0.981 [0.931, 1.031]" and fewer[1][2] == "not measured"
 
 
+def test_an_audits_verdicts_what_was_not_run_and_why_a_number_is_undefined_are_said() -> None:
+    report = make_report()
+    before = render_card(report, model_name="m")
+    attacks = ("membership_auc_zlib", "membership_auc_min_k")
+    report.metrics += [Metric(name, 0.7, "forget", "unlearned", 20) for name in attacks]
+    report.metrics.append(
+        Metric("forget_quality", math.nan, "forget", "unlearned", 20, reason="no retrained model | given")
+    )
+    verdict = "remembers more than the retrained model"
+    report.audit = {"verdicts": {"relearning_steps": verdict}, "not_run": {"recalibration": "it has no batch norm"}}
+    card = render_card(report, model_name="m")
+    said = cells(card)
+    assert said["`relearning_steps`"] == verdict and said["`recalibration`"] == "it has no batch norm"
+    assert "`forget_quality` on forget: no retrained model \\| given" in card
+    assert not {"`relearning_steps`", "`recalibration`"} & set(cells(before)) and "Undefined:" not in before
+    (name,) = [name for name in said if name.startswith("membership inference")]
+    assert said[name] == cells(before)[name] and not any(attack in said[name] for attack in attacks)  # stays short
+
+
+def test_a_request_in_a_row_says_its_number_its_room_and_its_warnings() -> None:
+    report = make_report()
+    assert cells(render_card(report, model_name="m"))["number in its ledger"] == "not recorded"
+    report.request["number"] = 3
+    report.sequence = {
+        "room": {"mean": 0.25}, "drift_used": {"relative": 0.0123, "budget": None}, "warnings": ["the room | runs out"],
+    }  # fmt: skip
+    said = cells(render_card(report, model_name="m"))
+    assert said["number in its ledger"] == "3" and said["warning"] == "the room | runs out"
+    assert said["predicted drift of all requests, relative"] == "0.0123 (budget: none)" and "25.0%" in said.values()
+
+
 def test_what_was_recorded_is_in_the_card() -> None:
     card = render_card(make_report(), model_name="me/model", plots=["plots/metrics.png", "plots/my own.png"])
     for part in (
@@ -120,6 +152,38 @@ def test_metadata_parses_and_names_the_base_model() -> None:
     assert data["model-index"][0]["name"] == "me/model"
     empty = ModelCard(render_card(UnlearningReport(), model_name="me/model")).data.to_dict()
     assert not {"model-index", "base_model", "base_model_relation", "pipeline_tag"} & empty.keys()
+
+
+def test_an_adapter_is_told_from_full_weights_and_from_a_merged_one() -> None:
+    report = make_report()
+    report.method["adapter"] = None
+    full = render_card(report, model_name="m")
+    assert cells(full)["adapter"] == "not used: the weights themselves were trained"
+    report.method["adapter"] = {"type": "LORA", "r": 16, "target_modules": ["q_proj", "v_proj"], "merged": False}
+    card = render_card(report, model_name="m")
+    data = ModelCard(card).data.to_dict()
+    assert (data["base_model_relation"], data["library_name"]) == ("adapter", "peft")
+    assert cells(card)["adapter"] == "type = LORA, r = 16, target_modules = q_proj, v_proj, merged = False"
+    report.method["adapter"]["merged"] = True
+    data = ModelCard(render_card(report, model_name="m")).data.to_dict()
+    assert (data["base_model_relation"], data["library_name"]) == ("finetune", "transformers")
+    report.method.pop("adapter")
+    assert cells(render_card(report, model_name="m"))["adapter"] == "not recorded"
+
+
+def test_layers_are_named_by_pattern_and_retained_energy_as_it_came_out() -> None:
+    report = make_report()
+    report.drift["by_layer"] = {f"model.layers.{i}.mlp.{name}": 0.1 for i in range(12) for name in ("up", "down")}
+    report.drift["by_layer"]["score"] = 0.1
+    found = cells(render_card(report, model_name="m"))
+    assert found["layers touched"] == "25: `model.layers.*.mlp.up` x 12, `model.layers.*.mlp.down` x 12, `score`"
+    energy = "retained energy: what steps may not touch"
+    assert found[energy] == "0.9 of the spectrum (singular values); as share of the energy: not recorded"
+    report.method["retained"] = {"energy": 0.9931, "rank": 0.25, "layers": 25}
+    expected = "0.9 of the spectrum (singular values): 99.3% of the energy of the inputs, in 25.0% of their dimensions"
+    assert cells(render_card(report, model_name="m"))[energy].startswith(expected)
+    report.method["retained"]["energy"] = math.nan
+    assert "undefined of the energy" in cells(render_card(report, model_name="m"))[energy]
 
 
 def test_numpy_scalars_become_numbers() -> None:
@@ -190,7 +254,7 @@ def test_a_bar_in_a_name_does_not_break_a_table(nasty: str) -> None:
     report.request["source"] = report.method["stopped"] = report.hardware = report.versions["torch"] = nasty
     report.method["coverage"]["exposed"] = [nasty]
     report.drift["by_layer"] = {nasty: 0.1}
-    report.settings = {nasty if name == "task" else name: value for name, value in report.settings.items()}
+    report.settings = {nasty if name == "optim" else name: value for name, value in report.settings.items()}
     found = tables(render_card(report, model_name=nasty))
     assert [[len(row) for row in table] for table in found] == shape
 
@@ -283,6 +347,12 @@ def test_a_local_base_model_is_named_without_its_path() -> None:
     report.method["base_model"] = "/home/someone/my-model"
     card = render_card(report, model_name="m")
     assert "`my-model`" in card and "someone" not in card and "base_model" not in ModelCard(card).data.to_dict()
+    # a folder's name alone looks like an id, which only the run knows that it is not
+    report.method["base_model"] = "my-model"
+    assert ModelCard(render_card(report, model_name="m")).data.to_dict()["base_model"] == "my-model"
+    report.method["base_model_is_local"] = True
+    card = render_card(report, model_name="m")
+    assert "`my-model`" in card and "base_model" not in ModelCard(card).data.to_dict()
 
 
 def test_text_of_values() -> None:

@@ -21,7 +21,8 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from hf_unlearn.errors import DataError, OutputError, SettingsError
-from hf_unlearn.evaluation import METRICS, ROW_METRICS, evaluate_unlearning
+from hf_unlearn.evaluation import evaluate_unlearning
+from hf_unlearn.judge import SUITES
 from hf_unlearn.predictions import output_logits, shifts_labels
 from hf_unlearn.report import FORMAT_VERSION, REPORT, Metric, UnlearningReport, side_by_side
 
@@ -70,7 +71,7 @@ def test_every_metric_of_every_split_and_model_equals_its_twin(case: str) -> Non
         assert attack is not None and attack.n == SIZES["forget"] + SIZES["holdout"]
         assert attack.value == pytest.approx(roc_auc_score(truth, -losses))
         np.testing.assert_allclose(report.entropies[kind], scores["forget"][:, 3], rtol=1e-4, atol=1e-5)
-    assert len(report.metrics) == len(MODELS) * (len(ROW_METRICS) * len(SIZES) + 1)
+    assert len(report.metrics) == len(MODELS) * (len(COLUMNS) * len(SIZES) + 1)
     by_model = [report.get("loss", "forget", kind).value for kind in MODELS]  # type: ignore[union-attr]
     assert len({round(value, 3) for value in by_model}) == 3  # the models do differ
 
@@ -87,7 +88,7 @@ def test_only_the_metrics_asked_for_are_measured() -> None:
     models, splits = make("mlp")
     found = evaluate(models, splits, metrics=("accuracy", "membership_auc")).metrics
     assert {m.name for m in found} == {"accuracy", "membership_auc"}
-    assert {m.name for m in evaluate(models, splits).metrics} == set(METRICS)
+    assert {m.name for m in evaluate(models, splits).metrics} == set(SUITES["default"])
 
 
 def test_membership_needs_held_out_rows() -> None:
@@ -309,4 +310,4 @@ def test_side_by_side_without_a_retrained_model_or_attack_has_no_number_for_them
 
 def test_image_rows_of_a_real_head_go_all_the_way() -> None:
     report = evaluate_unlearning(tiny_vit(), {"forget": image_rows(3), "holdout": image_rows(3, 1)})
-    assert {m.name for m in report.metrics} == set(METRICS) and report.versions and report.hardware
+    assert {m.name for m in report.metrics} == set(SUITES["default"]) and report.versions and report.hardware

@@ -4,7 +4,9 @@ the answers are; streams give the same statistics; what cannot be meant is an er
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -45,6 +47,7 @@ from hf_unlearn.data import (
     take,
 )  # fmt: skip
 from hf_unlearn.errors import DataError, ModelError
+from hf_unlearn.evaluation import evaluate_unlearning
 from hf_unlearn.metrics import score_rows
 from hf_unlearn.predictions import predict, task_of
 from hf_unlearn.trainer import UnlearningTrainer
@@ -313,14 +316,20 @@ def test_processes_share_rows_without_overlap_and_make_equally_many_batches(
 # Broken models
 
 
-def test_weights_that_are_no_numbers_are_an_error_and_never_a_score() -> None:
-    model = tiny_llama()
+def test_weights_that_are_no_numbers_give_an_error_or_no_value_and_never_a_score(tmp_path: Path) -> None:
+    whole, model = tiny_llama(), tiny_llama()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
-    with pytest.raises(ModelError, match="logits are NaN on row 0 of a batch of 3"):
-        score_rows(model, text_rows(3), PaddingCollator())
     with pytest.raises(ModelError, match="are not finite"):
         collect_statistics(model, text_rows(3), progress=False)
+    args = UnlearningConfig(str(tmp_path), use_cpu=True, disable_tqdm=True, constraint="none")
+    trainer = UnlearningTrainer(model, args, text_rows(3), eval_dataset={"retain": text_rows(3, seed=1)})
+    with pytest.raises(ModelError, match="logits are NaN on row 0 of 3"):
+        trainer.evaluate()
+    judged = evaluate_unlearning(model, {"forget": text_rows(3)}, original=whole)
+    for metric in judged.metrics:
+        assert math.isnan(metric.value) == (metric.model == "unlearned"), metric
+        assert ("NaN: the model's weights are broken" in metric.reason) == (metric.model == "unlearned")
 
 
 def test_settings_are_documented() -> None:

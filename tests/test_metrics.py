@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference_losses as reference
+import reference_metrics
 import scipy.stats
 import torch
 from cases import CASES, collate, sharpen, text_rows, tiny_bert, tiny_gpt2, tiny_llama
@@ -19,11 +20,21 @@ from sklearn.metrics import roc_auc_score
 
 from hf_unlearn.data import PaddingCollator
 from hf_unlearn.errors import DataError
-from hf_unlearn.metrics import Estimate, RowScores, bootstrap_auc, bootstrap_mean, row_scores, score_rows
+from hf_unlearn.metrics import (
+    Estimate,
+    RowScores,
+    Undefined,
+    bootstrap,
+    bootstrap_auc,
+    bootstrap_mean,
+    row_scores,
+    score_classes,
+    score_rows,
+)
 from hf_unlearn.metrics.intervals import auc
 from hf_unlearn.predictions import Predictions, output_logits, predict, shifts_labels
 
-NAMES = ("loss", "probability", "accuracy", "entropy")
+NAMES = ("loss", "probability", "accuracy", "entropy", "extraction_strength", "min_k", "min_k_plus_plus")
 
 
 def as_matrix(scores: RowScores) -> np.ndarray:
@@ -40,10 +51,10 @@ def predictions(logits_LV: list[list[float]], labels_L: list[int], rows_L: list[
 
 def test_scores_come_in_the_order_of_the_fields() -> None:
     assert tuple(f.name for f in fields(RowScores)) == NAMES
-    matrix = np.arange(8).reshape(2, 4)
+    matrix = np.arange(14).reshape(2, 7)
     assert np.array_equal(as_matrix(RowScores.from_matrix(matrix)), matrix)
-    both = RowScores.concatenate([RowScores.from_matrix(matrix), RowScores.from_matrix(matrix + 8)])
-    assert np.array_equal(as_matrix(both), np.arange(16).reshape(4, 4))
+    both = RowScores.concatenate([RowScores.from_matrix(matrix), RowScores.from_matrix(matrix + 14)])
+    assert np.array_equal(as_matrix(both), np.arange(28).reshape(4, 7))
 
 
 @pytest.mark.parametrize("case", ["gpt2", "llama", "bert", "vit", "mlp"])
@@ -54,10 +65,10 @@ def test_row_scores_equal_their_twin(case: str) -> None:
         found = row_scores(predict(model, batch)).numpy()
         logits = output_logits(model, batch).numpy()
     shifted = shifts_labels(model)
-    twin = reference.row_scores(reference.labelled(logits, batch["labels"].numpy(), shifted=shifted))
-    np.testing.assert_allclose(found, twin, rtol=1e-6, atol=1e-7)
+    twin = reference_metrics.row_scores(reference.labelled(logits, batch["labels"].numpy(), shifted=shifted))
+    np.testing.assert_allclose(found, twin, rtol=1e-5, atol=1e-6)
     if batch["labels"].ndim == 2:
-        wrong = reference.row_scores(reference.labelled(logits, batch["labels"].numpy(), shifted=not shifted))
+        wrong = reference_metrics.row_scores(reference.labelled(logits, batch["labels"].numpy(), shifted=not shifted))
         assert np.abs(found - wrong).max() > 1e-2
 
 
@@ -70,6 +81,55 @@ def test_probability_is_the_geometric_mean_over_a_rows_labels() -> None:
     found = row_scores(predictions([[math.log(3), 0], [0.0, 0]], [0, 0], [0, 0]))
     assert found[0, 1].item() == pytest.approx(math.sqrt(0.75 * 0.5))
     assert found[0, 1].item() != pytest.approx((0.75 + 0.5) / 2)
+
+
+@pytest.mark.parametrize("rest", [-1e4, -math.inf])
+def test_a_masked_class_does_not_spoil_min_k_plus_plus(rest: float) -> None:
+    found = row_scores(predictions([[1.0, 0.0, rest]], [0]))
+    assert found[0, 6].item() == pytest.approx(row_scores(predictions([[1.0, 0.0]], [0]))[0, 6].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("right", "strength"), [("1111", 1), ("0111", 0.75), ("1101", 0.25), ("1110", 0), ("0000", 0)])
+def test_extraction_strength_is_one_minus_the_share_of_the_prefix_that_is_needed(right: str, strength: float) -> None:
+    """By hand: after `1101` three of four labels must be given before the rest follows; and no `1 / T` for nothing."""
+    labels = [0 if flag == "1" else 1 for flag in right]
+    found = row_scores(predictions([[1.0, 0.0]] * 4, labels, [0] * 4))
+    assert found[0, 4].item() == strength
+    both = row_scores(predictions([[1.0, 0.0]] * 8, labels + labels[::-1], [0] * 4 + [1] * 4))
+    assert both[0, 4].item() == strength  # the next row's labels are not this one's
+
+
+def test_min_k_looks_at_the_lowest_two_of_five_labels() -> None:
+    """By hand: probabilities 1/2, 1/4, 1/8, 3/4, 7/8; of five labels 40% are two, of four still one, of one one."""
+    p = [1 / 2, 1 / 4, 1 / 8, 3 / 4, 7 / 8]
+    logits = [[math.log(value / (1 - value)), 0.0] for value in p]
+    found = row_scores(predictions(logits + logits[:4] + logits[:1], [0] * 10, [0] * 5 + [1] * 4 + [2]))
+    assert found[:, 5].tolist() == pytest.approx([math.log(32) / 2, math.log(8), math.log(2)])
+    assert found[0, 5].item() != pytest.approx(found[0, 0].item())
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 24])
+def test_scores_do_not_depend_on_the_size_of_a_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = predict(tiny_llama(), collate(text_rows(5)))
+    whole = row_scores(given)
+    monkeypatch.setattr("hf_unlearn.metrics.rows.CHUNK", chunk)
+    torch.testing.assert_close(row_scores(given), whole, rtol=1e-6, atol=1e-7)
+
+
+def test_scoring_makes_no_tensor_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    made = torch.Tensor.log_softmax
+    monkeypatch.setattr(torch.Tensor, "log_softmax", lambda z, dim: (sizes.append(z.numel()), made(z, dim))[1])
+    monkeypatch.setattr("hf_unlearn.metrics.rows.CHUNK", 4 * 29)
+    row_scores(predict(tiny_llama(), collate(text_rows(5))))
+    assert len(sizes) > 2 and max(sizes) <= 4 * 29
+
+
+def test_a_nan_logit_makes_every_score_of_its_row_undefined_and_no_other_rows() -> None:
+    logits = [[2.0, 0.0], [math.nan, 0.0], [2.0, 0.0], [1.0, 0.0]]
+    found = row_scores(predictions(logits, [0, 1, 0, 0], [0, 0, 0, 1]))
+    assert found[0].isnan().all() and found[1].isfinite().all()
+    assert (torch.tensor(logits).argmax(-1) == torch.tensor([0, 1, 0, 0])).any()  # what argmax alone would say
 
 
 @pytest.mark.parametrize("case", ["llama", "gpt2", "bert", "vit"])
@@ -107,7 +167,7 @@ def test_entropy_of_the_uniform_distribution_is_the_logarithm_of_its_size(classe
 @pytest.mark.parametrize("rest", [-1e4, -math.inf])
 def test_entropy_of_a_certain_prediction_is_zero_and_no_score_is_nan(rest: float) -> None:
     scores = row_scores(predictions([[rest, 0.0, rest]], [1]))
-    assert scores[0].tolist() == [0, 1, 1, 0]
+    assert scores[0].tolist() == [0, 1, 1, 0, 1, 0, 0]
     p = torch.tensor([rest, 0.0, rest]).log_softmax(-1)
     if rest == -math.inf:
         assert torch.isnan(p.exp() * p).any()  # what the formula alone gives
@@ -135,6 +195,17 @@ def test_scoring_leaves_no_gradients() -> None:
     model = tiny_gpt2()
     score_rows(model, text_rows(2), PaddingCollator())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_class_probabilities_are_the_softmax_of_the_logits_and_need_one_label_a_row() -> None:
+    model, rows = CASES["vit"][0](), CASES["vit"][1](5)
+    scores, probabilities = score_classes(model, rows, PaddingCollator(), batch_size=2)
+    with torch.no_grad():
+        logits = output_logits(model, collate(rows)).double().numpy()
+    np.testing.assert_allclose(probabilities, [reference.softmax(z) for z in logits], rtol=1e-5)
+    np.testing.assert_allclose(as_matrix(scores), as_matrix(score_rows(model, rows, PaddingCollator())), rtol=1e-4)
+    with pytest.raises(DataError, match="this is for classifiers"):
+        score_classes(tiny_llama(), text_rows(2), PaddingCollator())
 
 
 @pytest.mark.parametrize("size", [1, 4])
@@ -211,6 +282,24 @@ def test_intervals_agree_with_scipys_percentile_bootstrap() -> None:
         assert found.low == pytest.approx(twin.low, abs=0.15 * width(found))
         assert found.high == pytest.approx(twin.high, abs=0.15 * width(found))
         assert width(found) > 0.05
+
+
+def test_nothing_is_undefined_rather_than_zero_and_nan_stays() -> None:
+    assert isinstance(bootstrap_mean([]), Undefined) and "no rows" in bootstrap_mean([]).reason
+    found = bootstrap_mean([0.5, math.nan])
+    assert math.isnan(found.value) and found.low is None
+    area = bootstrap_auc([1.0, math.nan], [0.0, 1.0])
+    assert math.isnan(area.value) and area.low is None
+    assert isinstance(bootstrap_auc([], [1.0]), Undefined)
+
+
+def test_rows_of_paired_numbers_are_drawn_together() -> None:
+    """The difference of two numbers of the same row has no spread where it is constant; drawn apart it would have."""
+    values = samples(30, 0)
+    pairs = np.stack([values + 2, values])
+    together = bootstrap([pairs], lambda p, axis: (p[0] - p[1]).mean(axis=axis))
+    apart = bootstrap(list(pairs), lambda a, b, axis: a.mean(axis=axis) - b.mean(axis=axis))
+    assert width(together) < 1e-9 and width(apart) > 0.3 and together.n == 30 and apart.n == 60
 
 
 # Area under the curve

@@ -194,3 +194,33 @@ def test_the_bars_show_the_metric_that_early_stopping_goes_by() -> None:
         assert [axes.get_title(loc="left") or axes.get_title() for axes in figure.axes] == [title]
         heights = sorted(patch.get_height() for patch in figure.axes[0].patches)
         assert heights == sorted(metric.value for metric in report.metrics if metric.name == "accuracy")
+
+
+# Requests in a row
+
+
+def in_a_row(count: int, offset: float = 0.0) -> list[UnlearningReport]:
+    """`count` reports: 10 rows forgotten at each, the earlier ones tested again."""
+    reports = []
+    for number in range(1, count + 1):
+        metrics = [Metric("accuracy", 0.9 + offset, "retain", "unlearned", 50)]
+        metrics += [Metric("accuracy", 0.8 + offset, "holdout", "unlearned", 50)]
+        metrics += [Metric("accuracy", 0.1 * number, "forget", "unlearned", 10)]
+        metrics += [Metric("accuracy", 0.3 + offset, f"forgotten_{k}", "unlearned", 30) for k in range(1, number)]
+        reports.append(UnlearningReport(metrics, sequence={"drift_used": {"relative": 0.01 * number + offset}}))
+    return reports
+
+
+def test_the_sequence_plot_draws_each_arm_over_the_requests(tmp_path: Path) -> None:
+    joint = UnlearningReport([Metric("accuracy", 0.25, "forget", "unlearned", 40)], drift={"relative": 0.05})
+    arms = {"carried": in_a_row(3), "fresh": in_a_row(3, 0.01), "joint": [joint]}
+    upper, lower = plots.sequence_figure(arms, "accuracy").axes
+    curves = [(list(line.get_xdata()), list(line.get_ydata())) for line in upper.get_lines()]
+    assert ([1, 2, 3], pytest.approx([0.1, (2 + 9) / 40, (3 + 18) / 70])) in curves
+    assert ([1, 2, 3], pytest.approx([0.91] * 3)) in curves and ([3], [0.25]) in curves
+    drifts = [list(line.get_ydata()) for line in lower.get_lines()]
+    assert drifts == [pytest.approx([0.01, 0.02, 0.03]), pytest.approx([0.02, 0.03, 0.04]), [0.05]]
+    assert [text.get_text() for text in lower.get_legend().get_texts()] == list(arms)
+    before = dict(matplotlib.rcParams)
+    assert plots.save_sequence_plot(arms, tmp_path / "s.png", "accuracy").read_bytes().startswith(PNG)
+    assert dict(matplotlib.rcParams) == before

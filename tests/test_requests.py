@@ -45,7 +45,7 @@ class Watched(list):
 def quick_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of a tiny request's time; one test draws."""
     if request.node.name != "test_the_folder_has_checkpoint_report_card_and_plots":
-        monkeypatch.setattr(requests, "save_plots", lambda report, folder: [])
+        monkeypatch.setattr("hf_unlearn.publish.save_plots", lambda report, folder: [])
 
 
 def settings(folder: Path, **changes: Any) -> UnlearningConfig:
@@ -165,7 +165,7 @@ def test_a_failure_while_writing_leaves_no_half_folder(tmp_path: Path, monkeypat
     def fail(*args: Any, **options: Any) -> None:
         raise RuntimeError("disk")
 
-    monkeypatch.setattr(requests, "write_card", fail)
+    monkeypatch.setattr("hf_unlearn.publish.write_card", fail)
     with pytest.raises(RuntimeError, match="disk"):
         asking().fulfil(settings(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []

@@ -17,25 +17,18 @@ from PIL import Image
 from test_data import QUESTION, tokenizer
 from test_formats import processor as picture_processor
 
-from hf_unlearn import requests
+from hf_unlearn import measures
+from hf_unlearn.arguments import RunArguments
 from hf_unlearn.cli import main
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.constraints import CONSTRAINTS
 from hf_unlearn.data import default_collator, encode_dataset
 from hf_unlearn.errors import DataError, SettingsError, UnlearningError
 from hf_unlearn.finetune import FineTuning
+from hf_unlearn.loading import forget_rows, load_model, load_rows, load_tokenizer
 from hf_unlearn.metrics import score_rows
 from hf_unlearn.report import UnlearningReport
-from hf_unlearn.runs import (
-    RunArguments,
-    collect,
-    evaluate,
-    forget_rows,
-    load_model,
-    load_rows,
-    load_tokenizer,
-    run,
-)
+from hf_unlearn.runs import collect, evaluate, run
 from hf_unlearn.statistics import RetainStatistics
 
 
@@ -48,7 +41,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def quick_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of a small request's time, and has its own tests."""
-    monkeypatch.setattr(requests, "save_plots", lambda report, folder: [])
+    monkeypatch.setattr("hf_unlearn.publish.save_plots", lambda report, folder: [])
 
 
 def arguments(places: dict[str, str], **changes: Any) -> RunArguments:
@@ -356,3 +349,19 @@ def test_a_classifier_is_unlearned_from_raw_rows(kind: str, classified: dict[str
         run(replace(args, task="speech"), config.but(output_dir=str(tmp_path / "other")))
     with pytest.raises(UnlearningError, match=r"needed is one of: messages|cannot load the tokenizer"):
         run(replace(args, task="language-model"), config.but(output_dir=str(tmp_path / "other")))
+
+
+def test_no_model_is_scored_twice_on_the_same_rows(
+    places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[int] = []
+    score = measures.MEASURES["rows"]
+    monkeypatch.setitem(measures.MEASURES, "rows", lambda *given: (scored.append(1), score(*given))[1])
+    args = arguments(places, retrained=places["model"], constraints="energy,none", cache_dir=str(tmp_path / "cache"))
+    reports = run(args, settings(tmp_path / "out", max_steps=1))
+    splits = len({metric.split for metric in reports["energy"].metrics})
+    assert len(scored) == 4 * splits  # the original, the retrained and two unlearned models
+    assert all(report.models == ["original", "unlearned", "retrained"] for report in reports.values())
+    scored.clear()
+    run(args, settings(tmp_path / "again", max_steps=1, learning_rate=3e-3))
+    assert len(scored) == 2 * splits  # only what is new

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from hf_unlearn.arguments import RunArguments
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.report import UnlearningReport
-from hf_unlearn.runs import RunArguments, run
+from hf_unlearn.runs import run
 
 ROWS_A_PERSON, KNOWN, NEVER_SEEN = 20, 5, 2
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

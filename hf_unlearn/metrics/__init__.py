@@ -1,6 +1,18 @@
 """Scores of single rows and the numbers made of them, each with its n and interval."""
 
-from hf_unlearn.metrics.intervals import Estimate, bootstrap_auc, bootstrap_mean
-from hf_unlearn.metrics.rows import RowScores, row_scores, score_rows
+from hf_unlearn.metrics.intervals import Estimate, Undefined, bootstrap, bootstrap_auc, bootstrap_mean, undefined
+from hf_unlearn.metrics.rows import RowScores, map_rows, row_scores, score_classes, score_rows
 
-__all__ = ["Estimate", "RowScores", "bootstrap_auc", "bootstrap_mean", "row_scores", "score_rows"]
+__all__ = [
+    "Estimate",
+    "RowScores",
+    "Undefined",
+    "bootstrap",
+    "bootstrap_auc",
+    "bootstrap_mean",
+    "map_rows",
+    "row_scores",
+    "score_classes",
+    "score_rows",
+    "undefined",
+]

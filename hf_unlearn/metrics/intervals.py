@@ -1,6 +1,7 @@
 """Bootstrap intervals."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,22 +15,35 @@ BATCH = 100  # resamples held in memory at a time
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95% percentile bootstrap interval and the number of rows behind it."""
+    """A value with its 95% percentile bootstrap interval (None where it has none) and the number of rows behind it."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n: int
+
+
+@dataclass(frozen=True)
+class Undefined(Estimate):
+    """A quantity that has no value here, and why; it is NaN, never zero."""
+
+    reason: str
+
+
+def undefined(reason: str, n: int = 0) -> Undefined:
+    """The estimate of what cannot be said."""
+    return Undefined(math.nan, None, None, n, reason)
 
 
 def bootstrap_mean(values: ArrayLike, seed: int = 0) -> Estimate:
     """Mean over rows. A constant sample has an interval of zero width."""
     values = np.asarray(values, dtype=np.float64)
+    if not len(values):
+        return undefined("there are no rows")
     mean = float(values.mean())
-    if len(values) < 2 or np.ptp(values) == 0:
+    if np.ptp(values) == 0:
         return Estimate(mean, mean, mean, len(values))
-    found = _interval((values,), lambda v, axis: v.mean(axis=axis), seed)
-    return Estimate(mean, *found, len(values))
+    return bootstrap((values,), np.mean, seed)
 
 
 def auc(members: ArrayLike, others: ArrayLike, axis: int = -1) -> Any:
@@ -41,16 +55,33 @@ def auc(members: ArrayLike, others: ArrayLike, axis: int = -1) -> Any:
 
 def bootstrap_auc(members: ArrayLike, others: ArrayLike, seed: int = 0) -> Estimate:
     """Area under the ROC curve of scores of members (expected higher) against non-members."""
-    members, others = np.asarray(members, dtype=np.float64), np.asarray(others, dtype=np.float64)
-    found = _interval((members, others), auc, seed)
-    return Estimate(float(auc(members, others)), *found, len(members) + len(others))
+    return bootstrap((members, others), auc, seed)
 
 
-def _interval(samples: tuple, statistic: Callable, seed: int) -> tuple[float, float]:
+def bootstrap(samples: Sequence[ArrayLike], statistic: Callable[..., Any], seed: int = 0) -> Estimate:
+    """`statistic(*samples, axis=-1)` with its interval; each sample's rows are drawn independently of the others'.
+
+    Args:
+        samples: `[N]` each, or `[K, N]` for K numbers of the same row, which are drawn together.
+        statistic: Reduces the last axis, whatever axes come before it.
+        seed: Of the draws.
+    """
     # not scipy.stats.bootstrap: it refuses samples of one row, and a request may be to forget a single one
+    arrays = [np.asarray(sample, dtype=np.float64) for sample in samples]
+    n = sum(array.shape[-1] for array in arrays)
+    if not all(array.shape[-1] for array in arrays):
+        return undefined("there are no rows", n)
+    if broken := sum(int(np.isnan(array).sum()) for array in arrays):
+        return undefined(f"{broken} of its rows' numbers are NaN: the model's weights are broken", n)
+    value = float(statistic(*arrays, axis=-1))
+    if not all(np.isfinite(array).all() for array in arrays):
+        return Estimate(value, None, None, n)
     rng, found = np.random.default_rng(seed), []
     for _ in range(RESAMPLES // BATCH):
-        drawn = [sample[rng.integers(len(sample), size=(BATCH, len(sample)))] for sample in samples]
+        drawn = [array[..., rng.integers(array.shape[-1], size=(BATCH, array.shape[-1]))] for array in arrays]
         found.append(statistic(*drawn, axis=-1))
-    low, high = np.percentile(np.concatenate(found), [2.5, 97.5])
-    return float(low), float(high)
+    drawn_values = np.concatenate(found)
+    if not np.isfinite(drawn_values).all():  # a resample in which the statistic is undefined
+        return Estimate(value, None, None, n)
+    low, high = np.percentile(drawn_values, [2.5, 97.5])
+    return Estimate(value, float(low), float(high), n)

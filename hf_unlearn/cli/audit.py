@@ -1,0 +1,61 @@
+"""`hf-unlearn audit`: attack a finished model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from hf_unlearn import runs
+from hf_unlearn.arguments import RunArguments
+from hf_unlearn.attacks import ALL, AuditSettings
+from hf_unlearn.cli.common import Answer, hush, is_settings_file, join_processes, make_run_parser, parse
+from hf_unlearn.config import setting
+from hf_unlearn.files import check_output, replace_folder
+from hf_unlearn.sharding import is_main
+
+
+@dataclass
+class AuditArguments(RunArguments):
+    original: str | None = setting(None, "Folder or Hub id of the model before unlearning.")
+    attacks: str | None = setting(None, f"Which, with commas: {', '.join(ALL)}; default: all that are possible.")
+    relearn_rows: int = setting(5, "Forget rows that the attacker trains on; the others are judged.")
+    relearn_steps: int = setting(8, "Steps of that training.")
+    relearn_learning_rate: float = setting(2e-5, "Its learning rate (AdamW).")
+    shots: int = setting(3, "Other rows shown before each forget row.")
+    max_length: int | None = setting(512, "Longest row in tokens, as in the run; longer rows are cut.")
+    per_device_eval_batch_size: int = setting(16, "Rows a forward pass.")
+    seed: int = setting(0, "Seed of the choice of rows and of the bootstrap.")
+    update_model: bool = setting(False, "Add the results to the report and card in the model's folder.")
+    output_dir: str | None = setting(None, "Also write the report to this folder.")
+    overwrite_output_dir: bool = setting(False, "Replace what is in the output folder.")
+
+
+def parser() -> HfArgumentParser:
+    return make_run_parser("audit", "Attack a finished model.", [AuditArguments], "[MODEL | FILE.yaml] [options]")
+
+
+def main(argv: list[str]) -> Answer:
+    if argv and not argv[0].startswith("-") and not is_settings_file(argv[0]):
+        argv = ["--model_name_or_path", *argv]
+    (args,) = parse(parser(), argv)
+    join_processes()
+    hush()
+    if args.output_dir:
+        check_output(args.output_dir, args.overwrite_output_dir)
+    settings = AuditSettings(
+        args.relearn_rows, args.relearn_steps, args.relearn_learning_rate, shots=args.shots, seed=args.seed
+    )
+    report = runs.attack(args, args.original, args.attacks, settings, args.per_device_eval_batch_size, args.max_length)
+    lines = [report.table() if report.metrics else "no attack could be run"]
+    for title, found in (("verdict", report.audit["verdicts"]), ("not run", report.audit["not_run"])):
+        lines += [f"{title}: {name}: {words}" for name, words in found.items()]
+    if args.update_model:
+        if is_main():
+            runs.add_to_model(report, Path(args.model_name_or_path))
+        lines.append(f"added to the report and card in {args.model_name_or_path}")
+    if args.output_dir:
+        if is_main():
+            with replace_folder(args.output_dir, args.overwrite_output_dir) as folder:
+                report.save(folder)
+        lines.append(f"saved to {args.output_dir}")
+    return Answer("\n".join(lines), {"output_dir": args.output_dir, "report": report.content()})

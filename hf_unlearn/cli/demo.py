@@ -1,0 +1,48 @@
+"""`hf-unlearn demo`: see it work, offline."""
+
+from dataclasses import dataclass
+
+from transformers import HfArgumentParser
+
+from hf_unlearn.cli.common import Answer, check_choice, hush, make_parser, parse, show
+from hf_unlearn.config import setting
+from hf_unlearn.constraints import CONSTRAINTS
+
+
+@dataclass
+class DemoArguments:
+    output_dir: str = setting("outputs/demo", "Where checkpoint, report, card and plots go.")
+    task: str = setting("digits", "digits (a vision transformer) or text (a chat model and five invented people).")
+    forget: str | None = setting(
+        None, "class:C or rows:N (digits, default class:3); person:P (text, default person:1)."
+    )
+    constraint: str | None = setting(
+        None, f"{', '.join(CONSTRAINTS)} or all of them; default kronecker (class), ridge (rows), energy (text)."
+    )
+    seed: int = setting(0, "Seed of the splits and of training.")
+    model: str | None = setting(None, "Folder or Hub id of the chat model of the text task.")
+    cache_dir: str | None = setting(None, "Where the text task's fine-tuned models are kept.")
+    overwrite_output_dir: bool = setting(False, "Replace what is in the output folder.")
+
+
+def parser() -> HfArgumentParser:
+    return make_parser("demo", "Forget something, offline, and see that it worked.", [DemoArguments])
+
+
+def main(argv: list[str]) -> Answer:
+    (args,) = parse(parser(), argv)
+    check_choice("task", args.task, ("digits", "text"))
+    if args.constraint is not None:
+        check_choice("constraint", args.constraint, (*CONSTRAINTS, "all"))
+    hush(bars=args.task == "text")
+    common = {"seed": args.seed, "overwrite": args.overwrite_output_dir}
+    if args.task == "digits":
+        from hf_unlearn.demo.digits import run_digits
+
+        reports = run_digits(args.output_dir, args.forget or "class:3", args.constraint, **common)
+        return show(reports, args.output_dir, "accuracy")
+    from hf_unlearn.demo.people import DEFAULT_MODEL, run_people
+
+    common |= {"model": args.model or DEFAULT_MODEL, "cache_dir": args.cache_dir}
+    reports = run_people(args.output_dir, args.forget or "person:1", args.constraint or "energy", **common)
+    return show(reports, args.output_dir, "answer_probability")

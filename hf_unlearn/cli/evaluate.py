@@ -1,0 +1,42 @@
+"""`hf-unlearn evaluate`: judge a finished model."""
+
+from dataclasses import dataclass
+
+from transformers import HfArgumentParser
+
+from hf_unlearn import runs
+from hf_unlearn.arguments import RunArguments
+from hf_unlearn.cli.common import Answer, hush, join_processes, make_run_parser, parse
+from hf_unlearn.config import setting
+from hf_unlearn.files import check_output, replace_folder
+from hf_unlearn.sharding import is_main
+
+
+@dataclass
+class EvaluateArguments(RunArguments):
+    original: str | None = setting(None, "Folder or Hub id of the model before unlearning.")
+    max_length: int | None = setting(512, "Longest row in tokens, as in the run; longer rows are cut.")
+    per_device_eval_batch_size: int = setting(16, "Rows a forward pass.")
+    seed: int = setting(0, "Seed of the bootstrap.")
+    output_dir: str | None = setting(None, "Also write the report to this folder.")
+    overwrite_output_dir: bool = setting(False, "Replace what is in the output folder.")
+
+
+def parser() -> HfArgumentParser:
+    return make_run_parser("evaluate", "Judge a finished model.", [EvaluateArguments])
+
+
+def main(argv: list[str]) -> Answer:
+    (args,) = parse(parser(), argv)
+    join_processes()
+    hush()
+    if args.output_dir:
+        check_output(args.output_dir, args.overwrite_output_dir)
+    report = runs.evaluate(args, args.original, args.per_device_eval_batch_size, args.seed, args.max_length)
+    text = report.table()
+    if args.output_dir:
+        if is_main():
+            with replace_folder(args.output_dir, args.overwrite_output_dir) as folder:
+                report.save(folder)
+        text += f"\nsaved to {args.output_dir}"
+    return Answer(text, {"output_dir": args.output_dir, "report": report.content()})

@@ -1,0 +1,18 @@
+"""`hf-unlearn run`: one deletion request, or one more of a sequence."""
+
+from transformers import HfArgumentParser
+
+from hf_unlearn import runs
+from hf_unlearn.arguments import RunArguments
+from hf_unlearn.cli.common import Answer, hush, make_run_parser, parse, show
+from hf_unlearn.config import UnlearningConfig
+
+
+def parser() -> HfArgumentParser:
+    return make_run_parser("run", "Fulfil a deletion request.", [RunArguments, UnlearningConfig])
+
+
+def main(argv: list[str]) -> Answer:
+    args, config = parse(parser(), argv)
+    hush()
+    return show(runs.run(args, config), config.output_dir or "unlearned", "answer_probability")
