@@ -31,6 +31,7 @@ from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.data import PaddingCollator
 from hf_unlearn.demo.digits import Rows, digits_processor, digits_splits, train_vit
 from hf_unlearn.errors import UnlearningError
+from hf_unlearn.files import read_yaml
 from hf_unlearn.ledger import Ledger, read_key
 from hf_unlearn.plots import save_sequence_plot
 from hf_unlearn.report import REPORT, UnlearningReport, forgotten_so_far
@@ -184,6 +185,8 @@ def run_tofu(args: argparse.Namespace, flags: Sequence[str]) -> None:
                 fresh = out / arm / "statistics"
                 data = [flag for name in ("--dataset_name", "--max_length") for flag in value_of(flags, name)]
                 data = data or ["--dataset_name", "locuslab/TOFU"]
+                constraint = value_of(flags, "--constraint")[1:] or [read_yaml(Path(args.settings)).get("constraint")]
+                data += ["--fisher", str(constraint == ["kronecker"])]
                 call("collect", "--model_name_or_path", str(last), *data, "--rows",
                      f"full[{20 * (number - 1)}:{20 * every}]", "--output_dir", str(fresh),
                      "--overwrite_output_dir", "True")  # fmt: skip
