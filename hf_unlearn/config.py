@@ -12,6 +12,7 @@ from hf_unlearn.card import check_template
 from hf_unlearn.constraints import CONSTRAINTS, ConstraintLike, build_constraint
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.losses import LOSSES, UnlearningLoss, build_loss
+from hf_unlearn.storage import PLACES, Storage
 
 REFUSED_OPTIMIZERS = {
     "*lomo": "steps inside the backward pass, where no step hook runs",
@@ -82,6 +83,14 @@ class UnlearningConfig(TrainingArguments):
         '{"retain_probability": 0.9}; the best among those is by metric_for_best_model.',
     )
     max_length: int | None = setting(512, "Longest row in tokens; longer rows are cut.")
+    keep_statistics_on: str = setting(
+        "device",
+        f"Where statistics, decompositions and the constraint's matrices are kept between uses: {', '.join(PLACES)}. "
+        "disk maps them from files in TMPDIR; shards gives each process a share of them.",
+    )
+    max_memory: str | None = setting(
+        None, 'Collect in several passes, each with unfinished statistics of at most this size, such as "4GB".'
+    )
     overwrite_output_dir: bool = setting(False, "Replace what is in the output folder.")
 
     base_model: str | None = setting(
@@ -116,6 +125,7 @@ class UnlearningConfig(TrainingArguments):
         self.remove_unused_columns = False  # batches are pairs of forget and retain rows
         self.build_loss()
         self.build_constraint()
+        Storage(self.keep_statistics_on)
         _mapping("utility_floor", self.utility_floor)
         if self.utility_floor and not (self.load_best_model_at_end and self.metric_for_best_model):
             raise SettingsError(

@@ -17,7 +17,9 @@ from torch import Tensor
 from hf_unlearn.errors import SettingsError, StatisticsError
 from hf_unlearn.linalg import Eigen, Spectrum, check_energy, eigen, rank_for_energy
 from hf_unlearn.placements import apply_right
+from hf_unlearn.sharding import whole
 from hf_unlearn.statistics import RetainStatistics
+from hf_unlearn.storage import Storage, fetch
 
 NEGATIVE_ENERGY_WARNING = 1e-6
 
@@ -31,6 +33,10 @@ class Factor(Protocol):
         """The symmetric square root: applied twice it is this factor; a projection is its own."""
         ...
 
+    def kept_in(self, storage: Storage) -> "Factor":
+        """The same, its matrix kept elsewhere between uses."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Remove:
@@ -39,11 +45,14 @@ class Remove:
     basis_IK: Tensor
 
     def __call__(self, step_OI: Tensor) -> Tensor:
-        basis_IK = self.basis_IK.to(step_OI)
+        basis_IK = fetch(self.basis_IK, step_OI.device).to(step_OI)
         return step_OI - (step_OI @ basis_IK) @ basis_IK.T
 
     def root(self) -> Factor:
         return self
+
+    def kept_in(self, storage: Storage) -> Factor:
+        return Remove(storage.keep(self.basis_IK))
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +62,14 @@ class Keep:
     basis_IM: Tensor
 
     def __call__(self, step_OI: Tensor) -> Tensor:
-        basis_IM = self.basis_IM.to(step_OI)
+        basis_IM = fetch(self.basis_IM, step_OI.device).to(step_OI)
         return (step_OI @ basis_IM) @ basis_IM.T
 
     def root(self) -> Factor:
         return self
+
+    def kept_in(self, storage: Storage) -> Factor:
+        return Keep(storage.keep(self.basis_IM))
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,11 +79,14 @@ class Shrink:
     matrix_II: Tensor
 
     def __call__(self, step_OI: Tensor) -> Tensor:
-        return step_OI @ self.matrix_II.to(step_OI)
+        return step_OI @ fetch(self.matrix_II, step_OI.device).to(step_OI)
 
     def root(self) -> Factor:
-        parts = eigen(self.matrix_II)
+        parts = eigen(whole(self.matrix_II))
         return Shrink(((parts.vectors_II * parts.values_I.sqrt()) @ parts.vectors_II.T).float())
+
+    def kept_in(self, storage: Storage) -> Factor:
+        return Shrink(storage.keep(self.matrix_II))
 
 
 class Constraint(Protocol):
@@ -226,10 +241,11 @@ def constraint_for(layer: str, constraint: ConstraintLike) -> Constraint | None:
 def bind_constraints(
     statistics: RetainStatistics, constraint: ConstraintLike, device: torch.device | str = "cpu"
 ) -> dict[str, BoundConstraint]:
-    """Decompose the statistics and return the bound constraint of each layer that has one, with factors on `device`.
+    """Decompose the statistics and return the bound constraint of each layer that has one.
 
-    Layers that share a Gram share its decomposition. Negative energy, which only a subtraction of foreign rows leaves,
-    is clamped, with one warning that says how much there was and where.
+    Factors are computed on `device` and kept where the statistics are (`RetainStatistics.storage`). Layers that share a
+    Gram share its decomposition. Negative energy, which only a subtraction of foreign rows leaves, is clamped, with one
+    warning that says how much there was and where.
 
     Raises:
         StatisticsError: A Kronecker constraint without a Fisher in the statistics.
@@ -238,8 +254,9 @@ def bind_constraints(
     if statistics.rows == 0 and any(chosen.values()):
         raise StatisticsError("the statistics have no row left (everything was subtracted); nothing to protect")
     constrained = [name for name, kind in chosen.items() if kind is not None]
-    statistics.decompose(constrained)
-    statistics.decompose([n for n in constrained if (kind := chosen[n]) is not None and kind.needs_fisher], fisher=True)
+    statistics.decompose(constrained, device=device)
+    two_sided = [n for n in constrained if (kind := chosen[n]) is not None and kind.needs_fisher]
+    statistics.decompose(two_sided, fisher=True, device=device)
     rights: dict[tuple[str, Constraint], Factor] = {}
     grams: dict[str, float] = {}
     bound = {}
@@ -250,12 +267,12 @@ def bind_constraints(
         if (key, kind) not in rights:
             parts = statistics.gram_eigen(name)
             grams[key] = parts.negative_share
-            rights[key, kind] = kind.right(parts.to(device))
+            rights[key, kind] = kind.right(parts.to(device)).kept_in(statistics.storage)
         left = None
         if kind.needs_fisher:
             parts = statistics.fisher_eigen(name)
             grams[f"{name} (Fisher)"] = parts.negative_share
-            left = kind.left(parts.to(device))
+            left = kind.left(parts.to(device)).kept_in(statistics.storage)
         bound[name] = BoundConstraint(rights[key, kind], left, kind.anchored)
     _warn_negative(grams)
     return bound

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_unlearn.errors import SettingsError
+from hf_unlearn.sharding import whole
 
 Spectrum = Literal["eigenvalues", "singular_values"]
 
@@ -27,7 +28,8 @@ class Eigen:
     negative_share: float
 
     def to(self, device: torch.device | str) -> "Eigen":
-        return Eigen(self.values_I.to(device), self.vectors_II.to(device), self.negative_share)
+        """All of it on `device` (a collective call where it is kept in shards)."""
+        return Eigen(self.values_I.to(device), whole(self.vectors_II).to(device), self.negative_share)
 
     @property
     def root_II(self) -> Tensor:

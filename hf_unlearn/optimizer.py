@@ -207,7 +207,7 @@ class StepConstrainer:
         return self._original_outputs
 
     def _root(self, parts: Eigen) -> Tensor:
-        return parts.root_II.to(self.parts[0].place.read().device)
+        return parts.to(self.parts[0].place.read().device).root_II
 
     @contextmanager
     def original(self) -> Iterator[None]:

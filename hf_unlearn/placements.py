@@ -195,10 +195,11 @@ class Stretches(Whole):
     def gradient(self) -> Tensor | None:
         if self.master is None:
             return torch.empty(0, device=self.parameter.device)
-        return self.master.get_lp_grad_fragment(self.parameter._index_in_param_group).view(-1)
+        gradient = self.master.get_lp_grad_fragment(self.parameter._index_in_param_group).view(-1)
+        return gradient if len(gradient) == self.own else gradient[self.start : self.start + self.own]
 
     def matrix(self, local: Tensor) -> Tensor:
-        full = local.new_zeros(self.parameter.numel())
+        full = torch.zeros(self.parameter.numel(), device=local.device)  # float32: gradients may have fewer bits
         full[self.start : self.start + self.own] = local
         dist.all_reduce(full, group=self.group)
         return full.view(self.parameter.shape)

@@ -132,7 +132,7 @@ class Request:
         forget = collect_statistics(
             self.model, self.forget, collator=self.collator, processing_class=self.processing_class,
             batch_size=args.per_device_eval_batch_size, fisher=settings["fisher"], layers=settings["layers"],
-            progress=not args.disable_tqdm,
+            keep_on=args.keep_statistics_on, max_memory=args.max_memory, progress=not args.disable_tqdm,
         )  # fmt: skip
         self._forgotten = forget
         return self.statistics - forget

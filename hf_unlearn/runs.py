@@ -28,7 +28,7 @@ from hf_unlearn.publish import complete_folder
 from hf_unlearn.report import UnlearningReport
 from hf_unlearn.requests import Request
 from hf_unlearn.sequence import RequestSequence
-from hf_unlearn.sharding import is_main, wait_for_all
+from hf_unlearn.sharding import wait_for_all
 from hf_unlearn.statistics import RetainStatistics
 
 
@@ -112,7 +112,14 @@ def prepare(
 
 
 def collect(
-    args: DataArguments, rows: str, fisher: bool, output_dir: str, overwrite: bool, max_length: int | None = 512
+    args: DataArguments,
+    rows: str,
+    fisher: bool,
+    output_dir: str,
+    overwrite: bool,
+    max_length: int | None = 512,
+    keep_on: str = "device",
+    max_memory: str | None = None,
 ) -> RetainStatistics:
     """`hf-unlearn collect`: statistics of a split, saved to `output_dir`; rows are cut as `run` cuts them."""
     check_output(output_dir, overwrite)
@@ -121,9 +128,11 @@ def collect(
     model = load_model(args.model_name_or_path, args.task)
     data = encode_dataset(loaded, tokenizer, what="statistics", max_length=max_length, model=model)
     collator = default_collator(tokenizer)
-    statistics = collect_statistics(model, data, collator=collator, fisher=fisher, max_rows=args.max_rows)
-    if is_main():
-        statistics.save_pretrained(output_dir, overwrite=overwrite)
+    statistics = collect_statistics(
+        model, data, collator=collator, fisher=fisher, max_rows=args.max_rows, keep_on=keep_on, max_memory=max_memory
+    )
+    statistics.save_pretrained(output_dir, overwrite=overwrite)
+    statistics.decompose(statistics.layers)  # for its summary: here, where every process is
     wait_for_all()
     return statistics
 
@@ -221,7 +230,7 @@ def _full_statistics(
     """Statistics given by name, or of the train rows from the cache, or collected now; and the seconds it took."""
     start = time.perf_counter()
     if args.statistics is not None:
-        statistics = RetainStatistics.from_pretrained(args.statistics, model=model)
+        statistics = RetainStatistics.from_pretrained(args.statistics, model=model, keep_on=config.keep_statistics_on)
         return statistics, time.perf_counter() - start
     if not train:
         if config.constraint == "none" and args.constraints is None:
@@ -232,14 +241,14 @@ def _full_statistics(
     ).hexdigest()
     folder = cache / f"statistics-{digest[:20]}"
     if folder.is_dir():
-        return RetainStatistics.from_pretrained(folder, model=model), time.perf_counter() - start
+        statistics = RetainStatistics.from_pretrained(folder, model=model, keep_on=config.keep_statistics_on)
+        return statistics, time.perf_counter() - start
     statistics = collect_statistics(
         model, train, collator=collator, fisher=fisher, batch_size=config.per_device_eval_batch_size,
-        progress=not config.disable_tqdm,
+        keep_on=config.keep_statistics_on, max_memory=config.max_memory, progress=not config.disable_tqdm,
     )  # fmt: skip
     seconds = time.perf_counter() - start
-    if is_main():
-        statistics.save_pretrained(folder)
+    statistics.save_pretrained(folder)
     wait_for_all()
     return statistics, seconds
 

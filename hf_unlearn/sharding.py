@@ -57,6 +57,18 @@ def sum_over_processes(tensors: Mapping[str, Tensor]) -> None:
         tensors[name].copy_(sent)
 
 
+def gather_rows(rows_NF: Tensor) -> Tensor:
+    """The rows of all processes, whose numbers N may differ: `[N_0 + N_1 + ..., F]`."""
+    _, size = world()
+    counts = torch.empty(size, dtype=torch.long, device=rows_NF.device)
+    dist.all_gather_into_tensor(counts, counts.new_tensor([len(rows_NF)]))
+    found = counts.tolist()
+    padded = torch.nn.functional.pad(rows_NF, (0, 0, 0, max(found) - len(rows_NF)))
+    gathered = rows_NF.new_empty(size, *padded.shape)
+    dist.all_gather_into_tensor(gathered.view(-1, rows_NF.shape[1]), padded.contiguous())
+    return torch.cat([part[:count] for part, count in zip(gathered, found, strict=True)])
+
+
 def gather(value: T) -> list[T]:
     """The value of each process, by rank. Values are plain Python objects or arrays, and come from this very run."""
     _, size = world()

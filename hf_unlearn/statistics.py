@@ -16,13 +16,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_unlearn.errors import StatisticsError
 from hf_unlearn.files import replace_folder, sha256_of, write_json
 from hf_unlearn.fingerprint import combine_rows, package_versions, weights_fingerprint
 from hf_unlearn.layers import describe_layer, known_layers
 from hf_unlearn.linalg import Eigen, eigen, rank_for_energy
-from hf_unlearn.sharding import from_owner, share_out, world
+from hf_unlearn.sharding import communication_device, from_owner, is_main, share_out, whole, world
+from hf_unlearn.storage import Storage, fetch, shard
 
 FORMAT_VERSION = 1
 TENSORS, METADATA = "statistics.safetensors", "statistics.json"
@@ -55,6 +57,7 @@ class RetainStatistics:
         data: Order-independent hash of the rows; see `fingerprint.rows_fingerprint`.
         settings: The arguments of the collecting call.
         versions: Versions of the packages that made the sums.
+        storage: Where the sums and their decompositions are kept; in `shards`, every process must make each call.
     """
 
     gram_sums: Mapping[str, Tensor]
@@ -67,6 +70,7 @@ class RetainStatistics:
     data: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=package_versions)
+    storage: Storage = Storage()
     _eigen: dict[tuple[str, str], Eigen] = field(default_factory=dict, init=False, repr=False)
 
     def gram(self, layer: str) -> Tensor:
@@ -76,9 +80,12 @@ class RetainStatistics:
 
     def fisher(self, layer: str) -> Tensor:
         """`fisher_OO = Y^T Y / N`: second moment of the output gradients of `layer`, float64."""
+        self._require_fisher(layer)
+        return self.fisher_sums[layer] / max(self.positions[self.layers[layer].inputs], 1)
+
+    def _require_fisher(self, layer: str) -> None:
         if layer not in self.fisher_sums:
             raise StatisticsError(f"{layer} has no Fisher; collect the statistics with fisher=True")
-        return self.fisher_sums[layer] / max(self.positions[self.layers[layer].inputs], 1)
 
     def gram_eigen(self, layer: str) -> Eigen:
         """Eigen-decomposition of `gram(layer)`, vectors rounded to float32; made once, shared with the Gram."""
@@ -88,37 +95,52 @@ class RetainStatistics:
         """Eigen-decomposition of `fisher(layer)`, vectors rounded to float32; made once."""
         return self._decomposed("fisher", layer, self.fisher, layer)
 
-    def decompose(self, layers: Iterable[str], fisher: bool = False) -> None:
-        """Make the decompositions that `layers` need, split over the processes of a distributed run."""
-        jobs: dict[tuple[str, str], tuple[str, int]] = {}
+    def decompose(self, layers: Iterable[str], fisher: bool = False, device: torch.device | str | None = None) -> None:
+        """Make the decompositions that `layers` need, split over the processes of a distributed run.
+
+        Args:
+            device: Where to compute; default where the sums are.
+        """
+        jobs: dict[tuple[str, str], str] = {}
         for layer in layers:
-            sums = self.layers[layer]
-            jobs["gram", sums.inputs] = (layer, len(self.gram_sums[sums.inputs]))
+            jobs["gram", self.layers[layer].inputs] = layer
             if fisher:
-                jobs["fisher", layer] = (layer, sums.outputs)
-        jobs = {job: found for job, found in jobs.items() if job not in self._eigen}
-        owners = share_out({job: size for job, (_, size) in jobs.items()})
-        rank, processes = world()
-        make = {"gram": self.gram_eigen, "fisher": self.fisher_eigen}
-        for (kind, key), (layer, _) in jobs.items():
-            if owners[kind, key] == rank:
-                make[kind](layer)
-        if processes == 1:
-            return
-        for (kind, key), (_, size) in jobs.items():
-            if owners[kind, key] != rank:
-                device = (self.gram_sums if kind == "gram" else self.fisher_sums)[key].device
-                empty = torch.empty(size, dtype=torch.float64, device=device)
-                self._eigen[kind, key] = Eigen(empty, empty.new_empty(size, size, dtype=torch.float32), 0.0)
-            parts = self._eigen[kind, key]
-            share = torch.tensor(parts.negative_share, dtype=torch.float64)
-            from_owner([parts.values_I, parts.vectors_II, share], owners[kind, key])
-            self._eigen[kind, key] = replace(parts, negative_share=share.item())
+                self._require_fisher(layer)
+                jobs["fisher", layer] = layer
+        jobs = {job: layer for job, layer in jobs.items() if job not in self._eigen}
+        owners = share_out({job: len(self._sums(*job)) for job in jobs})
+        own = {}
+        for (kind, key), layer in jobs.items():  # one matrix after the other is gathered; its owner keeps it
+            matrix = self.gram(layer) if kind == "gram" else self.fisher(layer)
+            matrix = fetch(matrix, device or matrix.device)
+            if owners[kind, key] == world()[0]:
+                own[kind, key] = matrix
+        found = {job: _rounded(eigen(own.pop(job))) for job in list(own)}
+        for job in jobs:
+            parts = found.pop(job, None)
+            parts = self._from_owner(job, parts, owners[job])
+            self._eigen[job] = replace(parts, vectors_II=self.storage.keep(parts.vectors_II))
+
+    def _from_owner(self, job: tuple[str, str], parts: Eigen | None, owner: int) -> Eigen:
+        """The decomposition that process `owner` has made, on every process."""
+        if world()[1] == 1:
+            assert parts is not None
+            return parts
+        if parts is None:
+            size = len(self._sums(*job))
+            values_I = torch.empty(size, dtype=torch.float64, device=communication_device())
+            parts = Eigen(values_I, values_I.new_empty(size, size, dtype=torch.float32), 0.0)
+        share = torch.tensor(parts.negative_share, dtype=torch.float64)
+        from_owner([parts.values_I, parts.vectors_II, share], owner)
+        return replace(parts, negative_share=share.item())
+
+    def _sums(self, kind: str, key: str) -> Tensor:
+        return (self.gram_sums if kind == "gram" else self.fisher_sums)[key]
 
     def _decomposed(self, kind: str, key: str, matrix: Callable[[str], Tensor], layer: str) -> Eigen:
         if (kind, key) not in self._eigen:
-            parts = eigen(matrix(layer))
-            self._eigen[kind, key] = replace(parts, vectors_II=parts.vectors_II.float())
+            parts = _rounded(eigen(whole(matrix(layer))))
+            self._eigen[kind, key] = replace(parts, vectors_II=self.storage.keep(parts.vectors_II))
         return self._eigen[kind, key]
 
     def positions_per_label(self, layer: str) -> float:
@@ -147,12 +169,29 @@ class RetainStatistics:
             raise StatisticsError("only one of the two statistics has a Fisher; collect both with fisher=True")
         return replace(
             self,
-            gram_sums={k: v + sign * other.gram_sums[k].to(v.device) for k, v in self.gram_sums.items()},
-            fisher_sums={k: v + sign * other.fisher_sums[k].to(v.device) for k, v in self.fisher_sums.items()},
+            gram_sums={k: self._add(v, other.gram_sums[k], sign) for k, v in self.gram_sums.items()},
+            fisher_sums={k: self._add(v, other.fisher_sums[k], sign) for k, v in self.fisher_sums.items()},
             positions={k: n + sign * other.positions[k] for k, n in self.positions.items()},
             rows=self.rows + sign * other.rows,
             labels=self.labels + sign * other.labels,
             data=combine_rows(self.data, other.data, sign),
+        )
+
+    def _add(self, sums: Tensor, other: Tensor, sign: int) -> Tensor:
+        if isinstance(sums, DTensor):
+            return sums + sign * shard(other)
+        return self.storage.keep(sums + sign * fetch(other, sums.device))
+
+    def kept_on(self, place: str) -> "RetainStatistics":
+        """The same statistics, kept elsewhere; see `storage.Storage`. Decompositions are made anew."""
+        storage = Storage(place)
+        if storage == self.storage:
+            return self
+        return replace(
+            self,
+            gram_sums={key: storage.keep(sums) for key, sums in self.gram_sums.items()},
+            fisher_sums={name: storage.keep(sums) for name, sums in self.fisher_sums.items()},
+            storage=storage,
         )
 
     def check_model(self, model: nn.Module, *, allow_other_weights: bool = False) -> None:
@@ -195,9 +234,15 @@ class RetainStatistics:
     def save_pretrained(self, folder: str | os.PathLike, *, overwrite: bool = False) -> Path:
         """Write `statistics.safetensors` and `statistics.json` to `folder`, atomically.
 
+        In a distributed run process 0 writes; where the sums are in shards, every process must call this.
+
         Raises:
             OutputError: `folder` is not empty and `overwrite` is false.
         """
+        if self.storage.place == "shards" and world()[1] > 1:
+            return self.kept_on("disk").save_pretrained(folder, overwrite=overwrite)
+        if not is_main():
+            return Path(folder)
         with replace_folder(folder, overwrite) as new:
             tensors = {f"gram.{k}": v.contiguous() for k, v in self.gram_sums.items()}
             tensors |= {f"fisher.{k}": v.contiguous() for k, v in self.fisher_sums.items()}
@@ -253,8 +298,11 @@ class RetainStatistics:
         model: nn.Module | None = None,
         allow_other_weights: bool = False,
         device: str | torch.device = "cpu",
+        keep_on: str = "device",
     ) -> "RetainStatistics":
         """Load statistics from a local folder or a Hub repository.
+
+        On the CPU they are mapped from the file, and read when they are used.
 
         Args:
             folder: Local folder, or `user/repo` on the Hub.
@@ -263,6 +311,7 @@ class RetainStatistics:
             model: If given, `check_model` is applied.
             allow_other_weights: Accept statistics of other weights of the same architecture.
             device: Where the sums go.
+            keep_on: Where what is computed from them is kept; see `storage.Storage`.
 
         Raises:
             StatisticsError: Missing, truncated or altered files, a newer format, or another model.
@@ -281,7 +330,7 @@ class RetainStatistics:
             raise StatisticsError(f"{path / METADATA} cannot be read ({error!r}); collect again") from error
         if model is not None:
             loaded.check_model(model, allow_other_weights=allow_other_weights)
-        return loaded
+        return loaded.kept_on(keep_on) if keep_on == "shards" else replace(loaded, storage=Storage(keep_on))
 
     @classmethod
     def _from_content(cls, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "RetainStatistics":
@@ -293,6 +342,10 @@ class RetainStatistics:
             layers=layers,
             **{k: v for k, v in content.items() if k not in ("format_version", "sha256", "order", "layers")},
         )
+
+
+def _rounded(parts: Eigen) -> Eigen:
+    return replace(parts, vectors_II=parts.vectors_II.float())
 
 
 def _difference(a: RetainStatistics, b: RetainStatistics) -> str:

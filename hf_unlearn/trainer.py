@@ -484,15 +484,17 @@ def _statistics(
         fisher = args.constraint == "kronecker"
         return collect_statistics(
             model, retain, collator=collator, batch_size=args.per_device_eval_batch_size, fisher=fisher,
-            progress=not args.disable_tqdm,
+            keep_on=args.keep_statistics_on, max_memory=args.max_memory, progress=not args.disable_tqdm,
         )  # fmt: skip
     if isinstance(given, (str, os.PathLike)):
-        given = RetainStatistics.from_pretrained(given)
+        given = RetainStatistics.from_pretrained(given, keep_on=args.keep_statistics_on)
     if given is not None:
         given.check_model(model)
     seen = gather(given and (given.weights, given.data))
     if len(set(seen)) > 1:
         raise StatisticsError(f"{len(seen)} processes have {len(set(seen))} different statistics; give all the same")
+    if given is not None and args.keep_statistics_on != "device":
+        given = given.kept_on(args.keep_statistics_on)
     return given
 
 

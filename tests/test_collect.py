@@ -12,7 +12,8 @@ import reference
 import torch
 from torch import Tensor, nn
 
-from hf_unlearn.collect import collect_statistics, record_inputs, sample_labels
+from hf_unlearn.collect import collect_statistics
+from hf_unlearn.collector import record_inputs, sample_labels
 from hf_unlearn.data import PaddingCollator
 from hf_unlearn.errors import DataError, ModelError, SettingsError
 from hf_unlearn.fingerprint import row_hashes

@@ -15,6 +15,8 @@ class CollectArguments(DataArguments):
     rows: str = setting("", "Split to collect on: name or name[start:stop].")
     fisher: bool = setting(False, "Also collect Fishers, for the Kronecker constraint and predicted KL.")
     max_length: int | None = setting(512, "Longest row in tokens, the same as in the run; longer rows are cut.")
+    keep_statistics_on: str = setting("device", "Where finished sums are kept: device, cpu, disk or shards.")
+    max_memory: str | None = setting(None, 'Several passes, each with unfinished sums of this size, such as "4GB".')
     output_dir: str = setting("statistics", "Where the statistics go.")
     overwrite_output_dir: bool = setting(False, "Replace what is in the output folder.")
 
@@ -28,8 +30,9 @@ def main(argv: list[str]) -> Answer:
     join_processes()
     hush()
     statistics = runs.collect(
-        args, args.rows, args.fisher, args.output_dir, args.overwrite_output_dir, max_length=args.max_length
-    )
+        args, args.rows, args.fisher, args.output_dir, args.overwrite_output_dir, max_length=args.max_length,
+        keep_on=args.keep_statistics_on, max_memory=args.max_memory,
+    )  # fmt: skip
     content = {
         "output_dir": args.output_dir, "rows": statistics.rows, "weights": statistics.weights, "data": statistics.data,
         "fisher": bool(statistics.fisher_sums), "layers": list(statistics.layers),

@@ -14,6 +14,7 @@ from cases import text_rows, tiny_gpt2, tiny_llama
 from peft import LoraConfig
 from safetensors.torch import save_file
 from test_trainer import RETAIN, logits
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -22,7 +23,7 @@ from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.data import PaddingCollator
 from hf_unlearn.errors import StatisticsError
 from hf_unlearn.metrics import score_rows
-from hf_unlearn.sharding import leave, wait_for_all
+from hf_unlearn.sharding import leave, local_part, wait_for_all, whole
 from hf_unlearn.statistics import RetainStatistics
 from hf_unlearn.trainer import UnlearningTrainer
 
@@ -45,6 +46,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 # Each run: the model, and settings under which a step is anything but a multiple of the gradient.
 RUNS: dict[str, dict[str, Any]] = {
+    "shards": {"constraint": "kronecker", "keep_statistics_on": "shards"},
     "kronecker": {"constraint": "kronecker", "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 2},
     "conv1d": {"model": tiny_gpt2, "constraint": "kronecker"},
     "signature": {
@@ -52,6 +54,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "learning_rate": 5e-3, "relative_step": False, "gradient_accumulation_steps": 2, "npo": True,
     },
     "signature, conv1d": {"model": tiny_gpt2, "constraint_settings": {"energy": 1.0}, "learning_rate": 1e-2},
+    "bf16": {"constraint_settings": {"energy": 1.0}, "learning_rate": 1e-2, "bf16": True},
     "lora": {
         "constraint_settings": {"energy": 1.0}, "learning_rate": 1e-2,
         "peft": LoraConfig(r=3, target_modules=["q_proj", "down_proj"]),
@@ -113,7 +116,7 @@ def main(folder: Path, processes: int, modes: list[str]) -> None:
         (folder / mode).mkdir(parents=True, exist_ok=True)
         args = settings(folder / mode / "scratch", mode, processes)
         assert args.world_size == processes == (dist.get_world_size() if dist.is_initialized() else 1)
-        found, tensors = collected(args) if mode == "ddp" else ({"processes": args.world_size}, {})
+        found, tensors = collected(args, folder) if mode == "ddp" else ({"processes": args.world_size}, {})
         for name in RUNS:
             found[name], weights = unlearn(name, folder / mode / name, mode, processes)
             tensors |= {f"{name}/{k}": v for k, v in weights.items()}
@@ -131,7 +134,7 @@ def forget_mode() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def collected(args: UnlearningConfig) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def collected(args: UnlearningConfig, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Statistics of rows that do not divide by the processes, and of fewer rows than processes."""
     model = tiny_llama()
     statistics = collect_statistics(model, ROWS, fisher=True, batch_size=2, progress=False)
@@ -144,9 +147,32 @@ def collected(args: UnlearningConfig) -> tuple[dict[str, Any], dict[str, torch.T
         "same": len(set(_everywhere(sum(float(v.abs().sum()) for v in statistics.gram_sums.values())))) == 1,
     }
     statistics.decompose(statistics.layers)
+    # row by row, so that activations are the same whoever computes them; and summed in shards, on sharded weights
+    by_row = collect_statistics(model, ROWS, fisher=True, batch_size=1, progress=False)
+    shards = collect_statistics(model, ROWS, fisher=True, batch_size=1, keep_on="shards", progress=False)
+    held = sum(v.numel() for v in map(local_part, shards.gram_sums.values()))
+    found["share"] = held / sum(v.numel() for v in by_row.gram_sums.values())
+    found["same data"] = [by_row.data == statistics.data == shards.data, by_row.positions == dict(shards.positions)]
+    if dist.is_initialized():
+        fully_shard(model)
+    cut = collect_statistics(model, ROWS, fisher=True, batch_size=1, keep_on="shards", progress=False)
+    found["weights"] = [by_row.weights, shards.weights, cut.weights]
+    found["gradients"] = sum(p.grad is not None for p in model.parameters())
     tensors = {f"gram.{k}": v for k, v in statistics.gram_sums.items()}
     tensors |= {f"fisher.{k}": v for k, v in statistics.fisher_sums.items()}
     tensors |= {f"one.{k}": v for k, v in one.gram_sums.items()}
+    for name, kept in (
+        ("by_row", by_row),
+        ("shards", shards),
+        ("cut", cut),
+        ("less", shards - shards.kept_on("device")),
+    ):
+        tensors |= {f"{name}.gram.{k}": whole(v) for k, v in kept.gram_sums.items()}
+        tensors |= {f"{name}.fisher.{k}": whole(v) for k, v in kept.fisher_sums.items()}
+    shards.decompose(shards.layers)
+    tensors |= {f"shards.vectors.{k}": whole(shards.gram_eigen(k).vectors_II) for k in shards.gram_sums}
+    again = RetainStatistics.from_pretrained(shards.save_pretrained(folder / "shards"), model=None)
+    tensors |= {f"saved.gram.{k}": v for k, v in again.gram_sums.items()}
     tensors |= {f"values.{k}": statistics.gram_eigen(k).values_I for k in statistics.gram_sums}
     return found, {k: v.contiguous().clone() for k, v in tensors.items()}
 

@@ -25,7 +25,7 @@ PLACEMENT = {"ddp": "Whole", "fsdp2": "Rows", "zero1": "Stretches", "zero2": "St
 # Three processes divide neither the rows of the data nor those of most weights.
 LAUNCHES = [("ddp", 2), ("ddp", 3), ("fsdp2", 2), ("fsdp2", 3), ("zero1", 2), ("zero2", 3), ("zero3", 2), ("zero3", 3)]
 launches = pytest.mark.parametrize(("mode", "processes"), LAUNCHES, ids=[f"{mode} x{n}" for mode, n in LAUNCHES])
-RUNS = ("kronecker", "conv1d", "signature", "signature, conv1d", "lora")
+RUNS = ("shards", "kronecker", "conv1d", "signature", "signature, conv1d", "lora", "bf16")
 Found = tuple[dict[str, Any], dict[str, Tensor]]
 
 
@@ -75,15 +75,18 @@ def test_weights_of_several_processes_are_those_of_one(mode: str, processes: int
     (one, single), (two, several) = found("ddp", 1), found(mode, processes)
     names = [name for name in single if name.startswith(f"{run}/")]
     assert names and one[run]["steps"] == two[run]["steps"] == 4
+    limit, rounding = (1e-5, 1e-4) if run != "bf16" else (1e-2, 5e-2)  # 8 bits, rounded at other places
     for name in names:
-        assert (several[name] - single[name]).norm() <= 1e-5 * single[name].norm(), name
-    assert two[run]["loss"] == pytest.approx(one[run]["loss"], rel=1e-4) and len(two[run]["loss"]) == 13
+        assert (several[name].float() - single[name]).norm() <= limit * single[name].norm(), name
+    assert two[run]["loss"] == pytest.approx(one[run]["loss"], rel=rounding) and len(two[run]["loss"]) == 13
     assert two[run]["evaluation"] == pytest.approx(one[run]["evaluation"], rel=1e-4)
     if run == "kronecker":
         assert two[run]["evaluation"] == pytest.approx([sum(two[run]["loss"]) / 13], rel=1e-4)
         assert two[run]["drift"] == pytest.approx(one[run]["drift"], rel=1e-3) and one[run]["drift"] > 1e-4
         assert two[run]["kl"] == pytest.approx(one[run]["kl"], rel=1e-2) and one[run]["kl"] > 0
-    assert two[run]["back"] < 1e-6  # the original model comes back, whole, for as long as it is asked for
+    assert two[run]["back"] < (
+        1e-6 if run != "bf16" else 5e-2
+    )  # the original model comes back, whole, for as long as it is asked for
 
 
 @launches
@@ -94,6 +97,8 @@ def test_the_signature_law_holds_on_several_processes(mode: str, processes: int,
     if "signature" in run or run == "lora":
         assert several["retain"] < 1e-5 * max(1, several["scale"]) and several["drift"] < 1e-6
         assert several["leak"] < 1e-4
+    elif run == "bf16":  # the weights keep the law; what is computed from them is rounded
+        assert several["retain"] < 5e-2 < several["forget"] and several["drift"] < 1e-5 and several["leak"] < 1e-3
     else:  # the control: a soft constraint lets retain logits move
         assert several["retain"] > 1e-3 and several["drift"] > 1e-4
 
@@ -112,6 +117,36 @@ def test_statistics_of_several_processes_are_those_of_one(processes: int, found:
         torch.testing.assert_close(several[name], single[name], rtol=1e-4, atol=1e-9)
     # a sum over one process's rows alone would be far off
     assert (several[names[0]] / processes - single[names[0]]).norm() > 0.1 * single[names[0]].norm()
+
+
+KINDS = ("by_row", "shards", "cut", "saved")
+
+
+@ddp
+@pytest.mark.parametrize("kind", KINDS)
+def test_collecting_is_exact_however_it_is_shared_out(kind: str, processes: int, found: Any) -> None:
+    """The same activations summed by whole Grams or by shards of them, of whole weights or of weights in shards."""
+    (one, single), (two, several) = found("ddp", 1), found("ddp", processes)
+    names = [name for name in several if name.startswith(f"{kind}.")]
+    assert names
+    for name in names:
+        if "vectors" in name:
+            continue
+        expected = single[name.replace(kind, "by_row", 1)]
+        assert (several[name] - expected).norm() <= 1e-12 * expected.norm(), name
+    assert two["same data"] == [True, True] and len(set(two["weights"] + one["weights"])) == 1
+    assert two["gradients"] == 0  # a pass leaves none behind, sharded weights or not
+
+
+@ddp
+def test_no_process_has_more_of_the_grams_than_its_share(processes: int, found: Any) -> None:
+    assert found("ddp", 1)[0]["share"] == 1
+    assert found("ddp", processes)[0]["share"] == pytest.approx(1 / processes, abs=0.02)
+    several = found("ddp", processes)[1]
+    for name in (name for name in several if name.startswith("shards.vectors")):
+        vectors_II = several[name].double()
+        torch.testing.assert_close(vectors_II.T @ vectors_II, torch.eye(len(vectors_II)).double(), atol=1e-5, rtol=0)
+    assert all(not several[name].any() for name in several if name.startswith("less."))  # whole ones subtract as well
 
 
 @ddp
