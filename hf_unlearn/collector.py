@@ -160,16 +160,15 @@ class Collector:
         """Sum over the processes what the pass over the layers `names` has found, and put it where it is kept."""
         self._complete_groups += 1
         for sums in (self.gram_sums, self.fisher_sums):
-            own = {name: sums[name] for name in names if name in sums}
-            if not self._in_shards:
-                sum_over_processes(own)
-            for name, tensor in own.items():
-                if not torch.isfinite(tensor).all():
+            for name in (name for name in names if name in sums):
+                if not self._in_shards:
+                    sum_over_processes({name: sums[name]})
+                if not torch.isfinite(sums[name]).all():
                     raise ModelError(
-                        f"what {name} computes is not finite (NaN or infinite); the weights or rows are broken"
+                        f"what {name} computes is not finite (NaN or infinite); weights or rows are broken"
                     )
-                size = tensor.shape[1]
-                sums[name] = from_own_rows(tensor, size) if self._in_shards else self.storage.keep(tensor)
+                size = sums[name].shape[1]
+                sums[name] = from_own_rows(sums[name], size) if self._in_shards else self.storage.keep(sums[name])
         counts = {name: torch.tensor(self.positions[name]) for name in names if name in self.positions}
         sum_over_processes(counts)
         self.positions |= {name: int(count) for name, count in counts.items()}
