@@ -1,7 +1,6 @@
 """What a run is asked to do: fields that become flags of the command line and settings of its YAML files."""
 
 from dataclasses import dataclass
-from typing import get_args
 
 from hf_unlearn.config import setting
 from hf_unlearn.predictions import Task
@@ -15,7 +14,7 @@ class DataArguments:
     dataset_name: str = setting("", "Folder of JSON lines or Parquet, a file a split, or Hub id of a data set.")
     max_rows: int | None = setting(None, "Use at most so many rows of each split for judging.")
     cache_dir: str | None = setting(None, "Where prepared models and statistics are kept; default HF_HOME/hf_unlearn.")
-    task: Task = setting("language-model", f"What the model does: {', '.join(get_args(Task))}.")
+    task: Task = setting("language-model", "What the model does.")
 
 
 @dataclass

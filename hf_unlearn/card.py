@@ -21,7 +21,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.files import replace_file
 from hf_unlearn.plots import PICTURES
-from hf_unlearn.report import Metric, UnlearningReport
+from hf_unlearn.report import Metric, UnlearningReport, is_finite
 
 TEMPLATE = "model_card_template.md"
 NOT_MEASURED, NOT_RECORDED, UNDEFINED = "not measured", "not recorded", "undefined"
@@ -112,7 +112,7 @@ def card_data(report: UnlearningReport, model_name: str) -> ModelCardData:
     adapter = _has_adapter(method)
     relation = "adapter" if adapter else "finetune"
     derived = {"base_model": method["base_model"], "base_model_relation": relation} if _names_base(method) else {}
-    results = [_eval_result(m, str(task or "other")) for m in report.metrics if _is_finite(m.value)]
+    results = [_eval_result(m, str(task or "other")) for m in report.metrics if is_finite(m.value)]
     return ModelCardData(
         model_name=model_name if results else None,
         library_name="peft" if adapter else "transformers",
@@ -188,9 +188,7 @@ def _variables(report: UnlearningReport, model_name: str, plots: Sequence[str]) 
         "seed": text(report.settings.get("seed")),
         "versions": _pairs(report.versions),
         "hardware": text(report.hardware or None),
-        "timings": [
-            (code(name), f"{seconds:.1f} s") for name, seconds in report.timings.items() if _is_finite(seconds)
-        ],
+        "timings": [(code(name), f"{seconds:.1f} s") for name, seconds in report.timings.items() if is_finite(seconds)],
         "plots": [_picture(name) for name in plots],
         "sample_header": _sample_header(report.samples),
         "sample_rows": [[text(row.get(key)) for key in _sample_keys(report.samples)] for row in report.samples],
@@ -235,7 +233,7 @@ def _retained_energy(method: Mapping[str, Any]) -> str:
 
 
 def _percent(value: Any) -> str:
-    return f"{value:.1%}" if _is_finite(value) else UNDEFINED
+    return f"{value:.1%}" if is_finite(value) else UNDEFINED
 
 
 def _layers(report: UnlearningReport) -> str:
@@ -247,7 +245,7 @@ def _layers(report: UnlearningReport) -> str:
 
 def _drift(report: UnlearningReport) -> dict[str, str]:
     """Predicted from the statistics: relative output change, KL in nats, and the layers where it is largest."""
-    layers = {name: value for name, value in (report.drift.get("by_layer") or {}).items() if _is_finite(value)}
+    layers = {name: value for name, value in (report.drift.get("by_layer") or {}).items() if is_finite(value)}
     largest = sorted(layers, key=lambda name: layers[name], reverse=True)[:3]
     # a run without statistics has an empty sum here, and zero would be a claim
     measured = report.drift if layers or report.drift.get("relative") else {}
@@ -263,7 +261,7 @@ def _retain_changes(report: UnlearningReport) -> list[str]:
     changes = []
     for name in dict.fromkeys(m.name for m in report.metrics):
         before, after = (report.get(name, "retain", model) for model in ("original", "unlearned"))
-        if before and after and _is_finite(before.value) and _is_finite(after.value):
+        if before and after and is_finite(before.value) and is_finite(after.value):
             change = after.value - before.value
             changes.append(f"{escape(UNITS.get(name, name))} {before.value:.3f} → {after.value:.3f} ({change:+.3f})")
     return changes
@@ -361,21 +359,16 @@ def code(value: Any) -> str:
 
 
 def _value(metric: Metric) -> str:
-    if not _is_finite(metric.value):
+    if not is_finite(metric.value):
         return UNDEFINED
-    bounded = _is_finite(metric.low) and _is_finite(metric.high)
+    bounded = is_finite(metric.low) and is_finite(metric.high)
     return f"{metric.value:.3f}" + (f" [{metric.low:.3f}, {metric.high:.3f}]" if bounded else "")
 
 
 def _measured(value: Any, unit: str = "") -> str:
     if value is None:
         return NOT_MEASURED
-    return f"{value:.3g}{unit}" if _is_finite(value) else UNDEFINED
-
-
-def _is_finite(value: Any) -> bool:
-    value = value.item() if hasattr(value, "item") else value
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return f"{value:.3g}{unit}" if is_finite(value) else UNDEFINED
 
 
 # Rendering

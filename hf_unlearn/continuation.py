@@ -8,7 +8,7 @@ from hf_unlearn.arguments import RunArguments
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.data import encode_dataset
 from hf_unlearn.errors import ModelError, SettingsError
-from hf_unlearn.ledger import KEY_VARIABLE, Ledger, read_key
+from hf_unlearn.ledger import open_ledger
 from hf_unlearn.loading import selected_rows, where_selected
 from hf_unlearn.sequence import RequestSequence, stepped
 
@@ -25,10 +25,7 @@ def open_sequence(args: RunArguments, names: Sequence[str]) -> RequestSequence |
         raise SettingsError("a ledger goes on from whole models; pass --merge_adapter True with --use_peft")
     if args.ledger_key_file and Path(args.ledger).resolve() in Path(args.ledger_key_file).resolve().parents:
         raise SettingsError(f"{args.ledger_key_file} is in the ledger's own folder; keep its key elsewhere")
-    key = read_key(args.ledger_key_file)
-    if key is None:
-        raise SettingsError(f"--ledger needs its key; pass --ledger_key_file, or set {KEY_VARIABLE}")
-    return RequestSequence(Ledger(args.ledger, key))
+    return RequestSequence(open_ledger(args.ledger, args.ledger_key_file))
 
 
 def continued(args: RunArguments, config: UnlearningConfig, sequence: RequestSequence) -> UnlearningConfig:

@@ -19,12 +19,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from hf_unlearn.alternatives import WRONG, with_alternatives
 from hf_unlearn.errors import DataError
-from hf_unlearn.formats import ENCODERS, LABELS, Encode, Encoding
+from hf_unlearn.formats import ENCODERS, LABELS, Encode, Encoding, Row
 from hf_unlearn.predictions import IGNORED, Task, task_of
 from hf_unlearn.sharding import own_indices, world
 
 MODEL_INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_features", "input_values")
-Row = Mapping[str, Any]
 
 
 def require_rows(dataset: Any, what: str) -> None:

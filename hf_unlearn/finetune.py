@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from hf_unlearn.data import Row, labelled_row_key
+from hf_unlearn.data import labelled_row_key
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.files import replace_folder
 from hf_unlearn.fingerprint import weights_fingerprint
+from hf_unlearn.formats import Row
 from hf_unlearn.sharding import is_main, sharding_of, wait_for_all, world
 
 logger = logging.get_logger(__name__)

@@ -31,9 +31,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hf_unlearn.data import Row, row_key
+from hf_unlearn.data import row_key
 from hf_unlearn.errors import LedgerError
 from hf_unlearn.files import write_json
+from hf_unlearn.formats import Row
 
 FORMAT_VERSION = 1
 KEY_VARIABLE = "HF_UNLEARN_LEDGER_KEY"
@@ -361,6 +362,14 @@ def read_key(file: str | os.PathLike | None) -> bytes | None:
     if not key:
         raise LedgerError(f"the ledger key {file} is empty; make one: {_MAKE_KEY}")
     return key
+
+
+def open_ledger(folder: str | os.PathLike, key_file: str | os.PathLike | None) -> Ledger:
+    """A ledger to append to, with the key of `read_key`; raises `LedgerError` where there is none."""
+    key = read_key(key_file)
+    if key is None:
+        raise LedgerError(f"--ledger needs its key; pass --ledger_key_file, or set {KEY_VARIABLE}")
+    return Ledger(folder, key)
 
 
 def row_identity(row: Row) -> str:

@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from hf_unlearn.arguments import RunArguments
-from hf_unlearn.data import Row, encode_dataset, require_disjoint, require_rows, row_key
+from hf_unlearn.data import encode_dataset, require_disjoint, require_rows, row_key
 from hf_unlearn.errors import DataError, ModelError, SettingsError
+from hf_unlearn.formats import Row
 from hf_unlearn.predictions import Task
 from hf_unlearn.selection import read_requests, rows_by_index, rows_requested, rows_where
 from hf_unlearn.sharding import loaded_whole

@@ -25,7 +25,8 @@ from hf_unlearn.fingerprint import tensors_fingerprint, weights_fingerprint
 from hf_unlearn.metrics.generation import generate_answers, true_answers
 from hf_unlearn.metrics.language import rouge_l
 from hf_unlearn.metrics.membership import compressed_lengths, gradient_norms
-from hf_unlearn.metrics.rows import Collator, score_classes, score_rows
+from hf_unlearn.metrics.rows import score_classes, score_rows
+from hf_unlearn.predictions import Collator
 from hf_unlearn.sharding import gather, is_main, wait_for_all
 
 Columns = Mapping[str, NDArray]

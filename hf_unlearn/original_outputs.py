@@ -11,7 +11,7 @@ Shapes: B rows, L label positions, V classes or vocabulary entries, P positions 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,12 @@ from hf_unlearn.files import replace_folder, write_json
 from hf_unlearn.fingerprint import row_hashes, rows_to_text, weights_fingerprint
 from hf_unlearn.losses import UnlearningLoss
 from hf_unlearn.losses.base import OriginalModel
-from hf_unlearn.predictions import IGNORED, Batch, Hidden, Predictions, label_positions, predict
+from hf_unlearn.predictions import IGNORED, Batch, Collator, Hidden, Predictions, label_positions, predict
 from hf_unlearn.sharding import is_main, wait_for_all
 
 FORMAT = 1
 INDEX = "original_outputs.json"
 SHARD_BYTES = 1 << 28
-Collator = Callable[[Sequence[Mapping[str, Any]]], Batch]
 
 
 def original_outputs(

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from hf_unlearn.metrics.classification import SMALLEST_ENTROPY, entropy_distance, log_entropies
-from hf_unlearn.report import Metric, UnlearningReport, forgotten_so_far
+from hf_unlearn.report import Metric, UnlearningReport, forgotten_so_far, is_finite
 
 DPI = 150
 LABEL_PIXELS = 19  # height of a line of text at figure.dpi
@@ -96,7 +96,7 @@ def sequence_figure(arms: Mapping[str, Sequence[UnlearningReport]], metric: str)
         for split, colour in SPLIT_COLOURS.items():
             found = [_split_value(report, metric, split) for report in reports]
             upper.plot(places, found, color=colour, **look)
-            values += [value for value in found if _is_finite(value)]
+            values += [value for value in found if is_finite(value)]
             if len(labels) < len(SPLIT_COLOURS):
                 name = "forgotten so far" if split == "forget" else SPLIT_NAMES.get(split, split)
                 labels.append((found[-1], name, colour))
@@ -212,7 +212,7 @@ def drift_by_layer(report: UnlearningReport) -> Figure | None:
 
 def metrics_bars(report: UnlearningReport) -> Figure | None:
     """The headline metric and the membership AUC with 95% intervals: a group of bars per split, a bar per model."""
-    known = [m for m in report.metrics if m.model in MODEL_COLOURS and _is_finite(m.value)]
+    known = [m for m in report.metrics if m.model in MODEL_COLOURS and is_finite(m.value)]
     names = [headline(report, {m.name for m in known}), "membership_auc"]
     shown = {name: [m for m in known if m.name == name] for name in names if name is not None}
     shown = {name: found for name, found in shown.items() if found}
@@ -244,7 +244,7 @@ PICTURES: dict[str, tuple[Callable[[UnlearningReport], Figure | None], str]] = {
 
 
 def _log_entropies(entropies: Iterable[float | None]) -> np.ndarray:
-    return log_entropies(np.asarray([value for value in entropies if _is_finite(value)], dtype=float))
+    return log_entropies(np.asarray([value for value in entropies if is_finite(value)], dtype=float))
 
 
 def _entropy_label(model: str, values: Mapping[str, np.ndarray]) -> str:
@@ -262,7 +262,7 @@ def _evaluation_curves(report: UnlearningReport) -> tuple[str, dict[str, Points]
     for line in report.history:
         for key, value in line.items():
             match = re.fullmatch(r"eval_(.+?)_(accuracy|(?:answer_)?probability)", key)
-            if match and _is_finite(value) and _is_finite(line.get("step")):
+            if match and is_finite(value) and is_finite(line.get("step")):
                 name = "accuracy" if match[2] == "accuracy" else "answer_probability"
                 found[name][match[1]][line["step"]] = value
     shown = headline(report, found)
@@ -270,15 +270,15 @@ def _evaluation_curves(report: UnlearningReport) -> tuple[str, dict[str, Points]
         return None
     for split, points in found[shown].items():
         start = report.get(shown, split, "original")
-        if 0 not in points and start is not None and _is_finite(start.value):
+        if 0 not in points and start is not None and is_finite(start.value):
             points[0] = start.value
     return shown, {split: sorted(found[shown][split].items()) for split in _in_order(found[shown], SPLIT_COLOURS)}
 
 
 def _drift_curves(report: UnlearningReport) -> dict[str, Points]:
-    lines = [line for line in report.history if "loss" in line and _is_finite(line.get("step"))]
+    lines = [line for line in report.history if "loss" in line and is_finite(line.get("step"))]
     curves = {
-        key: [(line["step"], line[key]) for line in lines if _is_finite(line.get(key)) and line[key] > 0]
+        key: [(line["step"], line[key]) for line in lines if is_finite(line.get(key)) and line[key] > 0]
         for key in DRIFTS
     }
     return {key: points for key, points in curves.items() if points}
@@ -292,7 +292,7 @@ def _draw_curves(axes: Axes, report: UnlearningReport, name: str, curves: Mappin
         _draw_points(axes, points, colour, width=2.6 if split == "forget" else 1.8)
         labels.append((points[-1][1], SPLIT_NAMES.get(split, split), colour))
     level = report.get(name, "forget", "retrained")
-    if level is not None and _is_finite(level.value):
+    if level is not None and is_finite(level.value):
         axes.axhline(level.value, color=SPLIT_COLOURS["forget"], linestyle="--", linewidth=1.4, zorder=1)
         labels.append((level.value, "forget, retrained", SPLIT_COLOURS["forget"]))
     _zoom(axes, [value for points in curves.values() for _, value in points] + [value for value, _, _ in labels])
@@ -436,7 +436,7 @@ def _draw_bars(
 def _draw_bar(axes: Axes, place: float, metric: Metric, width: float) -> None:
     axes.bar(place, metric.value, width * 0.94, color=MODEL_COLOURS[metric.model], label=metric.model)
     top = metric.value
-    if _is_finite(metric.low) and _is_finite(metric.high):
+    if is_finite(metric.low) and is_finite(metric.high):
         low, high = float(metric.low or 0), float(metric.high or 0)
         axes.vlines(place, low, high, color="#222222", linewidth=1.3)
         top = max(top, high)
@@ -498,8 +498,4 @@ def _in_order(names: Iterable[str], first: Iterable[str]) -> list[str]:
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in values.items() if _is_finite(value)}
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and math.isfinite(value)
+    return {name: float(value) for name, value in values.items() if is_finite(value)}

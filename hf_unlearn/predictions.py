@@ -5,7 +5,7 @@ classification; the positions whose label is not -100 for language models), P po
 language models, all of the row's for classification), D features of a hidden state.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -21,6 +21,7 @@ from hf_unlearn.errors import DataError, ModelError, SettingsError
 IGNORED = -100
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 Batch = Mapping[str, Tensor]
+Collator = Callable[[Sequence[Mapping[str, Any]]], Batch]
 Task = Literal["language-model", "text-classification", "image-classification"]
 TASKS: dict[str | None, Task] = {
     "ForSequenceClassification": "text-classification",

@@ -125,6 +125,12 @@ def _metric(content: Mapping[str, Any]) -> Metric:
     return Metric(**{**content, "value": math.nan if value is None else value})
 
 
+def is_finite(value: Any) -> bool:
+    """Whether it is a number, of numpy or torch too, that is neither NaN nor infinite."""
+    value = value.item() if hasattr(value, "item") else value
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def align(rows: Sequence[Sequence[str]]) -> str:
     """Columns of text, padded to a common width, with a rule under the header."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -15,12 +15,13 @@ from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.constraints import CONSTRAINTS
 from hf_unlearn.continuation import begin, continued, last_model, open_sequence
-from hf_unlearn.data import Row, default_collator, encode_dataset, labelled_row_key, take
+from hf_unlearn.data import default_collator, encode_dataset, labelled_row_key, take
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation import evaluate_unlearning
 from hf_unlearn.files import check_output
 from hf_unlearn.finetune import FineTuning, cache_folder, fine_tuned
 from hf_unlearn.fingerprint import weights_fingerprint
+from hf_unlearn.formats import Row
 from hf_unlearn.loading import load_model, load_processor, load_rows, load_splits
 from hf_unlearn.metrics.generation import generate_answers
 from hf_unlearn.predictions import IGNORED
@@ -141,16 +142,9 @@ def evaluate(
     args: RunArguments, original: str | None, batch_size: int, seed: int, max_length: int | None = 512
 ) -> UnlearningReport:
     """`hf-unlearn evaluate`: the table of a finished model; rows are cut as `run` cuts them."""
-    tokenizer = load_processor(args.model_name_or_path, args.task)
-    splits = load_splits(args, tokenizer, max_length)
-    splits.pop("train")
-    return evaluate_unlearning(
-        load_model(args.model_name_or_path, args.task), {n: take(rows, args.max_rows) for n, rows in splits.items()},
-        original=load_model(original, args.task) if original else None,
-        retrained=load_model(args.retrained, args.task) if args.retrained not in (None, "none") else None,
-        metrics=_metrics(args), processing_class=tokenizer, collator=default_collator(tokenizer),
-        batch_size=batch_size, seed=seed, cache_dir=cache_folder(args.cache_dir),
-    )  # fmt: skip
+    model, splits, options = _finished(args, original, batch_size, max_length)
+    cache = cache_folder(args.cache_dir)
+    return evaluate_unlearning(model, splits, metrics=_metrics(args), seed=seed, cache_dir=cache, **options)
 
 
 def attack(
@@ -162,16 +156,22 @@ def attack(
     max_length: int | None = 512,
 ) -> UnlearningReport:
     """`hf-unlearn audit`: attacks on a finished model; rows are cut as `run` cuts them."""
+    model, splits, options = _finished(args, original, batch_size, max_length)
+    chosen = [name.strip() for name in attacks.split(",")] if attacks else None
+    return audit(model, splits, attacks=chosen, settings=settings, **options)
+
+
+def _finished(
+    args: RunArguments, original: str | None, batch_size: int, max_length: int | None
+) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+    """A finished model, rows to judge it on, and what else `evaluate_unlearning` and `audit` both take."""
     tokenizer = load_processor(args.model_name_or_path, args.task)
-    splits = load_splits(args, tokenizer, max_length)
+    splits = {name: take(rows, args.max_rows) for name, rows in load_splits(args, tokenizer, max_length).items()}
     splits.pop("train")
-    return audit(
-        load_model(args.model_name_or_path, args.task), {n: take(rows, args.max_rows) for n, rows in splits.items()},
-        original=load_model(original, args.task) if original else None,
-        retrained=load_model(args.retrained, args.task) if args.retrained not in (None, "none") else None,
-        attacks=[name.strip() for name in attacks.split(",")] if attacks else None, settings=settings,
-        processing_class=tokenizer, collator=default_collator(tokenizer), batch_size=batch_size,
-    )  # fmt: skip
+    others = {"original": original, "retrained": args.retrained if args.retrained != "none" else None}
+    options: dict[str, Any] = {kind: load_model(name, args.task) if name else None for kind, name in others.items()}
+    options |= {"processing_class": tokenizer, "collator": default_collator(tokenizer), "batch_size": batch_size}
+    return load_model(args.model_name_or_path, args.task), splits, options
 
 
 def add_to_model(report: UnlearningReport, folder: Path) -> None:

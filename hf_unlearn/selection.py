@@ -12,13 +12,12 @@ The left side is a column, the right side JSON (a text in double quotes, a numbe
 import json
 import operator
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_unlearn.errors import DataError
+from hf_unlearn.formats import Row
 
-Row = Mapping[str, Any]
 _OPERATORS = {
     "==": operator.eq,
     "!=": operator.ne,

@@ -33,10 +33,10 @@ from typing import Any
 from torch import nn
 
 from hf_unlearn.constraints import ConstraintLike, EnergyConstraint, bind_constraints
-from hf_unlearn.data import Row
 from hf_unlearn.errors import DataError, LedgerError
 from hf_unlearn.files import sha256_of, write_json
 from hf_unlearn.fingerprint import weights_fingerprint
+from hf_unlearn.formats import Row
 from hf_unlearn.ledger import Commitment, Entry, Ledger
 from hf_unlearn.report import REPORT, UnlearningReport, plain
 from hf_unlearn.sharding import gather

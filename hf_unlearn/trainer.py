@@ -10,24 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainerState, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
     EvalPrediction,
     IntervalStrategy,
-    TrainOutput,
-    rotate_checkpoints,
 )
 
-from hf_unlearn.adapters import layer_of, with_adapter
+from hf_unlearn.adapters import with_adapter
 from hf_unlearn.callbacks import DriftBudgetCallback, DualWeightCallback, EngineCallback, OverUnlearningCallback
-from hf_unlearn.checkpoints import PREVIOUS, check_same_run, find_checkpoint, seal
-from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
-from hf_unlearn.coverage import Coverage, freeze_all_but, freeze_unprotected, hold_norm_statistics
+from hf_unlearn.coverage import hold_norm_statistics
 from hf_unlearn.data import (
     PairedCollator,
     PairedDataset,
@@ -37,20 +30,21 @@ from hf_unlearn.data import (
     require_disjoint,
     require_labels,
 )
-from hf_unlearn.errors import ModelError, NonFiniteLossError, SettingsError, StatisticsError
-from hf_unlearn.layers import find_layers
+from hf_unlearn.errors import ModelError, NonFiniteLossError, SettingsError
 from hf_unlearn.losses import UnlearningLoss, build_loss
 from hf_unlearn.losses.base import ForgetTerm, OriginalModel
 from hf_unlearn.metrics import RowScores, row_scores
 from hf_unlearn.optimizer import StepConstrainer
 from hf_unlearn.original_outputs import frozen_copy, original_outputs
 from hf_unlearn.predictions import predict
-from hf_unlearn.sharding import check_sharding, gather, loaded_whole, shard_on_cpu, sharding_of, wait_for_all
+from hf_unlearn.sharding import check_sharding, loaded_whole, shard_on_cpu
 from hf_unlearn.statistics import RetainStatistics
 from hf_unlearn.trainer_hub import HubMixin
+from hf_unlearn.trainer_inputs import encode_splits, encoder, freeze_for_run, usable_statistics
+from hf_unlearn.trainer_resume import ResumeMixin
 
 
-class UnlearningTrainer(HubMixin, Trainer):
+class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
     """Forget `forget_dataset` under the constraint of `args`, the rest as in `transformers.Trainer`.
 
     Args:
@@ -113,7 +107,7 @@ class UnlearningTrainer(HubMixin, Trainer):
                 model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         assert isinstance(model, nn.Module)
         self.loss = args.build_loss() if loss is None else build_loss(loss)
-        encode = _encoder(model, processing_class, args, self.loss)
+        encode = encoder(model, processing_class, args, self.loss)
         forget, retain = encode(forget_dataset, "forget"), encode(retain_dataset, "retain")
         holdout = encode(holdout_dataset, "holdout")
         for other, what in ((retain, "retain"), (holdout, "holdout")):
@@ -129,12 +123,12 @@ class UnlearningTrainer(HubMixin, Trainer):
                 f"loss {self.loss.name!r} needs retain rows; pass retain_dataset or choose another loss"
             )
         constraint = args.build_constraint()
-        statistics = _statistics(model, statistics, retain, collator, args)
+        statistics = usable_statistics(model, statistics, retain, collator, args)
         if peft_config is not None:
             set_seed(args.seed)  # a resumed run starts from the same A
             model = with_adapter(model, peft_config)
-        self.coverage = _freeze(model, statistics, constraint, args)
-        splits = _encode_splits(eval_dataset, encode)
+        self.coverage = freeze_for_run(model, statistics, constraint, args)
+        splits = encode_splits(eval_dataset, encode)
         if holdout_dataset is not None or args.forget_target is not None:
             splits = {"forget": forget, **splits}
         if not splits:
@@ -155,7 +149,6 @@ class UnlearningTrainer(HubMixin, Trainer):
         self.loss_is_scaled_for_ga = True
         self._own_metrics = compute_metrics is None
         self._unfinished_loss: Any = 0.0
-        self._stopped_before: str | None = None
         self._attached: Any = None
         self.constrainer = StepConstrainer(self.model, statistics, constraint, relative_step=args.relative_step)
         self._original = self._original_source(original_model, forget, retain, collator)
@@ -172,112 +165,15 @@ class UnlearningTrainer(HubMixin, Trainer):
         self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
         check_sharding(self.accelerator, self.model)
 
-    @property
-    def stop_reason(self) -> str:
-        """Why the last run ended, in words."""
-        if self._stopped_before is not None:
-            return self._stopped_before
-        reasons = [r for cb in self.callback_handler.callbacks if (r := getattr(cb, "reason", None))]
-        return "; ".join(reasons) or f"all {self.state.max_steps} steps were made"
-
     @contextmanager
     def original_model(self) -> Iterator[nn.Module]:
         """The model with its original weights, for the duration of the context."""
         with self.constrainer.original():
             yield self.model
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
-        """As in Trainer; True resumes from the newest complete checkpoint of `output_dir`, or starts if there is none.
-
-        The trainer must be made as for the first start, on the original model. The result is the same, to the bit, as
-        without the interruption.
-
-        Raises:
-            SettingsError: The checkpoint is incomplete, or of a run with other statistics, settings or processes.
-        """
-        stopping = self._stopping_callback()
-        if stopping is not None:
-            stopping.previous = None
-        if self.loss.dual is not None:
-            self.loss.dual.reset()
-        folder = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        if folder is not None:
-            then = check_same_run(folder, self._run_description())
-            if then["stopped"]:
-                return self._take_up_stopped(folder, then["stopped"])
-            if self.loss.dual is not None:
-                self.loss.dual.load_state(then["dual_weight"])
-            if stopping is not None and "previous_step" in then:
-                saved = load_file(folder / self._previous_file)
-                weights = [saved[str(i)].to(self.args.device) for i in range(len(saved))]
-                stopping.previous = (then["previous_step"], weights)
-        return super().train(resume_from_checkpoint=str(folder) if folder else None, **options)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As Trainer, then seal the folder; older ones are removed only after that."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        state: dict[str, Any] = {"stopped": self.stop_reason if self.control.should_training_stop else None}
-        stopping = self._stopping_callback()
-        if stopping is not None and stopping.previous and stopping.previous[0] < self.state.global_step:
-            state["previous_step"], weights = stopping.previous
-            if self.args.should_save or self.is_sharded:
-                save_file({str(i): w.contiguous() for i, w in enumerate(weights)}, folder / self._previous_file)
-        wait_for_all()
-        if self.args.should_save:
-            if self.loss.dual is not None:
-                state["dual_weight"] = self.loss.dual.state()
-            seal(folder, self._run_description() | state)
-            rotate_checkpoints(
-                self.args.output_dir, save_total_limit=limit, best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )  # fmt: skip
-        wait_for_all()
-
-    def _take_up_stopped(self, folder: Path, reason: str) -> TrainOutput:
-        """Load the checkpoint of a run that had come to its end."""
-        if self.is_sharded:  # such a checkpoint is loaded into a model that is sharded already
-            self._prepare_for_training(self.args.max_steps, self.get_train_dataloader(), str(folder))
-        else:
-            self._load_from_checkpoint(str(folder))
-        if self.is_deepspeed_enabled:
-            self._attach(self.model_wrapped)
-        self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-        self._stopped_before = reason
-        return TrainOutput(self.state.global_step, 0.0, {})
-
-    def _run_description(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint of one run to be resumed by another."""
-        args, statistics = self.args, self.constrainer.statistics
-        return {
-            "statistics": statistics and {"weights": statistics.weights, "data": statistics.data},
-            "constraint": {"name": args.constraint, "own": args.constraint_settings, "layers": args.layer_constraints},
-            "loss": {"name": self.loss.name, "own": self.loss.all_settings},
-            "optimizer": {"optim": str(args.optim), "momentum": args.momentum, "relative_step": args.relative_step},
-            "processes": args.world_size,
-            "sharding": sharding_of(self.accelerator),
-        }
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether each process holds a part of the (master) weights only."""
-        return sharding_of(self.accelerator) != "none"
-
-    @property
-    def _previous_file(self) -> str:
-        return f"{self.args.process_index}-{PREVIOUS}" if self.is_sharded else PREVIOUS
-
     def whole_state_dict(self) -> dict[str, Tensor] | None:
         """All weights, on process 0, where they are sharded (a collective call); None where the model has them all."""
         return self.accelerator.get_state_dict(self.model_wrapped) if self.is_sharded else None
-
-    def _stopping_callback(self) -> OverUnlearningCallback | None:
-        callbacks = self.callback_handler.callbacks
-        return next((cb for cb in callbacks if isinstance(cb, OverUnlearningCallback)), None)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of `args.optim`, with the constraint's step hooks."""
@@ -447,65 +343,6 @@ class UnlearningTrainer(HubMixin, Trainer):
             f"the loss is {loss} after step {self.state.global_step}; the weights are back to {kept}: "
             "lower learning_rate, or choose a bounded loss such as ce_u or npo"
         )
-
-
-def _encoder(
-    model: nn.Module, processing_class: Any, args: UnlearningConfig, loss: UnlearningLoss
-) -> Callable[[Any, str], Any]:
-    def encode(dataset: Any, what: str) -> Any:
-        if dataset is None and what != "forget":
-            return None
-        seed = args.seed if what == "forget" and loss.kind.alternates == "idk" else None
-        return encode_dataset(
-            dataset, processing_class, what=what, max_length=args.max_length, model=model, idk_seed=seed
-        )
-
-    return encode
-
-
-def _encode_splits(eval_dataset: Any, encode: Callable[[Any, str], Any]) -> dict[str, Any]:
-    if eval_dataset is None:
-        return {}
-    if not isinstance(eval_dataset, Mapping):
-        raise SettingsError("eval_dataset must name its splits, such as {'retain': rows}")
-    return {name: encode(rows, name) for name, rows in eval_dataset.items()}
-
-
-def _statistics(
-    model: nn.Module, given: Any, retain: Any, collator: Callable, args: UnlearningConfig
-) -> RetainStatistics | None:
-    """The statistics given, loaded or collected, checked against the model."""
-    if given is None and args.constraint != "none":
-        if retain is None:
-            raise SettingsError(
-                f"constraint {args.constraint!r} needs statistics; pass `statistics`, or retain_dataset to collect "
-                "them, or choose constraint none"
-            )
-        fisher = args.constraint == "kronecker"
-        return collect_statistics(
-            model, retain, collator=collator, batch_size=args.per_device_eval_batch_size, fisher=fisher,
-            keep_on=args.keep_statistics_on, max_memory=args.max_memory, progress=not args.disable_tqdm,
-        )  # fmt: skip
-    if isinstance(given, (str, os.PathLike)):
-        given = RetainStatistics.from_pretrained(given, keep_on=args.keep_statistics_on)
-    if given is not None:
-        given.check_model(model)
-    seen = gather(given and (given.weights, given.data))
-    if len(set(seen)) > 1:
-        raise StatisticsError(f"{len(seen)} processes have {len(set(seen))} different statistics; give all the same")
-    if given is not None and args.keep_statistics_on != "device":
-        given = given.kept_on(args.keep_statistics_on)
-    return given
-
-
-def _freeze(model: nn.Module, statistics: RetainStatistics | None, constraint: Any, args: UnlearningConfig) -> Coverage:
-    """Coverage of the run; without a constraint the same weights train, all of them exposed."""
-    freeze_all_but(model, args.train_only)
-    if constraint is not None and statistics is not None:
-        return freeze_unprotected(model, statistics.layers, args.allow_exposed, args.freeze)
-    layers = statistics.layers if statistics is not None else find_layers(model)
-    exposed = [name for name, _ in model.named_parameters() if layer_of(name)[0] in layers]
-    return freeze_unprotected(model, (), [*exposed, *args.allow_exposed], args.freeze)
 
 
 def _mean_scores(prediction: EvalPrediction) -> dict[str, float]:

@@ -300,9 +300,14 @@ class Hub:
 
         return [entry(path, f) for path, f in repository.commits[commit].items()]
 
-    def tree(self, seen: Seen, repo: str, rev: str) -> Reply:
+    def tree(self, seen: Seen, repo: str, rev: str, folder: str | None = None) -> Reply:
         repository = self.repository(seen, repo)
-        return Reply(200, self.entries(repository, self.commit(repository, rev)))
+        entries = self.entries(repository, self.commit(repository, rev))
+        if folder is not None:
+            entries = [entry for entry in entries if entry["path"].startswith(f"{folder}/")]
+            if not entries:
+                raise refusal(404, "EntryNotFound", f"{folder} does not exist")
+        return Reply(200, entries)
 
     def paths(self, seen: Seen, repo: str, rev: str) -> Reply:
         repository = self.repository(seen, repo)
@@ -381,7 +386,7 @@ ROUTES: list[tuple[str, str, Callable[..., Reply]]] = [
     ("GET", f"{API}/xet-(?P<kind>read|write)-token/{REV}", Hub.xet_token),
     ("GET", API, Hub.info),
     ("GET", f"{API}/revision/{REV}", Hub.info),
-    ("GET", f"{API}/tree/{REV}", Hub.tree),
+    ("GET", f"{API}/tree/(?P<rev>refs/[^/]+/[^/]+|[^/]+)(/(?P<folder>.+))?", Hub.tree),
     ("POST", f"{API}/paths-info/{REV}", Hub.paths),
     ("GET", f"{API}/refs", Hub.list_refs),
     ("POST", f"{API}/branch/(?P<name>.+)", Hub.branch),

@@ -320,7 +320,7 @@ def test_weights_that_are_no_numbers_give_an_error_or_no_value_and_never_a_score
     whole, model = tiny_llama(), tiny_llama()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
-    with pytest.raises(ModelError, match="are not finite"):
+    with pytest.raises(ModelError, match="is not finite"):
         collect_statistics(model, text_rows(3), progress=False)
     args = UnlearningConfig(str(tmp_path), use_cpu=True, disable_tqdm=True, constraint="none")
     trainer = UnlearningTrainer(model, args, text_rows(3), eval_dataset={"retain": text_rows(3, seed=1)})

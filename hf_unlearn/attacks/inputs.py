@@ -18,7 +18,7 @@ from hf_unlearn.attacks.subject import NotRun, Outcome, Subject
 from hf_unlearn.metrics import bootstrap_auc, bootstrap_mean, map_rows, score_classes, undefined
 from hf_unlearn.metrics.intervals import auc
 from hf_unlearn.metrics.membership import ShadowAttack
-from hf_unlearn.predictions import IGNORED
+from hf_unlearn.predictions import IGNORED, context_length
 
 FOLDS, FEWEST = 5, 4
 
@@ -45,7 +45,7 @@ def few_shot_prompts(subject: Subject) -> Iterator[Outcome]:
     shown = [int(token) for row in examples for token in row["input_ids"]]
     rows = [_after(shown, row) for row in _all(subject.rows["forget"])]
     longest = max(len(row["input_ids"]) for row in rows)
-    context = getattr(getattr(subject.model, "config", None), "max_position_embeddings", None)
+    context = context_length(subject.model)
     if context is not None and longest > context:
         raise NotRun(f"with {len(examples)} rows before it a row has {longest} tokens, the context is {context}")
     yield Outcome(

@@ -5,6 +5,7 @@ and `main(argv) -> Answer`. Neither this file nor a module's name in the table l
 """
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"hf-unlearn: unknown command {argv[0]!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where it is installed it tells of what it lacks
     as_json, debug = "--json" in argv, "--debug" in argv
     argv = [a for a in argv if a not in ("--debug", "--json")]
     if argv[0] in LAUNCHED and any(a.split("=")[0] == "--accelerate_config" for a in argv):

@@ -8,7 +8,7 @@ from transformers import HfArgumentParser
 from hf_unlearn.cli.common import Answer, make_parser
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.hub import STATISTICS, publishable
-from hf_unlearn.ledger import KEY_VARIABLE, Ledger, read_key
+from hf_unlearn.ledger import KEY_VARIABLE, Ledger, open_ledger
 from hf_unlearn.publish import push_statistics, push_unlearned_model
 from hf_unlearn.report import UnlearningReport
 
@@ -53,10 +53,7 @@ def _entry(folder: Path, ledger: str | None, key_file: str | None) -> tuple[Ledg
     """The ledger to record the push in, and the number of the request, before anything is sent."""
     if ledger is None:
         return None, 0
-    key, report = read_key(key_file), UnlearningReport.load(folder)
-    if key is None:
-        raise SettingsError(f"--ledger needs its key; pass --ledger_key_file, or set {KEY_VARIABLE}")
-    found = Ledger(ledger, key)
+    found, report = open_ledger(ledger, key_file), UnlearningReport.load(folder)
     commitments = {entry.content["request"]: entry.content["commitment"] for entry in found.requests()}
     number = report.request.get("number", 0)
     if number not in commitments or commitments[number] != report.request.get("commitment"):

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hf_unlearn.errors import DataError, ModelError, SettingsError
 from hf_unlearn.metrics.rows import map_rows
-from hf_unlearn.predictions import IGNORED
+from hf_unlearn.predictions import IGNORED, context_length
 from hf_unlearn.sharding import world
 
 NEW_TOKENS = 200  # TOFU; MUSE takes 128 for a continuation and 32 for an answer
@@ -73,8 +73,7 @@ def true_answers(dataset: Any, tokenizer: Any, max_tokens: int | None = None) ->
 
 def _room(model: nn.Module, dataset: Any, max_new_tokens: int) -> int:
     """Tokens that can be generated after the longest prompt: learnt positions end with the context."""
-    config: Any = model.config
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model)
     longest = max(len(_prompt(dataset[i])) for i in range(len(dataset)))
     if context is not None and longest >= context:
         raise DataError(f"a prompt of {longest} tokens fills the context of {context}; cut it with max_length")

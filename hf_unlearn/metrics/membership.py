@@ -18,8 +18,8 @@ from torch import nn
 
 from hf_unlearn.metrics.base import NUMBER, NUMBERS, TEXT, UnlearningMetric
 from hf_unlearn.metrics.intervals import Estimate, auc, bootstrap, bootstrap_auc, bootstrap_mean, undefined
-from hf_unlearn.metrics.rows import Collator, map_rows
-from hf_unlearn.predictions import predict
+from hf_unlearn.metrics.rows import map_rows
+from hf_unlearn.predictions import Collator, predict
 from hf_unlearn.sharding import require_whole
 
 

@@ -3,7 +3,7 @@
 Shapes: B rows, L label positions, V classes or vocabulary entries, C classes, S scores a row.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hf_unlearn.errors import DataError
-from hf_unlearn.predictions import Batch, Predictions, predict
+from hf_unlearn.predictions import Collator, Predictions, predict
 from hf_unlearn.sharding import gather, own_indices, world
 
 MIN_K = 0.4  # share of a row's labels that the min-k attacks look at (MUSE, 2.2; OpenUnlearning)
 MIN_VARIANCE = 1e-6  # min-k++ divides by a deviation; a certain prediction has none
 CHUNK = 1 << 24  # elements of the largest float32 tensor made here
-Collator = Callable[[Sequence[Mapping[str, Any]]], Batch]
 
 
 @dataclass(frozen=True)
