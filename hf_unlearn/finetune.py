@@ -41,7 +41,8 @@ class FineTuning:
         _, processes = world()
         if self.batch_size % processes:
             raise SettingsError(
-                f"the fine-tune's batch size {self.batch_size} is no multiple of {processes} processes; choose another"
+                f"the fine-tune's batch size {self.batch_size} is no multiple of {processes} processes; pass another "
+                "(--fine_tune_batch_size)"
             )
         set_seed(self.seed)
         args = TrainingArguments(
