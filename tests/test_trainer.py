@@ -43,10 +43,11 @@ def logits(model: nn.Module, rows: list[Row]) -> Tensor:
     """Logits of every unpadded position, in eval mode."""
     training = model.training
     model.eval()
-    batch = collate(rows)
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
     found = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[batch["attention_mask"] == 1]
     model.train(training)
-    return found.float()
+    return found.float().cpu()
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:

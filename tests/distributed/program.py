@@ -23,7 +23,7 @@ from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.data import PaddingCollator
 from hf_unlearn.errors import StatisticsError
 from hf_unlearn.metrics import score_rows
-from hf_unlearn.sharding import leave, local_part, wait_for_all, whole
+from hf_unlearn.sharding import gather, leave, local_part, wait_for_all, whole
 from hf_unlearn.statistics import RetainStatistics
 from hf_unlearn.trainer import UnlearningTrainer
 
@@ -63,7 +63,8 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def settings(folder: Path, mode: str, processes: int, **changes: Any) -> UnlearningConfig:
-    few = {"use_cpu": True, "disable_tqdm": True, "max_steps": 4, "seed": 0, "learning_rate": 2e-3, "ddp_timeout": 60}
+    on_cpu = torch.cuda.device_count() < processes  # else every process has a GPU of its own
+    few = {"use_cpu": on_cpu, "disable_tqdm": True, "max_steps": 4, "seed": 0, "learning_rate": 2e-3, "ddp_timeout": 60}
     batch = 12 // processes // changes.get("gradient_accumulation_steps", 1)
     sizes = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": 2, "eval_strategy": "no"}
     return UnlearningConfig(str(folder), **{**few, **sizes, "forget_metric": "loss", **MODES[mode], **changes})
@@ -76,6 +77,7 @@ def unlearn(name: str, folder: Path, mode: str, processes: int) -> tuple[dict[st
     if own.pop("npo", False):
         own["loss"] = "npo"  # reads the original model's predictions
     args = settings(folder, mode, processes, **own)
+    model.to(args.device)
     fisher = own.get("constraint") == "kronecker"
     statistics = collect_statistics(model, ROWS if fisher else RETAIN, fisher=fisher, progress=False)
     before = logits(model, RETAIN), logits(model, TWELVE)
@@ -136,7 +138,7 @@ def forget_mode() -> None:
 
 def collected(args: UnlearningConfig, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Statistics of rows that do not divide by the processes, and of fewer rows than processes."""
-    model = tiny_llama()
+    model = tiny_llama().to(args.device)
     statistics = collect_statistics(model, ROWS, fisher=True, batch_size=2, progress=False)
     one = collect_statistics(model, ROWS[:1], fisher=True, progress=False)
     found = {
@@ -144,7 +146,7 @@ def collected(args: UnlearningConfig, folder: Path) -> tuple[dict[str, Any], dic
         "counts": [statistics.rows, statistics.labels, dict(statistics.positions), one.rows, one.labels],
         "data": [statistics.data, one.data],
         "refused": _refused(args, statistics, one),
-        "same": len(set(_everywhere(sum(float(v.abs().sum()) for v in statistics.gram_sums.values())))) == 1,
+        "same": len(set(gather(sum(float(v.abs().sum()) for v in statistics.gram_sums.values())))) == 1,
     }
     statistics.decompose(statistics.layers)
     # row by row, so that activations are the same whoever computes them; and summed in shards, on sharded weights
@@ -180,18 +182,10 @@ def collected(args: UnlearningConfig, folder: Path) -> tuple[dict[str, Any], dic
 def _refused(args: UnlearningConfig, whole: RetainStatistics, one: RetainStatistics) -> str:
     """What processes say that were given different statistics; a hang would say nothing."""
     try:
-        UnlearningTrainer(tiny_llama(), args, TWELVE, statistics=one if args.process_index else whole)
+        UnlearningTrainer(tiny_llama().to(args.device), args, TWELVE, statistics=one if args.process_index else whole)
     except StatisticsError as error:
         return str(error)
     return ""
-
-
-def _everywhere(value: float) -> list[float]:
-    if not dist.is_initialized():
-        return [value]
-    found = [torch.zeros((), dtype=torch.float64) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, torch.tensor(value, dtype=torch.float64))
-    return [v.item() for v in found]
 
 
 if __name__ == "__main__":
