@@ -262,14 +262,13 @@ class StepConstrainer:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Any, *hook: Any) -> None:
-        relative = optimizer.param_groups[0]["lr"]
-        if relative == 0:  # nothing has moved: torch's checkpoints make such steps to have an optimizer's state
-            return
+        if not any(group["lr"] for group in optimizer.param_groups):
+            return  # nothing has moved: torch's checkpoints make such steps to have an optimizer's state
         for part in self.parts:
             if part.bound is not None:
                 part.constrain()
         if self.relative_step:
-            self._rescale_step(relative)
+            self._rescale_step(optimizer.param_groups[0]["lr"])
         self._show_written()
         if self.measure_leak:
             self.leak = self._leak()
