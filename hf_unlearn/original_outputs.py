@@ -28,7 +28,7 @@ from hf_unlearn.fingerprint import row_hashes, rows_to_text, weights_fingerprint
 from hf_unlearn.losses import UnlearningLoss
 from hf_unlearn.losses.base import OriginalModel
 from hf_unlearn.predictions import IGNORED, Batch, Collator, Hidden, Predictions, label_positions, predict
-from hf_unlearn.sharding import is_main, wait_for_all
+from hf_unlearn.sharding import gather, is_main, wait_for_all
 
 FORMAT = 1
 INDEX = "original_outputs.json"
@@ -76,7 +76,7 @@ def original_outputs(
         "precision": precision,
     }
     target = Path(folder)
-    if not (target / INDEX).is_file():
+    if not gather((target / INDEX).is_file())[0]:  # decided before any writes: all make the passes, or none does
         _write(model, loss, rows, target, about, collator, batch_size, scope)
     return StoredOutputs(target, about)
 

@@ -23,7 +23,7 @@ from hf_unlearn.files import replace_folder, sha256_of, write_json
 from hf_unlearn.fingerprint import combine_rows, package_versions, weights_fingerprint
 from hf_unlearn.layers import describe_layer, known_layers
 from hf_unlearn.linalg import Eigen, eigen, rank_for_energy
-from hf_unlearn.sharding import communication_device, from_owner, is_main, share_out, whole, world
+from hf_unlearn.sharding import communication_device, from_owner, is_main, share_out, wait_for_all, whole, world
 from hf_unlearn.storage import Storage, fetch, shard
 
 FORMAT_VERSION = 1
@@ -234,13 +234,16 @@ class RetainStatistics:
     def save_pretrained(self, folder: str | os.PathLike, *, overwrite: bool = False) -> Path:
         """Write `statistics.safetensors` and `statistics.json` to `folder`, atomically.
 
-        In a distributed run process 0 writes; where the sums are in shards, every process must call this.
+        In a distributed run process 0 writes; where the sums are in shards, every process must call this, and it
+        returns once they are written.
 
         Raises:
             OutputError: `folder` is not empty and `overwrite` is false.
         """
         if self.storage.place == "shards" and world()[1] > 1:
-            return self.kept_on("disk").save_pretrained(folder, overwrite=overwrite)
+            saved = self.kept_on("disk").save_pretrained(folder, overwrite=overwrite)
+            wait_for_all()
+            return saved
         if not is_main():
             return Path(folder)
         with replace_folder(folder, overwrite) as new:
@@ -264,7 +267,8 @@ class RetainStatistics:
         """Publish these statistics with a short card; `from_pretrained(repo_id)` loads them again.
 
         They are saved to a temporary folder first, which stays if the push fails. Returns the commit
-        (`huggingface_hub.CommitInfo`).
+        (`huggingface_hub.CommitInfo`). In a distributed run process 0 pushes, and the others return None; where the
+        sums are in shards, every process must call this.
 
         Args:
             repo_id, private, token, revision, commit_message, update: As in `hub.push_folder`.
@@ -274,12 +278,16 @@ class RetainStatistics:
         """
         from hf_unlearn.publish import push_statistics
 
-        folder = self.save_pretrained(Path(tempfile.mkdtemp(prefix="statistics-")) / repo_id.rpartition("/")[2])
+        scratch = Path(tempfile.mkdtemp(prefix="statistics-"))
+        folder = self.save_pretrained(scratch / repo_id.rpartition("/")[2])
+        if not is_main():
+            scratch.rmdir()
+            return None
         commit = push_statistics(
             folder, repo_id, private=private, token=token, revision=revision, commit_message=commit_message,
             update=update,
         )  # fmt: skip
-        shutil.rmtree(folder.parent)
+        shutil.rmtree(scratch)
         return commit
 
     def _metadata(self) -> dict[str, Any]:
