@@ -19,7 +19,11 @@ class DataArguments:
 
 @dataclass
 class RunArguments(DataArguments):
-    """What to forget, and what to compare with. Splits are `name` or `name[start:stop]`, several with commas."""
+    """What to forget, and what to compare with.
+
+    Splits are `name` or `name[start:stop]`, several with commas; `config/name` is a split of one of a Hub data set's
+    configurations, or a file in a subfolder.
+    """
 
     train: str = setting("", "Split that the model was, or is to be, trained on; it includes the forget rows.")
     forget: str = setting("", "Split to forget.")
@@ -34,7 +38,9 @@ class RunArguments(DataArguments):
     )
     retain: str | None = setting(None, "Split to judge retained knowledge on; default: train without forget.")
     holdout: str | None = setting(None, "Split that was never seen; early stopping compares with it.")
-    eval_splits: str | None = setting(None, "Further splits to judge on.")
+    eval_splits: str | None = setting(
+        None, "Further splits to judge on; name=split gives one another name in the report."
+    )
     use_retain_rows: bool = setting(
         False, "Use the retain rows in the loss; off: no retain row is read while unlearning."
     )
@@ -76,3 +82,36 @@ class RunArguments(DataArguments):
         False, "Train on the rows of a ledger's earlier requests as well, where they are at hand: they may come back."
     )
     energy_step: float = setting(0.0, "Energy that each later request of a ledger protects more than the one before.")
+
+
+@dataclass
+class AttackArguments(RunArguments):
+    """How hard to attack; see `attacks.AuditSettings`."""
+
+    attacks: str | None = setting(
+        None,
+        "Which, with commas: membership, relearning, relearning_on_other_data, quantisation, recalibration, "
+        "paraphrased_prompts, few_shot_prompts, linear_probe, shadow_models.",
+    )
+    relearn_rows: int = setting(5, "Forget rows that the attacker trains on; the others are judged.")
+    relearn_steps: int = setting(8, "Steps of that training.")
+    relearn_learning_rate: float = setting(2e-5, "Its learning rate (AdamW).")
+    shots: int = setting(3, "Other rows shown before each forget row.")
+
+
+@dataclass
+class BenchmarkArguments(AttackArguments):
+    """A grid of methods, constraints and seeds. A benchmark sets defaults; a YAML file or flags override them."""
+
+    methods: str = setting("", "Losses to compare, with commas.")
+    seeds: str = setting("0,1,2", "Seeds, with commas; each also makes its own original and retrained model, if made.")
+    cell_settings: dict | str | None = setting(
+        None,
+        "Settings that differ by method, constraint or METHOD/CONSTRAINT, as JSON such as "
+        '{"npo": {"learning_rate": 1e-3}, "none": {"num_train_epochs": 5}}; the longer name wins.',
+    )
+    lm_eval_tasks: str | None = setting(
+        None, "Tasks of lm-evaluation-harness to judge each model on too, with commas, such as wmdp_bio,mmlu."
+    )
+    lm_eval_include_path: str | None = setting(None, "Folder of further task files for it.")
+    lm_eval_limit: int | None = setting(None, "Use at most so many questions of each task.")

@@ -70,7 +70,7 @@ def evaluate_unlearning(
     columns: dict[str, dict[str, Any]] = {}
     for kind, given in (("original", original), ("unlearned", model), ("retrained", retrained)):
         if given is not None:
-            with _scope(given) as candidate:
+            with opened(given) as candidate:
                 columns[kind] = _columns(candidate, rows, wanted, tools, cache)
     if any(JUDGES[name].needs_teacher for name in names):
         teacher = random_twin(model, seed)
@@ -154,7 +154,8 @@ def random_twin(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 @contextmanager
-def _scope(given: ModelOrScope) -> Iterator[nn.Module]:
+def opened(given: ModelOrScope) -> Iterator[nn.Module]:
+    """A model that is given as it is, or by a callable that gives a context manager around it."""
     if isinstance(given, nn.Module):
         yield given
     else:

@@ -1,8 +1,8 @@
 """Row formats of each task: from one raw row to what a model takes.
 
-Language models: TRL's `messages`, `prompt`/`completion`, `text`, and `question`/`answer` (TOFU's columns), each with
-an `alternate` answer if there is one. Text classification: `text` or `sentence`, or a pair of sentences, and `label`.
-Image classification: `image` or `img`, and `label`.
+Language models: TRL's `messages`, `prompt`/`completion`, `text`, `question`/`answer` (TOFU's columns) and `prompt`/`gt`
+(MUSE's), each with an `alternate` answer if there is one. Text classification: `text` or `sentence`, or a pair of
+sentences, and `label`. Image classification: `image` or `img`, and `label`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -114,7 +114,7 @@ def _splitter(columns: set[str], what: str) -> Callable[[Row, Any], tuple[list[i
     """How rows of these columns become (prompt tokens, all tokens)."""
     if "messages" in columns:
         return lambda row, tokenizer: _encode_chat(row["messages"], tokenizer)
-    for prompt, completion in (("prompt", "completion"), ("question", "answer")):
+    for prompt, completion in (("prompt", "completion"), ("question", "answer"), ("prompt", "gt")):
         if {prompt, completion} <= columns:
             return lambda row, tokenizer: _encode_pair(row[prompt], row[completion], tokenizer, prompt == "question")
     if "text" in columns:

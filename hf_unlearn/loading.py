@@ -31,11 +31,13 @@ MODELS: dict[Task, Any] = {
     "image-classification": AutoModelForImageClassification,
 }
 _FILES = {"json": "json", "jsonl": "json", "parquet": "parquet"}
-_SPEC = re.compile(r"(?P<name>[\w.-]+)(?P<slice>\[\d*:\d*\])?")
+_SPEC = re.compile(r"((?P<config>[\w.-]+)/)?(?P<name>[\w.-]+)(?P<slice>\[\d*:\d*\])?")
 
 
 def load_rows(dataset_name: str, splits: str, what: str) -> datasets.Dataset:
     """Rows of `name[start:stop]` splits: files of a local folder, configurations of a Hub data set, or its splits.
+
+    `config/name` is a split of one of its configurations, or a file of a subfolder.
 
     Raises:
         DataError: A malformed or missing split, or one without rows.
@@ -51,14 +53,17 @@ def load_rows(dataset_name: str, splits: str, what: str) -> datasets.Dataset:
 def _load_split(dataset_name: str, split: str) -> datasets.Dataset:
     match = _SPEC.fullmatch(split)
     if match is None:
-        raise DataError(f"split {split!r} is malformed; write name or name[start:stop]")
+        raise DataError(f"split {split!r} is malformed; write name, name[start:stop] or config/name")
     part = f"train{match['slice'] or ''}"
     folder = Path(dataset_name)
     try:
         if not folder.is_dir():
+            if match["config"]:
+                return datasets.load_dataset(dataset_name, match["config"], split=split.partition("/")[2])
             if match["name"] in datasets.get_dataset_config_names(dataset_name):
                 return datasets.load_dataset(dataset_name, match["name"], split=part)
             return datasets.load_dataset(dataset_name, split=split)
+        folder = folder / (match["config"] or "")
         files = ((folder / f"{match['name']}.{suffix}", kind) for suffix, kind in _FILES.items())
         found = [(path, kind) for path, kind in files if path.is_file()]
         if not found:
@@ -187,5 +192,6 @@ def load_splits(
         require_disjoint(forget, found["holdout"], "holdout")
     for split in (args.eval_splits or "").split(","):
         if split.strip():
-            found[split.strip()] = encoded(split.strip(), "eval_splits")
+            name, _, rows = split.strip().rpartition("=")
+            found[name.strip() or rows] = encoded(rows.strip(), "eval_splits")
     return found | dict(earlier or {})

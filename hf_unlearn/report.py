@@ -138,6 +138,22 @@ def align(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
+def spread(found: Sequence[float], digits: int = 3) -> str:
+    """Mean and range, as in `0.981 (0.975-0.990)`; numbers below a thousandth in powers of ten."""
+    if not found:
+        return "-"
+    mean, low, high = sum(found) / len(found), min(found), max(found)
+    if low == high:
+        return as_text(mean, digits)
+    return f"{as_text(mean, digits)} ({as_text(low, digits)}-{as_text(high, digits)})"
+
+
+def as_text(value: float, digits: int = 3) -> str:
+    """So many digits, or a power of ten where none of them would be seen."""
+    small = 0 < abs(value) < 10.0**-digits and digits > 0
+    return f"{value:.0e}" if small else f"{value:.{digits}f}"
+
+
 def _cell(metric: Metric | None) -> str:
     if metric is None:
         return "not measured"

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -88,33 +88,48 @@ class Request:
         target = check_output(args.output_dir or "unlearned", args.overwrite_output_dir)
         if self.sequence is not None:
             self._enter(self.sequence, target)
+        with self.unlearned(args, target) as (trainer, report):
+            state = trainer.whole_state_dict()
+            if self.sequence is not None:
+                self._describe_sequence(self.sequence, report, trainer, state, args)
+            if is_main():
+                with replace_folder(target, args.overwrite_output_dir) as folder:
+                    self._write(folder, trainer, state, report, args, target.name)
+                if self.sequence is not None:
+                    self.sequence.complete(report, target)
+            wait_for_all()
+        if args.push_to_hub and is_main():
+            self._push(target, report, args)
+        return report
+
+    @contextmanager
+    def unlearned(self, args: UnlearningConfig, target: Path) -> Iterator[tuple[UnlearningTrainer, UnlearningReport]]:
+        """The trainer with the unlearned model, and the report on it; the original weights are back afterwards, in
+        failure too.
+
+        Args:
+            target: Folder whose name the report's model has; checkpoints go beside it, and nothing into it.
+        """
         if self._retained is None:
             with clock(self.timings, "subtract"):
                 self._retained = self._retain_statistics(args)
         statistics, timings = self._retained, dict(self.timings)
-        with _scratch(target) as scratch, clock(timings, "unlearn"):
-            with clock(timings, "decompose"):
-                own = args.but(output_dir=str(scratch), hub_model_id=args.hub_model_id or target.name)
-                trainer = self._trainer(own, statistics)
-            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        with clock(timings, "evaluate"):
-            report = self._judge(trainer, args)
-        self._describe(report, trainer, timings)
-        state = trainer.whole_state_dict()
-        if self.sequence is not None:
-            self._describe_sequence(self.sequence, report, trainer, state, args)
-        if is_main():
-            with replace_folder(target, args.overwrite_output_dir) as folder:
-                self._write(folder, trainer, state, report, args, target.name)
-            if self.sequence is not None:
-                self.sequence.complete(report, target)
-        wait_for_all()
+        with ExitStack() as ending:
+            with _scratch(target) as scratch, clock(timings, "unlearn"):
+                with clock(timings, "decompose"):
+                    own = args.but(output_dir=str(scratch), hub_model_id=args.hub_model_id or target.name)
+                    trainer = self._trainer(own, statistics)
+                ending.callback(self._put_back, trainer)
+                trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+            with clock(timings, "evaluate"):
+                report = self._judge(trainer, args)
+            self._describe(report, trainer, timings)
+            yield trainer, report
+
+    def _put_back(self, trainer: UnlearningTrainer) -> None:
         trainer.constrainer.restore()
         if self.peft_config is not None:
             trainer.model.unload()
-        if args.push_to_hub and is_main():
-            self._push(target, report, args)
-        return report
 
     def _push(self, folder: Path, report: UnlearningReport, args: UnlearningConfig) -> None:
         commit = push_unlearned_model(

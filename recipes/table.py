@@ -11,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from hf_unlearn.errors import OutputError
-from hf_unlearn.report import REPORT, UnlearningReport
+from hf_unlearn.report import REPORT, UnlearningReport, spread
 
 
 def main() -> int:
@@ -47,22 +47,13 @@ def markdown(folders: list[Path], metric: str) -> str:
 
 
 def _row(label: str, group: list[UnlearningReport], model: str, metric: str, splits: list[str]) -> list[str]:
-    cells = [_spread([m.value for r in group if (m := r.get(metric, split, model))]) for split in splits]
-    cells.append(_spread([m.value for r in group if (m := r.get("membership_auc", "forget", model))]))
+    cells = [spread([m.value for r in group if (m := r.get(metric, split, model))]) for split in splits]
+    cells.append(spread([m.value for r in group if (m := r.get("membership_auc", "forget", model))]))
     if model != "unlearned":
         return [label, *cells, "", "", ""]
-    drift = _spread([r.drift["relative"] for r in group if r.drift.get("by_layer")], 4)
-    steps = _spread([float(r.method["steps"]) for r in group], 0)
-    return [label, *cells, drift, steps, _spread([r.timings["subtract"] + r.timings["unlearn"] for r in group], 1)]
-
-
-def _spread(values: list[float], digits: int = 3) -> str:
-    """Mean and range, as in `0.981 (0.975-0.990)`."""
-    if not values:
-        return "-"
-    mean, low, high = sum(values) / len(values), min(values), max(values)
-    text = f"{mean:.{digits}f}"
-    return text if len(values) == 1 else f"{text} ({low:.{digits}f}-{high:.{digits}f})"
+    drift = spread([r.drift["relative"] for r in group if r.drift.get("by_layer")], 4)
+    steps = spread([float(r.method["steps"]) for r in group], 0)
+    return [label, *cells, drift, steps, spread([r.timings["subtract"] + r.timings["unlearn"] for r in group], 1)]
 
 
 if __name__ == "__main__":

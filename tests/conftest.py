@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
+from cases import CLASSES, tiny_bert, tiny_vit
 from hub_client import Client, start
 from hub_server import Hub, loopback_hub
+from PIL import Image
 from torch import Tensor
 
 from hf_unlearn.losses import LOSSES
@@ -48,3 +53,25 @@ def hub(hub_and_client: tuple[Hub, Client]) -> Hub:
 @pytest.fixture
 def client(hub_and_client: tuple[Hub, Client]) -> Client:
     return hub_and_client[1]
+
+
+@pytest.fixture
+def classified(tmp_path: Path) -> dict[str, str]:
+    """Folders of a tiny text and a tiny image classifier, each with its processor and data set."""
+    from test_data import QUESTION, tokenizer
+    from test_formats import processor as picture_processor
+
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (16, 8, 8), dtype=np.uint8)
+    pictures = [{"image": Image.fromarray(pixels[i]), "label": i % CLASSES} for i in range(16)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    texts = [{"sentence": QUESTION + " ." * i, "label": i % CLASSES} for i in range(1, 17)]
+    for name, model, processor, rows in (
+        ("image", tiny_vit(), picture_processor(), datasets.Dataset.from_list(pictures, features=features)),
+        ("text", tiny_bert(), tokenizer(), datasets.Dataset.from_list(texts)),
+    ):
+        model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+        (tmp_path / f"{name}-data").mkdir()
+        rows.to_parquet(tmp_path / f"{name}-data" / "full.parquet")
+    return {"image": str(tmp_path / "image"), "text": str(tmp_path / "text")}

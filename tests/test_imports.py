@@ -68,10 +68,11 @@ LEVELS = (
     ),
     ("measures",),
     ("judge",),
-    ("benchmarks", "attacks", "evaluation"),
+    ("attacks", "evaluation"),
     ("requests",),
     ("arguments", "loading", "continuation", "runs"),
-    ("demo",),
+    ("harness",),
+    ("benchmarks", "demo"),
     ("launch",),
     ("cli", "__main__"),
 )

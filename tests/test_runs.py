@@ -8,14 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
 import pytest
 import torch
-from cases import CLASSES, requires_asset, tiny_bert, tiny_vit
-from PIL import Image
-from test_data import QUESTION, tokenizer
-from test_formats import processor as picture_processor
+from cases import requires_asset
 
 from hf_unlearn import measures
 from hf_unlearn.arguments import RunArguments
@@ -309,25 +304,6 @@ def test_a_run_by_filter_with_idk_answers_and_outputs_on_disk(places: dict[str, 
 
 
 # Classifiers
-
-
-@pytest.fixture
-def classified(tmp_path: Path) -> dict[str, str]:
-    """Folders of a tiny text and a tiny image classifier, each with its processor and data set."""
-    random = np.random.default_rng(0)
-    pixels = random.integers(0, 256, (16, 8, 8), dtype=np.uint8)
-    pictures = [{"image": Image.fromarray(pixels[i]), "label": i % CLASSES} for i in range(16)]
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    texts = [{"sentence": QUESTION + " ." * i, "label": i % CLASSES} for i in range(1, 17)]
-    for name, model, processor, rows in (
-        ("image", tiny_vit(), picture_processor(), datasets.Dataset.from_list(pictures, features=features)),
-        ("text", tiny_bert(), tokenizer(), datasets.Dataset.from_list(texts)),
-    ):
-        model.save_pretrained(tmp_path / name)
-        processor.save_pretrained(tmp_path / name)
-        (tmp_path / f"{name}-data").mkdir()
-        rows.to_parquet(tmp_path / f"{name}-data" / "full.parquet")
-    return {"image": str(tmp_path / "image"), "text": str(tmp_path / "text")}
 
 
 @pytest.mark.parametrize("kind", ["image", "text"])

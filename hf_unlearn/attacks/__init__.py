@@ -14,7 +14,7 @@ from hf_unlearn.attacks.subject import Attack, AuditSettings, NotRun, Outcome, S
 from hf_unlearn.attacks.weights import quantisation, recalibration, relearning, relearning_on_other_data
 from hf_unlearn.data import default_collator, encode_dataset
 from hf_unlearn.errors import DataError, SettingsError
-from hf_unlearn.evaluation import evaluate_unlearning, record
+from hf_unlearn.evaluation import ModelOrScope, evaluate_unlearning, opened, record
 from hf_unlearn.fingerprint import hardware, package_versions
 from hf_unlearn.judge import JUDGES, SUITES
 from hf_unlearn.measures import Tools
@@ -43,7 +43,7 @@ def audit(
     model: nn.Module,
     splits: Mapping[str, Any],
     *,
-    original: nn.Module | None = None,
+    original: ModelOrScope | None = None,
     retrained: nn.Module | None = None,
     attacks: Sequence[str] | None = None,
     settings: AuditSettings | None = None,
@@ -57,7 +57,8 @@ def audit(
     Args:
         model: The unlearned model; it comes back as it was.
         splits: Rows by name: `forget`, and for most attacks `retain` and `holdout` (or `test`).
-        original: The model before unlearning, whose scores relearning has to come back to.
+        original: The model before unlearning, whose scores relearning has to come back to; or a context manager's
+            callable, as in `evaluate_unlearning`.
         retrained: The model trained without the forget rows; without it there are numbers and no verdicts.
         attacks: Which of `ALL`; default all that the model and the rows allow.
         settings: How hard to attack.
@@ -82,7 +83,10 @@ def audit(
     rows = {name: encode_dataset(data, processing_class, what=name, model=model) for name, data in splits.items()}
     tools = Tools(collator or default_collator(processing_class), processing_class, batch_size)
     report = UnlearningReport(versions=package_versions(), hardware=hardware())
-    before = None if original is None else Subject(original, rows, tools, settings).score(rows["forget"])
+    before = None
+    if original is not None:
+        with opened(original) as other:
+            before = Subject(other, rows, tools, settings).score(rows["forget"])
     kinds = {"unlearned": model} | ({"retrained": retrained} if retrained is not None else {})
     for each in kinds.values():
         require_whole(each, "an audit")

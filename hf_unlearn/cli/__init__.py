@@ -20,12 +20,13 @@ COMMANDS: dict[str, str] = {
     "run": "fulfil a deletion request: statistics, unlearning, evaluation, output folder",
     "evaluate": "judge a finished model on forget, retain and held-out rows",
     "audit": "attack a finished model: can what was forgotten be brought back, or told apart",
+    "benchmark": "compare methods, constraints and seeds on tofu, muse, wmdp, images or text; resumable",
     "push": "publish a finished output folder, or statistics, on the Hub; run again to resume",
     "ledger": "show or verify the record of deletion requests, or find a row in it",
     "completion": "print a script that completes commands and flags in a shell",
     "env": "print versions and devices, for bug reports",
 }
-LAUNCHED = ("collect", "run", "evaluate", "audit")
+LAUNCHED = ("collect", "run", "evaluate", "audit", "benchmark")
 """Commands that also start on several processes."""
 
 _DESCRIPTION = "Make a pretrained model forget rows, and leave the rest of it alone."

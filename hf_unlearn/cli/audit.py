@@ -6,8 +6,8 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from hf_unlearn import runs
-from hf_unlearn.arguments import RunArguments
-from hf_unlearn.attacks import ALL, AuditSettings
+from hf_unlearn.arguments import AttackArguments
+from hf_unlearn.attacks import AuditSettings
 from hf_unlearn.cli.common import Answer, hush, is_settings_file, join_processes, make_run_parser, parse
 from hf_unlearn.config import setting
 from hf_unlearn.files import check_output, replace_folder
@@ -15,13 +15,8 @@ from hf_unlearn.sharding import is_main
 
 
 @dataclass
-class AuditArguments(RunArguments):
+class AuditArguments(AttackArguments):
     original: str | None = setting(None, "Folder or Hub id of the model before unlearning.")
-    attacks: str | None = setting(None, f"Which, with commas: {', '.join(ALL)}; default: all that are possible.")
-    relearn_rows: int = setting(5, "Forget rows that the attacker trains on; the others are judged.")
-    relearn_steps: int = setting(8, "Steps of that training.")
-    relearn_learning_rate: float = setting(2e-5, "Its learning rate (AdamW).")
-    shots: int = setting(3, "Other rows shown before each forget row.")
     max_length: int | None = setting(512, "Longest row in tokens, as in the run; longer rows are cut.")
     per_device_eval_batch_size: int = setting(16, "Rows a forward pass.")
     seed: int = setting(0, "Seed of the choice of rows and of the bootstrap.")
