@@ -174,7 +174,7 @@ def _finished(
     return load_model(args.model_name_or_path, args.task), splits, options
 
 
-def add_to_model(report: UnlearningReport, folder: Path) -> None:
+def add_to_model(report: UnlearningReport, folder: Path, card_template: str | None = None) -> None:
     """Put an audit into the report and the card of a finished model's folder; the same numbers are replaced.
 
     Raises:
@@ -185,7 +185,7 @@ def add_to_model(report: UnlearningReport, folder: Path) -> None:
     new = {key(metric) for metric in report.metrics}
     whole.metrics = [metric for metric in whole.metrics if key(metric) not in new] + report.metrics
     whole.audit = {part: whole.audit.get(part, {}) | found for part, found in report.audit.items()}
-    complete_folder(folder, whole, folder.resolve().name)
+    complete_folder(folder, whole, folder.resolve().name, card_template)
 
 
 def _metrics(args: RunArguments) -> list[str] | None:

@@ -8,6 +8,7 @@ from transformers import HfArgumentParser
 from hf_unlearn import runs
 from hf_unlearn.arguments import AttackArguments
 from hf_unlearn.attacks import AuditSettings
+from hf_unlearn.card import check_template
 from hf_unlearn.cli.common import Answer, hush, is_settings_file, join_processes, make_run_parser, parse
 from hf_unlearn.config import setting
 from hf_unlearn.files import check_output, replace_folder
@@ -21,6 +22,7 @@ class AuditArguments(AttackArguments):
     per_device_eval_batch_size: int = setting(16, "Rows a forward pass.")
     seed: int = setting(0, "Seed of the choice of rows and of the bootstrap.")
     update_model: bool = setting(False, "Add the results to the report and card in the model's folder.")
+    card_template: str | None = setting(None, "Your own template of that card; default: the package's.")
     output_dir: str | None = setting(None, "Also write the report to this folder.")
     overwrite_output_dir: bool = setting(False, "Replace what is in the output folder.")
 
@@ -33,6 +35,8 @@ def main(argv: list[str]) -> Answer:
     if argv and not argv[0].startswith("-") and not is_settings_file(argv[0]):
         argv = ["--model_name_or_path", *argv]
     (args,) = parse(parser(), argv)
+    if args.card_template is not None:
+        check_template(args.card_template)
     join_processes()
     hush()
     if args.output_dir:
@@ -46,7 +50,7 @@ def main(argv: list[str]) -> Answer:
         lines += [f"{title}: {name}: {words}" for name, words in found.items()]
     if args.update_model:
         if is_main():
-            runs.add_to_model(report, Path(args.model_name_or_path))
+            runs.add_to_model(report, Path(args.model_name_or_path), args.card_template)
         lines.append(f"added to the report and card in {args.model_name_or_path}")
     if args.output_dir:
         if is_main():
