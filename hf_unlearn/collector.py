@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hf_unlearn.errors import ModelError, SettingsError
 from hf_unlearn.fingerprint import row_hashes, rows_to_text, weights_fingerprint
 from hf_unlearn.layers import describe_layer
+from hf_unlearn.linalg import add_products, mirror
 from hf_unlearn.predictions import IGNORED, label_positions, output_logits, shifts_labels
 from hf_unlearn.sharding import gather, gather_rows, sum_over_processes, world
 from hf_unlearn.statistics import LayerSums, RetainStatistics
@@ -162,6 +163,7 @@ class Collector:
         for sums in (self.gram_sums, self.fisher_sums):
             for name in (name for name in names if name in sums):
                 if not self._in_shards:
+                    mirror(sums[name])
                     sum_over_processes({name: sums[name]})
                 if not torch.isfinite(sums[name]).all():
                     raise ModelError(
@@ -237,8 +239,7 @@ class Collector:
             rows_NF = gather_rows(rows_NF).double()
             own_sums.addmm_(rows_NF[:, own_rows(size)].t(), rows_NF)
         elif len(rows_NF):
-            rows_NF = rows_NF.double()
-            own_sums.addmm_(rows_NF.t(), rows_NF)
+            add_products(own_sums, rows_NF.double())
 
     def _backward(self, logits: Tensor, inputs: Mapping[str, Tensor], hashes: list[int]) -> None:
         """Backward pass of the summed negative log-likelihood of labels drawn from the model's prediction."""

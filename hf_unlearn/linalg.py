@@ -41,6 +41,26 @@ class Eigen:
         return self.vectors_II * self.values_I.sqrt().to(self.vectors_II)
 
 
+def add_products(sums_II: Tensor, rows_NI: Tensor) -> None:
+    """Add `rows^T rows`, in place, on and above the diagonal: four bands of columns make 10 of 16 blocks.
+
+    What lies below is left unfinished until `mirror`.
+    """
+    for band in _bands(len(sums_II)):
+        sums_II[band, band.start :].addmm_(rows_NI[:, band].t(), rows_NI[:, band.start :])
+
+
+def mirror(sums_II: Tensor) -> None:
+    """Finish sums of `add_products`: write the blocks above the diagonal below it, in place."""
+    for band in _bands(len(sums_II)):
+        sums_II[band.stop :, band] = sums_II[band, band.stop :].t()
+
+
+def _bands(size: int) -> list[slice]:
+    width = -(-size // 4) if size >= 256 else max(size, 1)  # narrower products are not worth more calls
+    return [slice(start, min(start + width, size)) for start in range(0, size, width)]
+
+
 def eigen(gram_II: Tensor) -> Eigen:
     """Decompose a symmetric matrix in float64 (float32 spectra turn negative on the steep Grams of real networks)."""
     values_I, vectors_II = torch.linalg.eigh(gram_II.double())

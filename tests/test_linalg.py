@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.linalg import eigen, leading_basis, numerical_rank, rank_for_energy
+from hf_unlearn.linalg import add_products, eigen, leading_basis, mirror, numerical_rank, rank_for_energy
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(0, 2**20))
@@ -151,3 +151,18 @@ def test_eigen_decomposes_in_float64_whatever_the_input() -> None:
 def test_a_value_out_of_range_is_refused_by_name(energy: float, spectrum: str, share: float, seen: str) -> None:
     with pytest.raises(SettingsError, match=seen):
         leading_basis(torch.eye(3), energy, spectrum, share)
+
+
+@pytest.mark.parametrize("size", [1, 5, 255, 256, 257, 1027])
+def test_products_by_blocks_are_the_whole_product(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    parts = [torch.randn(n, size, dtype=torch.float64, generator=generator) for n in (3, 40)]
+    sums = torch.zeros(size, size, dtype=torch.float64)
+    for rows in parts:
+        add_products(sums, rows)
+    unfinished = sums.clone()
+    mirror(sums)
+    whole = torch.cat(parts)
+    torch.testing.assert_close(sums, whole.T @ whole, rtol=1e-13, atol=1e-12)
+    assert torch.equal(unfinished.triu(), sums.triu())
+    assert torch.equal(unfinished, sums) == (size < 256)  # the control: blocks below the diagonal were left out
