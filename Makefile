@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg $(BIN)/p
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow check format clean
+.PHONY: help venv demo bench test test-slow check format clean
 
 help:  ## Say what the targets do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq --no-input --disable-pip-version-check --root-user-action=ignore \
 		--constraint constraints.txt --editable '.[dev]'
 	@touch $@
+
+bench: $(STAMP)  ## Measure speed and memory against plain passes and steps, into outputs/bench.json; options in ARGS="..."
+	@TOKENIZERS_PARALLELISM=false $(BIN)/python tests/benchmarks/bench.py $(ARGS)
 
 demo: $(STAMP)  ## Run the demonstration into outputs/demo; further options in ARGS="..."
 	@$(BIN)/hf-unlearn demo --output_dir outputs/demo $(ARGS)
