@@ -6,7 +6,7 @@ process's device. What is held when is read off the code: `collector` and `stati
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -168,7 +168,7 @@ def memory(trace: Trace, settings: Settings) -> Memory:
     matrix = max((layer.outputs * layer.inputs for layer in trace.layers.values()), default=0)
     fetched = 4 * widest**2 if place != "device" else 0
     held = weights + copies + statistics + vectors + factors
-    gradients = once // shards if shards == 1 else once // shards + trace.width * 0
+    gradients = once // shards
     buckets = once if P > 1 and settings.sharding == "none" else 0
     step = gradients + (2 * once // shards if settings.relative_step else 0) + 4 * 4 * matrix // shards + fetched
     passes = trace.training - (once - gradients if shards > 1 else 0)
@@ -189,15 +189,22 @@ def memory(trace: Trace, settings: Settings) -> Memory:
 
 
 def _collecting(trace: Trace, settings: Settings, sums: int, kept: float) -> int:
-    """Bytes beside the weights while statistics are collected: sums, activations, rows of all processes."""
+    """Bytes beside the weights while statistics are collected: sums, activations, rows of all processes.
+
+    At the end each sum is checked for finite values, which takes one of its size and two masks.
+    """
     P = settings.processes
+    fisher = settings.fisher or settings.constraint == "kronecker"
+    widest = max(gram_sizes(trace) + (fisher_sizes(trace) if fisher else []))
+    shards = P if settings.place == "shards" else 1
+    passing = max(trace.collecting, 10 * widest**2 // shards)
     others = int(kept * sums * (settings.sets > 1))  # those of the full set, while the forget set's are collected
     if settings.place == "shards" and P > 1:
         rows = max(16 * P * trace.positions[key] * n for key, n in trace.grams.items())
-        return others + sums // P + trace.collecting + rows
+        return others + sums // P + max(trace.collecting + rows, passing)
     own = sums if settings.max_memory is None else min(sums, settings.max_memory)
     finished = 0 if settings.place in ("cpu", "disk") or settings.max_memory is None else sums - own
-    return others + own + finished + trace.collecting
+    return others + own + finished + passing
 
 
 @dataclass(frozen=True)
@@ -261,7 +268,7 @@ def times(trace: Trace, settings: Settings, work: Work) -> dict[str, Phase]:
     fisher = settings.fisher or settings.constraint == "kronecker"
     batches = -(-work.rows // work.batch_size) + -(-work.forget_rows // work.batch_size)
     rate, rate64 = work.tflops * 1e12, work.tflops64 * 1e12
-    passes = _passes(trace, settings, fisher)
+    passes = 1 if settings.max_memory is None else -(-sums_bytes(trace, fisher) // settings.max_memory)
     forward, products = batches * passes * trace.collected, batches * product_flops(trace, fisher)
     collect = Phase(forward + products, (forward / rate + products / rate64) / P)
     sizes = [n for group in decomposed(trace, settings.constraint) for n in group]
@@ -280,11 +287,6 @@ def times(trace: Trace, settings: Settings, work: Work) -> dict[str, Phase]:
         collect.seconds + decompose.seconds + work.steps * step.seconds,
     )
     return {"collect": collect, "decompose": decompose, "step": step, "request": request}
-
-
-def _passes(trace: Trace, settings: Settings, fisher: bool) -> int:
-    """Passes over the data that `max_memory` makes of one, at least."""
-    return 1 if settings.max_memory is None else -(-sums_bytes(trace, fisher) // settings.max_memory)
 
 
 def communication(trace: Trace, settings: Settings) -> dict[str, float]:
@@ -323,8 +325,6 @@ def _exchanges(constraint: str, transposed: bool) -> int:
 
 def candidates(settings: Settings, processes: int) -> Iterator[Settings]:
     """Settings for P processes, the fastest first."""
-    from dataclasses import replace
-
     own = replace(settings, processes=processes)
     shardings = [("none", False)] + [("fsdp2", False), ("fsdp2", True)] * (processes > 1)
     for sharding, before in shardings:
@@ -334,8 +334,6 @@ def candidates(settings: Settings, processes: int) -> Iterator[Settings]:
 
 def fitting(trace: Trace, settings: Settings, processes: int, room: int) -> tuple[Settings, Memory] | None:
     """The fastest settings for P processes whose peaks are within `room` bytes; None where there are none."""
-    from dataclasses import replace
-
     fisher = settings.fisher or settings.constraint == "kronecker"
     widest = max((8 * n * n for n in gram_sizes(trace) + (fisher_sizes(trace) if fisher else [])), default=0)
     for own in candidates(settings, processes):

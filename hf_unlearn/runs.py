@@ -105,7 +105,7 @@ def prepare(
         splits[name] = take(rows, args.max_rows) if name != "forget" else rows
     return Request(
         model, forget, splits, statistics, args.subtract_forget, retain if args.use_retain_rows else None, retrained,
-        tokenizer, collator, _peft_config(args), args.merge_adapter,
+        tokenizer, collator, peft_config(args), args.merge_adapter,
         f"{args.dataset_name.rstrip('/').split('/')[-1]} {args.forget or args.train}",
         _sampler(forget[: args.samples], tokenizer) if args.samples else None, _metrics(args), cache, timings, sequence,
         [row for rows in earlier.values() for row in rows] if args.forget_again else (),
@@ -192,7 +192,7 @@ def _metrics(args: RunArguments) -> list[str] | None:
     return [name.strip() for name in args.metrics.split(",")] if args.metrics else None
 
 
-def _peft_config(args: RunArguments) -> Any:
+def peft_config(args: RunArguments) -> Any:
     if not args.use_peft:
         return None
     from peft import LoraConfig, TaskType

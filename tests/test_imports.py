@@ -70,7 +70,7 @@ LEVELS = (
     ("judge",),
     ("attacks", "evaluation"),
     ("requests",),
-    ("arguments", "loading", "continuation", "runs"),
+    ("arguments", "loading", "continuation", "runs", "tracing", "estimate"),
     ("harness",),
     ("benchmarks", "demo"),
     ("launch",),

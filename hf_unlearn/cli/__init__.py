@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "push": "publish a finished output folder, or statistics, on the Hub; run again to resume",
     "ledger": "show or verify the record of deletion requests, or find a row in it",
     "completion": "print a script that completes commands and flags in a shell",
+    "estimate": "say how large and how long a request is, and what settings fit, before it is run",
     "env": "print versions and devices, for bug reports",
 }
 LAUNCHED = ("collect", "run", "evaluate", "audit", "benchmark")
