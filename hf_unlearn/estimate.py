@@ -171,7 +171,7 @@ def memory(trace: Trace, settings: Settings) -> Memory:
     gradients = once // shards
     buckets = once if P > 1 and settings.sharding == "none" else 0
     step = gradients + (2 * once // shards if settings.relative_step else 0) + 4 * 4 * matrix // shards + fetched
-    passes = trace.training - (once - gradients if shards > 1 else 0)
+    passes = trace.training if shards == 1 else trace.activations + gradients
     binding = (0 if settings.constraint in ("none", "energy") else 24 * widest**2) + fetched
     phases = {
         "load": loaded,
@@ -183,7 +183,7 @@ def memory(trace: Trace, settings: Settings) -> Memory:
     parts = {
         "weights": weights, "statistics": statistics, "decompositions": vectors, "constraint": factors,
         "anchors": anchors, "copy to stop at": copies - anchors, "gradients": gradients + buckets, "optimizer": state,
-        "activations": max(passes - gradients, 0),
+        "activations": trace.activations,
     }  # fmt: skip
     return Memory(parts, phases)
 

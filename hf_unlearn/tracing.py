@@ -54,6 +54,7 @@ class Trace:
         unsharded: Bytes that FSDP2 has gathered at a time: what is in no block, and two blocks.
         collecting: Largest bytes beside weights and sums while a batch is collected.
         training: Largest bytes beside weights in forward and backward pass, gradients included.
+        activations: The same without gradients of weights.
         forward, backward: Operations of a training batch, of its attention included.
         collected: Operations of a collected batch without the products of the sums.
     """
@@ -68,6 +69,7 @@ class Trace:
     unsharded: int
     collecting: int
     training: int
+    activations: int
     forward: float
     backward: float
     collected: float
@@ -87,7 +89,7 @@ class Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.gradients = self.activations = 0
         self.attention = 0.0
         self._seen: dict[int, Any] = {}
 
@@ -112,6 +114,11 @@ class Meter(TorchDispatchMode):
         self._seen[place] = weakref.finalize(storage, self._forget, place, size)
         self.now += size
         self.peak = max(self.peak, self.now)
+        self.activations = max(self.activations, self.now - self.gradients)
+
+    def count_gradient(self, parameter: Tensor) -> None:
+        """Hook of a parameter that has got its gradient."""
+        self.gradients += parameter.numel() * parameter.element_size()
 
     def _forget(self, place: int, size: int) -> None:
         self.now -= size
@@ -201,7 +208,7 @@ def _trace(
             raise SettingsError(f"{type(model).__name__} has no gradient checkpointing; leave it out")
         options = {"use_reentrant": False, "preserve_rng_state": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    training, forward, backward = _train(model, inputs, loss)
+    meter, forward, backward = _train(model, inputs, loss)
     trained = [p for p in model.parameters() if p.requires_grad]
     owners = {layer_of(name)[0] for name, p in model.named_parameters() if p.requires_grad}
     layers = {
@@ -211,7 +218,8 @@ def _trace(
     return Trace(
         sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)), weights,
         max(t.numel() * t.element_size() for t in tensors), layers, [p.shape for p in trained],
-        trained[0].element_size(), dict(collector.positions), unsharded, collecting, training, forward, backward,
+        trained[0].element_size(), dict(collector.positions), unsharded, collecting, meter.peak, meter.activations,
+        forward, backward,
         collected,
     )  # fmt: skip
 
@@ -258,12 +266,17 @@ def _collect(model: Any, inputs: Mapping[str, Tensor], fisher: bool) -> tuple[Co
     return collector, meter.peak, counter.get_total_flops() + meter.attention
 
 
-def _train(model: Any, inputs: Mapping[str, Tensor], loss: UnlearningLoss) -> tuple[int, float, float]:
+def _train(model: Any, inputs: Mapping[str, Tensor], loss: UnlearningLoss) -> tuple[Meter, float, float]:
     """Forward and backward pass of the forget term, every position being a label; the gradients stay."""
     if loss.kind.hidden:
-        raise SettingsError(f"loss {loss.name!r} reads a layer's outputs, which is not estimated; take another, as ce_u")
+        raise SettingsError(
+            f"loss {loss.name!r} reads a layer's outputs, which is not estimated; take another, as ce_u"
+        )
     model.train()
     meter = Meter()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(meter.count_gradient)
     with FlopCounterMode(display=False) as counter, meter:
         reference = None
         if loss.kind.reads:
@@ -273,7 +286,7 @@ def _train(model: Any, inputs: Mapping[str, Tensor], loss: UnlearningLoss) -> tu
         forward, attention = float(counter.get_total_flops()), meter.attention
         value.backward()
     total = counter.get_total_flops()
-    return meter.peak, forward + attention, total - forward + meter.attention - attention
+    return meter, forward + attention, total - forward + meter.attention - attention
 
 
 def _predictions(model: Any, inputs: Mapping[str, Tensor], loss: UnlearningLoss) -> Predictions:
@@ -308,4 +321,3 @@ def _unsharded(model: nn.Module) -> int:
 
     sizes = [size(module) for module in model.modules() if type(module).__name__ in blocks]
     return max(size(model) - sum(sizes), 0) + 2 * max(sizes, default=0)
-

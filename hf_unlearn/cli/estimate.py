@@ -131,7 +131,7 @@ def _content(
 def launch_line(args: EstimateArguments, own: Settings) -> str:
     """The command, or for weights that are sharded from the start the settings of your own program."""
     flags = [f"--keep_statistics_on {own.place}"] * (own.place != "device")
-    flags += [f"--max_memory {own.max_memory // 10**6}MB"] * (own.max_memory is not None)
+    flags += [] if own.max_memory is None else [f"--max_memory {own.max_memory // 10**6}MB"]
     for name in ("constraint", "optim", "loss"):
         flags += [f"--{name} {getattr(args, name)}"]
     flags += [f"--per_device_train_batch_size {args.batch_size} --per_device_eval_batch_size {args.batch_size}"]
@@ -141,8 +141,9 @@ def launch_line(args: EstimateArguments, own: Settings) -> str:
     launch = [f"--accelerate_config {config} --num_processes {own.processes}"] * (own.processes > 1)
     if own.sharded_before or args.dtype != "float32":
         what = "sharded before collecting" if own.sharded_before else f"in {args.dtype}"
-        start = f"torchrun --nproc_per_node {min(own.processes, 8)} your program (model {what}): UnlearningConfig"
-        return " ".join([start, *flags])
+        nodes = f"--nnodes {own.processes // 8} " * (own.processes > 8)
+        start = f"torchrun {nodes}--nproc_per_node {min(own.processes, 8)} YOURS.py (model {what}), UnlearningConfig:"
+        return " ".join([start, *["fsdp2"] * (config == "fsdp2"), *flags])
     return " ".join(["hf-unlearn run FILE.yaml", *launch, *flags])
 
 
