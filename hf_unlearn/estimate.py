@@ -30,6 +30,8 @@ OPTIMIZERS: Mapping[str, tuple[float, float]] = {
 """State for a trained number: bytes, and copies in the precision of the weight. 8-bit states of bitsandbytes have a
 float32 scale for each block of 256; its tensors below 4096 numbers are kept in float32."""
 BNB_SMALLEST = 4096
+SHARE = 0.9
+"""Of a device's memory, what tensors may take."""
 
 
 @dataclass(frozen=True)
@@ -333,7 +335,11 @@ def candidates(settings: Settings, processes: int) -> Iterator[Settings]:
 
 
 def fitting(trace: Trace, settings: Settings, processes: int, room: int) -> tuple[Settings, Memory] | None:
-    """The fastest settings for P processes whose peaks are within `room` bytes; None where there are none."""
+    """The fastest settings for P processes whose peaks are within nine tenths of `room` bytes; None without any.
+
+    A tenth is left for what the allocator cannot hand out and the libraries keep.
+    """
+    room = int(SHARE * room)
     fisher = settings.fisher or settings.constraint == "kronecker"
     widest = max((8 * n * n for n in gram_sizes(trace) + (fisher_sizes(trace) if fisher else [])), default=0)
     for own in candidates(settings, processes):

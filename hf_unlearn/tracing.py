@@ -164,7 +164,9 @@ def trace(
     """
     try:
         with torch.device("meta"):
-            model = MODELS[task].from_config(config, dtype=dtype)
+            model = trained = MODELS[task].from_config(config, dtype=dtype)
+            if peft_config is not None:
+                trained = with_adapter(MODELS[task].from_config(config, dtype=dtype), peft_config)
     except (ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0][:160]
         raise ModelError(f"{config.model_type!r} has no model of task {task} (--task): {reason}") from error
@@ -173,7 +175,9 @@ def trace(
     try:
         with FakeTensorMode():
             _fill(model)
-            return _trace(model, config, loss, batch_size, length, fisher, gradient_checkpointing, peft_config)
+            if trained is not model:
+                _fill(trained)
+            return _trace(model, trained, config, loss, batch_size, length, fisher, gradient_checkpointing)
     except (torch._subclasses.fake_tensor.DataDependentOutputException, NotImplementedError) as error:
         raise ModelError(f"what a {config.model_type!r} model computes depends on values; run it instead") from error
 
@@ -192,16 +196,14 @@ def _fill(model: nn.Module) -> None:
 
 
 def _trace(
-    model: Any, config: Any, loss: UnlearningLoss, batch_size: int, length: int, fisher: bool, checkpointing: bool,
-    peft_config: Any,
+    base: Any, model: Any, config: Any, loss: UnlearningLoss, batch_size: int, length: int, fisher: bool,
+    checkpointing: bool,
 ) -> Trace:  # fmt: skip
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [*base.parameters(), *base.buffers()]
     weights = sum(t.numel() * t.element_size() for t in tensors)
     inputs = _inputs(config, batch_size, length)
-    collector, collecting, collected = _collect(model, inputs, fisher)
-    unsharded = _unsharded(model)
-    if peft_config is not None:
-        model = with_adapter(model, peft_config)
+    collector, collecting, collected = _collect(base, inputs, fisher)
+    unsharded = _unsharded(base)
     freeze_unprotected(model, collector.layers)
     if checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", True):
@@ -269,9 +271,7 @@ def _collect(model: Any, inputs: Mapping[str, Tensor], fisher: bool) -> tuple[Co
 def _train(model: Any, inputs: Mapping[str, Tensor], loss: UnlearningLoss) -> tuple[Meter, float, float]:
     """Forward and backward pass of the forget term, every position being a label; the gradients stay."""
     if loss.kind.hidden:
-        raise SettingsError(
-            f"loss {loss.name!r} reads a layer's outputs, which is not estimated; take another, as ce_u"
-        )
+        raise SettingsError(f"loss {loss.name!r} reads a layer's outputs, which is not estimated; take ce_u")
     model.train()
     meter = Meter()
     for parameter in model.parameters():

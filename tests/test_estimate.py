@@ -53,9 +53,7 @@ def measured(name: str, constraint: str, optim: str) -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="the kernel's high-water mark cannot be set back"
-)
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no high-water mark to set back")
 @pytest.mark.parametrize(
     ("name", "constraint", "optim"),
     [
@@ -154,11 +152,11 @@ def test_less_room_needs_other_settings_and_then_nothing_fits() -> None:
     found = traced(BIG["llama"][0], "language-model")
     first = fitting(found, Settings(), 8, 10**10)
     assert first is not None and first[0].place == "device" and first[0].sharding == "none"
-    peaks, room = [], first[1].peak
+    peaks, room = [], 10**10
     while (fit := fitting(found, Settings(), 8, room)) is not None:
-        assert fit[1].peak <= room
+        assert fit[1].peak <= 0.9 * room
         peaks.append(fit[0])
-        room = int(room * 0.8)
+        room = int(fit[1].peak)
     assert peaks[-1] != peaks[0] and room > 0
 
 

@@ -139,6 +139,8 @@ def launch_line(args: EstimateArguments, own: Settings) -> str:
     flags += [f"--use_peft True --lora_r {args.lora_r}"] * args.use_peft
     config = "fsdp2" if own.sharding == "fsdp2" else "ddp"
     launch = [f"--accelerate_config {config} --num_processes {own.processes}"] * (own.processes > 1)
+    if own.processes > 8:
+        launch += [f"--num_machines {own.processes // 8} --machine_rank I --main_process_ip ADDRESS"]
     if own.sharded_before or args.dtype != "float32":
         what = "sharded before collecting" if own.sharded_before else f"in {args.dtype}"
         nodes = f"--nnodes {own.processes // 8} " * (own.processes > 8)
