@@ -188,7 +188,8 @@ def _fill(model: nn.Module) -> None:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                new = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                new = nn.Parameter(empty, requires_grad=parameter.requires_grad)
                 module._parameters[name] = made.setdefault(id(parameter), new)
         for name, buffer in module._buffers.items():
             if buffer is not None:

@@ -1,6 +1,5 @@
 """`hf-unlearn estimate`: how large and how long a request is, and what fits, from a configuration alone."""
 
-from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,6 +8,7 @@ from accelerate.utils import convert_file_size_to_int
 from transformers import HfArgumentParser
 
 from hf_unlearn import estimate
+from hf_unlearn.arguments import RunArguments
 from hf_unlearn.cli.common import Answer, check_choice, hush, make_parser, parse
 from hf_unlearn.config import setting
 from hf_unlearn.constraints import CONSTRAINTS
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> Answer:
     hush()
     room = _check(args)
     settings = Settings(args.constraint, args.fisher, args.optim)
-    adapter = peft_config(Namespace(**_LORA, use_peft=args.use_peft, lora_r=args.lora_r, task=args.task))
+    adapter = peft_config(RunArguments(use_peft=args.use_peft, lora_r=args.lora_r, task=args.task))
     found = trace(
         read_config(args.model_name_or_path), args.task, build_loss(args.loss), batch_size=args.batch_size,
         length=args.max_length, dtype=estimate.dtype_of(args.dtype),
@@ -76,9 +76,6 @@ def main(argv: list[str]) -> Answer:
     )  # fmt: skip
     content = _content(args, found, settings, one, fits, work)
     return Answer(_text(args, content), content)
-
-
-_LORA: dict[str, Any] = {"lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": [], "use_rslora": False}
 
 
 def _check(args: EstimateArguments) -> int:
