@@ -12,6 +12,7 @@ from math import prod
 import torch
 
 from hf_unlearn.errors import SettingsError
+from hf_unlearn.linalg import products_share
 from hf_unlearn.tracing import Trace
 
 OPTIMIZERS: Mapping[str, tuple[float, float]] = {
@@ -239,10 +240,15 @@ class Phase:
     seconds: float
 
 
-def product_flops(trace: Trace, fisher: bool) -> float:
-    """Float64 operations of the sums of one batch: `2 N I^2` for each Gram, `2 N O^2` for each Fisher."""
-    grams = sum(2.0 * trace.positions[key] * n * n for key, n in trace.grams.items())
-    fishers = sum(2.0 * trace.positions[layer.gram] * layer.outputs**2 for layer in trace.layers.values())
+def product_flops(trace: Trace, fisher: bool, place: str) -> float:
+    """Float64 operations of the sums of one batch: `2 N I^2` for each Gram, `2 N O^2` for each Fisher, less what lies
+    below the diagonal of wide ones that are not in shards."""
+
+    def one(rows: int, n: int) -> float:
+        return 2.0 * rows * n * n * (1.0 if place == "shards" else products_share(n))
+
+    grams = sum(one(trace.positions[key], n) for key, n in trace.grams.items())
+    fishers = sum(one(trace.positions[layer.gram], layer.outputs) for layer in trace.layers.values())
     return grams + fishers * fisher
 
 
@@ -271,7 +277,7 @@ def times(trace: Trace, settings: Settings, work: Work) -> dict[str, Phase]:
     batches = -(-work.rows // work.batch_size) + -(-work.forget_rows // work.batch_size)
     rate, rate64 = work.tflops * 1e12, work.tflops64 * 1e12
     passes = 1 if settings.max_memory is None else -(-sums_bytes(trace, fisher) // settings.max_memory)
-    forward, products = batches * passes * trace.collected, batches * product_flops(trace, fisher)
+    forward, products = batches * passes * trace.collected, batches * product_flops(trace, fisher, settings.place)
     collect = Phase(forward + products, (forward / rate + products / rate64) / P)
     sizes = [n for group in decomposed(trace, settings.constraint) for n in group]
     operations, read = decompose_cost(sizes)
