@@ -137,8 +137,7 @@ def decomposition_peak(groups: Sequence[Sequence[int]], processes: int = 1, kept
     """
     held, peak = 0.0, 0.0
     for sizes in groups:
-        own = sorted(sizes, reverse=True)[::processes]
-        waiting = [n for n in sizes if n in own][: len(own)] if processes > 1 else list(sizes)
+        waiting = sorted(sizes, reverse=True)[::processes] if processes > 1 else list(sizes)
         found = 0.0
         left = float(sum(8 * n * n for n in waiting))
         for n in waiting:

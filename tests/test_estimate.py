@@ -23,6 +23,7 @@ from hf_unlearn.collect import collect_statistics
 from hf_unlearn.estimate import (
     Settings,
     communication,
+    decomposition_peak,
     fitting,
     memory,
     optimizer_bytes,
@@ -203,3 +204,11 @@ def test_every_trained_weight_is_counted_once() -> None:
     found = traced(AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=2, vocab_size=50), "language-model")
     assert trained_bytes(found) == 4 * sum(prod(shape) for shape in found.trained)
     assert found.training >= trained_bytes(found) and found.activations <= found.training
+
+
+@pytest.mark.parametrize("processes", [2, 8, 32, 64])
+def test_the_process_with_the_widest_matrices_decides_the_peak(processes: int) -> None:
+    sizes = [64, 64, 64, 448] * 32
+    own = sorted(sizes, reverse=True)[::processes]
+    at_least = 32 * max(own) ** 2 + sum(4 * n * n for n in own) - 4 * max(own) ** 2  # the widest one, the others small
+    assert decomposition_peak([sizes], processes, 0.0) >= at_least
