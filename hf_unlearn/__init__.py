@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOME = {
     "EnergyConstraint": "constraints",
     "KroneckerConstraint": "constraints",
+    "Layer": "layers",
     "RetainStatistics": "statistics",
     "RidgeConstraint": "constraints",
     "UnlearningConfig": "config",
@@ -24,11 +25,13 @@ _HOME = {
     "freeze_unprotected": "coverage",
     "purge_history": "hub",
     "push_unlearned_model": "publish",
+    "register_layer": "layers",
 }
 
 __all__ = [
     "EnergyConstraint",
     "KroneckerConstraint",
+    "Layer",
     "RetainStatistics",
     "RidgeConstraint",
     "UnlearningConfig",
@@ -42,6 +45,7 @@ __all__ = [
     "freeze_unprotected",
     "purge_history",
     "push_unlearned_model",
+    "register_layer",
 ]
 
 if TYPE_CHECKING:
@@ -53,6 +57,7 @@ if TYPE_CHECKING:
     from hf_unlearn.errors import UnlearningError
     from hf_unlearn.evaluation import evaluate_unlearning
     from hf_unlearn.hub import purge_history
+    from hf_unlearn.layers import Layer, register_layer
     from hf_unlearn.optimizer import constrain_optimizer
     from hf_unlearn.publish import push_unlearned_model
     from hf_unlearn.report import UnlearningReport

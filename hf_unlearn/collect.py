@@ -30,7 +30,7 @@ def collect_statistics(
     max_memory: int | str | None = None,
     progress: bool = True,
 ) -> RetainStatistics:
-    """Sum `X^T X`, and with `fisher=True` `Y^T Y`, of every linear layer over `dataset`.
+    """Sum `X^T X`, and with `fisher=True` `Y^T Y`, of every layer over `dataset`.
 
     Positions whose attention mask is 0 do not count; labels of -100 do not mask inputs. Layers that see one tensor
     (q, k, v; gate, up) share one Gram. Products and sums are float64. The Fisher's labels are sampled from the model's
@@ -42,14 +42,14 @@ def collect_statistics(
     The model runs in eval mode; its mode, `requires_grad` flags and hooks are restored, also on errors.
 
     Args:
-        model: Any model with linear layers; see `layers.describe_layer`.
+        model: Any model with layers of known types; see `layers.register_layer`.
         dataset: Rows in a format of `data.encode_dataset`, also streamed (`datasets.IterableDataset`), or anything
             that `collator` takes.
         collator: Rows to batch; default pads on the right.
         processing_class: Tokenizer or image processor, needed for raw rows.
         batch_size: Rows a forward pass; it changes the result by rounding only.
         fisher: Also run a backward pass for the Fisher (`KroneckerConstraint`, predicted KL).
-        layers: Shell patterns of module names; default `layers.find_layers`.
+        layers: Shell patterns of module names; default and names: `layers.find_layers`.
         max_rows: Stop after this many rows of `dataset`.
         keep_on: Where finished sums go: `device`, `cpu`, `disk` (memory-mapped) or `shards` (each process sums its own
             rows of every Gram from the inputs of all processes, and none ever has a whole one); see `storage.Storage`.
@@ -67,7 +67,7 @@ def collect_statistics(
     rows = take(encode_dataset(dataset, processing_class, what="statistics", model=model, streams=True), max_rows)
     if any(hasattr(p, "ds_id") and not hasattr(p, "_z3_optimizer") for p in model.parameters()):
         raise ModelError("DeepSpeed has cut the weights up at loading; load the model before UnlearningConfig is made")
-    collector = Collector(model, find_layers(model, layers), fisher, Storage(keep_on))
+    collector = Collector(model, find_layers(model, layers, fisher), fisher, Storage(keep_on))
     collate = collator or default_collator(processing_class)
     device = next(model.parameters()).device
 

@@ -6,17 +6,19 @@ Shapes: B rows, T positions, N unmasked positions, I and O features of a layer, 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_unlearn.adapters import without_wrapper
 from hf_unlearn.errors import ModelError, SettingsError
-from hf_unlearn.fingerprint import row_hashes, rows_to_text, weights_fingerprint
-from hf_unlearn.layers import describe_layer
+from hf_unlearn.fingerprint import pair_hashes, row_hashes, rows_to_text, weights_fingerprint
+from hf_unlearn.layers import BlockRows, layer_at
 from hf_unlearn.linalg import add_products, mirror
-from hf_unlearn.predictions import IGNORED, label_positions, output_logits, shifts_labels
+from hf_unlearn.predictions import IGNORED, decoder_mask, label_positions, output_logits, shifts_labels
 from hf_unlearn.sharding import gather, gather_rows, sum_over_processes, world
 from hf_unlearn.statistics import LayerSums, RetainStatistics
 from hf_unlearn.storage import Storage, from_own_rows, own_rows
@@ -26,16 +28,16 @@ MAX_FISHER_SIZE = 1 << 14  # a 16384 x 16384 float64 matrix takes 2 GiB
 
 @contextmanager
 def record_inputs(
-    layers: Mapping[str, nn.Module], receive: Callable[[str, Tensor], None], outputs: Callable | None = None
+    layers: Mapping[str, nn.Module], receive: Callable[..., None], outputs: Callable | None = None
 ) -> Iterator[None]:
-    """Call `receive(name, input)` at each forward of each layer, and `outputs(name, output)` after it if given.
+    """Call `receive(name, *arguments)` at each forward of each layer, and `outputs(name, output)` after it if given.
 
     A returned tensor of `outputs` replaces the layer's output. Hooks are removed on exit, also on errors.
     """
     handles = []
     try:
         for name, module in layers.items():
-            handles.append(module.register_forward_pre_hook(lambda m, args, name=name: receive(name, args[0])))
+            handles.append(module.register_forward_pre_hook(lambda m, args, name=name: receive(name, *args)))
             if outputs is not None:
                 handles.append(module.register_forward_hook(lambda m, args, out, name=name: outputs(name, out)))
         yield
@@ -49,7 +51,7 @@ class Collector:
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], fisher: bool, storage: Storage):
         self.model, self.layers, self.fisher, self.storage = model, layers, fisher, storage
-        self.sizes = {name: layer for name, module in layers.items() if (layer := describe_layer(module))}
+        self.sizes = {name: layer_at(name, module) for name, module in layers.items()}
         if fisher:
             _check_fisher_sizes({name: layer.outputs for name, layer in self.sizes.items()})
         self.gram_sums: dict[str, Tensor] = {}
@@ -58,9 +60,18 @@ class Collector:
         self.positions: dict[str, int] = {}
         self.rows = self.labels = self.data = 0
         self._in_shards = storage.place == "shards" and world()[1] > 1
+        if self._in_shards and (odd := [name for name, layer in self.sizes.items() if not layer.plain]):
+            raise ModelError(
+                f"{odd[0]} is not a plain linear layer, and its sums cannot be in shards; keep them on the device, "
+                "the cpu or the disk, or leave it out of `layers`"
+            )
         self._counted = self._summing = True
+        self._input_masks: dict[str, Tensor | None] = {}
+        self._decoder_mask_BT: Tensor | None = None
         self._complete_groups = 0
         self._mask_BT: Tensor | None = None
+        self._encoded: Tensor | None = None  # what an encoder-decoder's encoder has returned, and its mask
+        self._encoder_mask_BS: Tensor | None = None
         self._last: tuple[weakref.ref, int, str] | None = None
 
     @contextmanager
@@ -78,7 +89,8 @@ class Collector:
             self.model.eval()
             for parameter in trainable:  # only gradients of activations are needed
                 parameter.requires_grad_(False)
-            with record_inputs(hooked, self._add_inputs, outputs), torch.set_grad_enabled(outputs is not None):
+            recording = record_inputs(hooked, self._add_inputs, outputs)
+            with recording, self._following_encoder(), torch.set_grad_enabled(outputs is not None):
                 yield
         finally:
             for module, mode in modes.items():
@@ -88,6 +100,33 @@ class Collector:
                 parameter.grad = gradient  # weights that FSDP has sharded get one all the same
         if self._summing:
             self._complete(names)
+
+    @contextmanager
+    def _following_encoder(self) -> Iterator[None]:
+        """Tell an encoder's positions from a decoder's: by time, and cross-attention's inputs as its very output."""
+        if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            yield
+            return
+
+        def enter(*ignored: Any) -> None:
+            self._decoder_mask_BT, self._mask_BT = self._mask_BT, self._encoder_mask_BS
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            self._encoded, self._mask_BT = output[0], self._decoder_mask_BT
+
+        model: Any = without_wrapper(self.model)
+        handles = [model.get_encoder().register_forward_pre_hook(enter)]
+        handles.append(model.get_encoder().register_forward_hook(leave))
+        try:
+            yield
+        finally:
+            self._encoded = None
+            for handle in handles:
+                handle.remove()
+
+    def _mask_of(self, tensor: Tensor) -> Tensor | None:
+        """The mask of a layer's input: of the encoder's output, which cross-attention reads, it is the encoder's."""
+        return self._encoder_mask_BS if tensor is self._encoded else self._mask_BT
 
     def groups(self, first: Callable[[], Mapping[str, Tensor]], max_memory: int | None) -> list[list[str]]:
         """The layers in groups whose unfinished sums take at most `max_memory` bytes on this process, in order.
@@ -106,8 +145,8 @@ class Collector:
         sizes: dict[str, int] = {}
         for name in self.layers:
             owner = self.owner.get(name, name)
-            sizes[owner] = sizes.get(owner, self._bytes(self.sizes[owner].inputs))
-            sizes[owner] += self._bytes(self.sizes[name].outputs) if self.fisher else 0
+            sizes[owner] = sizes.get(owner, self._bytes(self.sizes[owner].gram_shape))
+            sizes[owner] += self._bytes(self.sizes[name].fisher_shape) if self.fisher else 0
         found: list[list[str]] = []
         room = 0
         for owner, size in sizes.items():
@@ -120,16 +159,21 @@ class Collector:
             room -= size
         return found
 
-    def _bytes(self, size: int) -> int:
-        return 8 * size * len(range(size)[own_rows(size)] if self._in_shards else range(size))
+    def _bytes(self, shape: tuple[int, ...]) -> int:
+        rows = shape[0]
+        return 8 * prod(shape[1:]) * len(range(rows)[own_rows(rows)] if self._in_shards else range(rows))
 
     def add(self, inputs: Mapping[str, Tensor], counted: bool = True) -> int:
         """Run one batch through the model; returns its number of rows. Not `counted`, it leaves no trace."""
         self._counted = counted
         mask = inputs.get("attention_mask")
         self._mask_BT = mask.bool() if mask is not None and mask.ndim == 2 else None
-        self._last = None
+        self._last = self._encoded = None
+        self._batch_size = len(next(iter(inputs.values())))
         hashes = row_hashes(inputs, self._mask_BT)
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            self._encoder_mask_BS, self._mask_BT = self._mask_BT, decoder_mask(inputs)
+            hashes = pair_hashes(inputs, self._encoder_mask_BS, self._mask_BT)
         logits = output_logits(self.model, inputs)
         if self.fisher and self._summing:
             self._backward(logits, inputs, hashes)
@@ -163,36 +207,69 @@ class Collector:
         for sums in (self.gram_sums, self.fisher_sums):
             for name in (name for name in names if name in sums):
                 if not self._in_shards:
-                    mirror(sums[name])
+                    for total_FF in _matrices(sums[name]):
+                        mirror(total_FF)
                     sum_over_processes({name: sums[name]})
                 if not torch.isfinite(sums[name]).all():
                     raise ModelError(
                         f"what {name} computes is not finite (NaN or infinite); weights or rows are broken"
                     )
-                size = sums[name].shape[1]
+                size = sums[name].shape[-1]
                 sums[name] = from_own_rows(sums[name], size) if self._in_shards else self.storage.keep(sums[name])
         counts = {name: torch.tensor(self.positions[name]) for name in names if name in self.positions}
         sum_over_processes(counts)
         self.positions |= {name: int(count) for name, count in counts.items()}
 
-    def _unmasked(self, tensor: Tensor) -> Tensor:
-        """Rows of a layer's input or output that count: `[B, T, F]`, `[B * T, F]` or `[B, F] -> [N, F]`."""
-        mask = self._mask_BT
-        if mask is not None and tensor.ndim == 3 and tensor.shape[:2] == mask.shape:
-            return tensor[mask]
-        if mask is not None and tensor.ndim == 2 and len(tensor) == mask.numel() and mask.shape[1] > 1:
-            return tensor[mask.flatten()]
-        return tensor.reshape(-1, tensor.shape[-1])
+    @staticmethod
+    def _unmasked(tensor: Tensor, mask: Tensor | None, blocks: int = 1) -> Tensor:
+        """Rows of a layer's input or output that count: `[B, T, F]`, `[B * T, F]` or `[B, F] -> [N, F]`.
 
-    def _add_inputs(self, name: str, tensor: Tensor) -> None:
-        if self._is_shared(name, tensor):
+        Of several blocks `[..., G, F] -> [G, N, F]`.
+        """
+        row = tensor.shape[-1:] if blocks == 1 else tensor.shape[-2:]
+        leading = tensor.shape[: tensor.ndim - len(row)]
+        if mask is not None and leading == mask.shape:
+            rows = tensor[mask]
+        elif mask is not None and len(leading) == 1 and leading[0] == mask.numel() and mask.shape[1] > 1:
+            rows = tensor[mask.flatten()]
+        else:
+            rows = tensor.reshape(-1, *row)
+        return rows if blocks == 1 else rows.transpose(0, 1)
+
+    def _add_inputs(self, name: str, tensor: Tensor, *arguments: Any) -> None:
+        layer = self.sizes[name]
+        self._input_masks[name] = self._mask_of(tensor)
+        if layer.rows is not None:  # its rows are its own, even if another layer saw the same tensor
+            self.owner.setdefault(name, name)
+            self._last = None
+        elif self._is_shared(name, tensor):
             return
         if not self._summing:
             return
-        rows_NI = self._unmasked(tensor.detach())
+        with torch.no_grad():
+            rows: Any = tensor.detach() if layer.rows is None else layer.rows(tensor.detach(), *arguments)
+        mask = self._mask_of(tensor)
+        if isinstance(rows, Tensor):
+            rows = self._unmasked(self._of_each_row(rows) if layer.diagonal else rows, mask, layer.blocks)
+        else:
+            rows = self._unmasked_blocks(rows, mask)
+        count = sum(map(len, rows)) if layer.blocks > 1 else len(rows)
         self.positions.setdefault(name, 0)
-        self.positions[name] += len(rows_NI) if self._counted else 0
-        self._add_products(self.gram_sums, name, rows_NI, self.sizes[name].inputs)
+        self.positions[name] += count if self._counted else 0
+        self._add_products(self.gram_sums, name, rows, layer.gram_shape)
+
+    @staticmethod
+    def _unmasked_blocks(blocks: BlockRows, mask: Tensor | None) -> list[Tensor]:
+        if mask is None or mask.shape[1] == 1:
+            return [rows_NI for rows_NI, _ in blocks]
+        mask_N = mask.flatten()
+        return [rows_NI[mask_N[positions_N]] for rows_NI, positions_N in blocks]
+
+    def _of_each_row(self, indices: Tensor) -> Tensor:
+        """Indices that stand for all rows of the batch (`[1, T, 1]` or `[T, 1]`, of positions) written out for each."""
+        return (
+            indices.expand(self._batch_size, *indices.shape[-2:]) if indices.ndim == 2 or len(indices) == 1 else indices
+        )
 
     def _is_shared(self, name: str, tensor: Tensor) -> bool:
         """Whether the layer that ran last saw this very tensor; decided on the first batch, then relied upon."""
@@ -212,34 +289,52 @@ class Collector:
     def _watch_output(self, name: str, output: Tensor) -> Tensor:
         if not output.requires_grad:  # the first layer: everything before it is frozen
             output = output.detach().requires_grad_()
-        self._sums_of(self.fisher_sums, name, self.sizes[name].outputs, output.device)  # zero where no gradient comes
-        output.register_hook(lambda gradient: self._add_gradient(name, gradient))
+        self._sums_of(
+            self.fisher_sums, name, self.sizes[name].fisher_shape, output.device
+        )  # zero where no gradient comes
+        mask = self._input_masks[name]
+        output.register_hook(lambda gradient: self._add_gradient(name, gradient, mask))
         return output
 
-    def _add_gradient(self, name: str, gradient: Tensor | None) -> None:
+    def _add_gradient(self, name: str, gradient: Tensor | None, mask: Tensor | None) -> None:
         if gradient is None:
             raise ModelError(
                 f"no gradient flows back to {name} (4-bit weights on the CPU have none once a pass without gradients "
                 "has packed them); collect right after loading, or without fisher"
             )
-        self._add_products(self.fisher_sums, name, self._unmasked(gradient), self.sizes[name].outputs)
+        layer = self.sizes[name]
+        rows = self._unmasked(
+            gradient if layer.output_rows is None else layer.output_rows(gradient), mask, layer.blocks
+        )
+        self._add_products(self.fisher_sums, name, rows, layer.fisher_shape)
 
-    def _sums_of(self, sums: dict[str, Tensor], name: str, size: int, device: torch.device) -> Tensor:
+    def _sums_of(self, sums: dict[str, Tensor], name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         if name not in sums:
-            rows = len(range(size)[own_rows(size)]) if self._in_shards else size
-            sums[name] = torch.zeros(rows, size, dtype=torch.float64, device=device)
+            rows = len(range(shape[0])[own_rows(shape[0])]) if self._in_shards else shape[0]
+            sums[name] = torch.zeros(rows, *shape[1:], dtype=torch.float64, device=device)
         return sums[name]
 
-    def _add_products(self, sums: dict[str, Tensor], name: str, rows_NF: Tensor, size: int) -> None:
-        """Add `rows^T rows`; of sums in shards this process's rows of it, from the rows of all processes."""
-        own_sums = self._sums_of(sums, name, size, rows_NF.device)
-        if not self._counted:
-            rows_NF = rows_NF[:0]
+    def _add_products(
+        self, sums: dict[str, Tensor], name: str, rows: Tensor | Sequence[Tensor], shape: tuple[int, ...]
+    ) -> None:
+        """Add `rows^T rows` of rows `[N, F]`, or those of each block; of indices `[N, 1]` to a diagonal their counts.
+
+        Of sums in shards this process's rows are added, from the rows of all processes.
+        """
+        own_sums = self._sums_of(sums, name, shape, rows.device if isinstance(rows, Tensor) else rows[0].device)
         if self._in_shards:
-            rows_NF = gather_rows(rows_NF).double()
-            own_sums.addmm_(rows_NF[:, own_rows(size)].t(), rows_NF)
-        elif len(rows_NF):
-            add_products(own_sums, rows_NF.double())
+            assert isinstance(rows, Tensor)
+            rows_NF = gather_rows(rows if self._counted else rows[:0]).double()
+            own_sums.addmm_(rows_NF[:, own_rows(shape[0])].t(), rows_NF)
+        elif not self._counted:
+            return
+        elif len(shape) == 1:
+            assert isinstance(rows, Tensor)
+            own_sums += torch.bincount(rows.flatten(), minlength=len(own_sums))
+        else:
+            blocks: Any = rows if len(shape) == 3 else [rows]
+            for total_FF, block_NF in zip(_matrices(own_sums), blocks, strict=True):
+                add_products(total_FF, block_NF.double())
 
     def _backward(self, logits: Tensor, inputs: Mapping[str, Tensor], hashes: list[int]) -> None:
         """Backward pass of the summed negative log-likelihood of labels drawn from the model's prediction."""
@@ -253,6 +348,11 @@ class Collector:
         sampled_L = sample_labels(logits_LV.detach(), uniforms_L.to(logits.device))
         self.labels += len(sampled_L) if self._counted and not self._complete_groups else 0
         F.cross_entropy(logits_LV, sampled_L, reduction="sum").backward()
+
+
+def _matrices(sums: Tensor) -> Sequence[Tensor]:
+    """The matrices of sums: one, one for each block, or none of a diagonal."""
+    return list(sums) if sums.ndim == 3 else [sums] * (sums.ndim == 2)
 
 
 def sample_labels(logits_LV: Tensor, uniforms_L: Tensor) -> Tensor:

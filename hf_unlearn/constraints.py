@@ -6,7 +6,7 @@ complement. Each constraint is a small frozen description; `bind_constraints` tu
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Protocol
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_unlearn.errors import SettingsError, StatisticsError
 from hf_unlearn.linalg import Eigen, Spectrum, check_energy, eigen, rank_for_energy
-from hf_unlearn.placements import apply_right
+from hf_unlearn.placements import apply_right, turned
 from hf_unlearn.sharding import whole
 from hf_unlearn.statistics import RetainStatistics
 from hf_unlearn.storage import Storage, fetch
@@ -89,6 +89,43 @@ class Shrink:
         return Shrink(storage.keep(self.matrix_II))
 
 
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """A diagonal matrix: `O I` multiplications."""
+
+    scale_I: Tensor
+
+    def __call__(self, step_OI: Tensor) -> Tensor:
+        return step_OI * fetch(self.scale_I, step_OI.device).to(step_OI)
+
+    def root(self) -> Factor:
+        return Scale(whole(self.scale_I).sqrt())
+
+    def kept_in(self, storage: Storage) -> Factor:
+        return Scale(storage.keep(self.scale_I))
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """A factor for each block of a layer: `step_GOI -> step_GOI`."""
+
+    blocks: tuple[Factor, ...]
+
+    def __call__(self, step_OI: Tensor) -> Tensor:
+        return torch.stack([block(step) for block, step in zip(self.blocks, step_OI, strict=True)])
+
+    def root(self) -> Factor:
+        return Stack(tuple(block.root() for block in self.blocks))
+
+    def kept_in(self, storage: Storage) -> Factor:
+        return Stack(tuple(block.kept_in(storage) for block in self.blocks))
+
+
+def _by_block(parts: Eigen, make: Callable[[Eigen], Factor]) -> Factor:
+    """The factor of a Gram, or of each of a stack of them."""
+    return make(parts) if parts.values_I.ndim == 1 else Stack(tuple(make(block) for block in parts.blocks()))
+
+
 class Constraint(Protocol):
     """What `bind_constraints` asks of a constraint."""
 
@@ -122,8 +159,14 @@ class EnergyConstraint:
         check_energy(self.energy, self.spectrum, self.min_rank_share)
 
     def right(self, gram: Eigen) -> Factor:
-        """The thinner of the two forms of the projection."""
+        return _by_block(gram, self._projection)
+
+    def _projection(self, gram: Eigen) -> Factor:
+        """The thinner of the two forms of the projection; of a diagonal Gram the columns that are kept."""
         rank = rank_for_energy(gram.values_I, self.energy, self.spectrum, self.min_rank_share)
+        if gram.diagonal:
+            kept_I = torch.ones_like(gram.values_I, dtype=torch.float32)
+            return Scale(kept_I.index_fill(0, gram.vectors_II[:rank], 0.0))
         if 2 * rank <= gram.values_I.numel():
             return Remove(gram.vectors_II[:, :rank].float().contiguous())
         return Keep(gram.vectors_II[:, rank:].float().contiguous())
@@ -149,7 +192,7 @@ class RidgeConstraint:
         _check_positive("strength", self.strength)
 
     def right(self, gram: Eigen) -> Factor:
-        return _shrink(gram, self.strength)
+        return _by_block(gram, lambda parts: _shrink(parts, self.strength))
 
     def left(self, fisher: Eigen) -> Factor:
         raise AssertionError("the ridge constraint is one-sided")
@@ -175,10 +218,10 @@ class KroneckerConstraint:
         _check_positive("strength_out", self.strength_out)
 
     def right(self, gram: Eigen) -> Factor:
-        return _shrink(gram, self.strength_in)
+        return _by_block(gram, lambda parts: _shrink(parts, self.strength_in))
 
     def left(self, fisher: Eigen) -> Factor:
-        return _shrink(fisher, self.strength_out)
+        return _by_block(fisher, lambda parts: _shrink(parts, self.strength_out))
 
 
 CONSTRAINTS: dict[str, type | None] = {
@@ -193,7 +236,7 @@ ConstraintLike = Constraint | None | Mapping[str, Constraint | None]
 
 @dataclass(frozen=True, eq=False)
 class BoundConstraint:
-    """A constraint with the factors of one layer: a linear map on steps `[O, I]`.
+    """A constraint with the factors of one layer: a linear map on steps `[O, I]`, or `[G, O, I]` of G blocks.
 
     `anchored` constraints are idempotent and hold for the whole move from the original weight; the others are applied
     once to each realised step.
@@ -205,7 +248,7 @@ class BoundConstraint:
 
     def __call__(self, step_OI: Tensor) -> Tensor:
         allowed_OI = step_OI if self.right is None else apply_right(self.right, step_OI)
-        return allowed_OI if self.left is None else apply_right(self.left, allowed_OI.T).T
+        return allowed_OI if self.left is None else turned(apply_right(self.left, turned(allowed_OI)))
 
 
 def build_constraint(name: str, settings: Mapping[str, Any] | None = None) -> Constraint | None:
@@ -278,10 +321,13 @@ def bind_constraints(
     return bound
 
 
-def _shrink(parts: Eigen, strength: float) -> Shrink:
+def _shrink(parts: Eigen, strength: float) -> Factor:
     """`(I + A / (strength * mean_eig(A)))^-1` from the eigen-decomposition of A; the identity where A is zero."""
-    mean, vectors_II = parts.values_I.mean(), parts.vectors_II.double()
+    mean = parts.values_I.mean()
     scaled_I = parts.values_I / (strength * mean) if mean > 0 else torch.zeros_like(parts.values_I)
+    if parts.diagonal:
+        return Scale(scaled_I.scatter(0, parts.vectors_II, 1 / (1 + scaled_I)).float())
+    vectors_II = parts.vectors_II.double()
     matrix_II = (vectors_II / (1 + scaled_I)) @ vectors_II.T
     return Shrink(matrix_II.float())
 

@@ -1,14 +1,17 @@
 """Which parameters may move: every one is protected by statistics, frozen, or explicitly exposed."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from hf_unlearn.adapters import base_name, layer_of
 from hf_unlearn.errors import CoverageError
-from hf_unlearn.layers import tied_parameters
+from hf_unlearn.layers import layers_of, tied_parameters
+
+UNKNOWN = "of an unknown layer type: "
 
 
 @dataclass(frozen=True)
@@ -18,17 +21,28 @@ class Coverage:
     protected: tuple[str, ...]
     frozen: tuple[str, ...]
     exposed: tuple[str, ...]
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """Why each frozen parameter is frozen."""
 
     def summary(self) -> str:
         """One line, with the exposed parameters by name: they are what the guarantee does not hold for."""
         exposed = f" ({', '.join(self.exposed)})" if self.exposed else ""
         return f"{len(self.protected)} protected, {len(self.frozen)} frozen, {len(self.exposed)} exposed{exposed}"
 
+    def explain(self) -> str:
+        """The summary, and a line for each reason that parameters are frozen for, with their names."""
+        names: dict[str, list[str]] = {}
+        for name in self.frozen:
+            names.setdefault(self.reasons[name], []).append(name)
+        return "\n".join([self.summary(), *(f"frozen, {why}: {', '.join(found)}" for why, found in names.items())])
+
 
 def freeze_unprotected(
     model: nn.Module, protected: Iterable[str], allow_exposed: Iterable[str] = (), freeze: Iterable[str] = ()
 ) -> Coverage:
     """Freeze what cannot be protected by default (biases, norms, embeddings) and sort all parameters.
+
+    Weights of layer types that are not known are frozen too, with one warning that names the types.
 
     Args:
         model: Its `requires_grad` flags are changed for frozen parameters; parameters frozen already stay so.
@@ -48,15 +62,18 @@ def freeze_unprotected(
     layers = set(protected)
     sorted_names: dict[str, list[str]] = {"protected": [], "frozen": [], "exposed": [], "uncovered": []}
     default = _frozen_by_default(model)
+    reasons: dict[str, str] = {}
     for name, parameter in parameters.items():
         if not parameter.requires_grad or any(fnmatchcase(name, p) for p in freeze):
             kind = "frozen"
+            reasons[name] = "as asked" if parameter.requires_grad else "as it was"
         elif any(fnmatchcase(name, p) for p in allow_exposed):
             kind = "exposed"
         elif _is_weight_of(name, layers):
             kind = "protected"
         else:
             kind = "frozen" if name in default else "uncovered"
+            reasons |= {name: default[name]} if name in default else {}
         sorted_names[kind].append(name)
     if uncovered := sorted_names.pop("uncovered"):
         raise CoverageError(
@@ -65,7 +82,21 @@ def freeze_unprotected(
         )
     for name in sorted_names["frozen"]:
         parameters[name].requires_grad_(False)
-    return Coverage(**{kind: tuple(names) for kind, names in sorted_names.items()})
+    _warn_unknown({name: reasons[name] for name in sorted_names["frozen"]})
+    return Coverage(**{kind: tuple(names) for kind, names in sorted_names.items()}, reasons=reasons)
+
+
+def _warn_unknown(reasons: Mapping[str, str]) -> None:
+    unknown = {name: why for name, why in reasons.items() if why.startswith(UNKNOWN)}
+    if unknown:
+        kinds = sorted({why.removeprefix(UNKNOWN) for why in unknown.values()})
+        warnings.warn(
+            f"{len(unknown)} weights of layer types that are not known are frozen ({', '.join(kinds)}; the first is "
+            f"{next(iter(unknown))}): to protect them instead, say how each type's inputs meet its weight, "
+            f"@hf_unlearn.register_layer({kinds[0]}) def describe(module): return hf_unlearn.Layer(outputs=..., "
+            "inputs=...), and collect again",
+            stacklevel=3,
+        )
 
 
 def freeze_all_but(model: nn.Module, patterns: Iterable[str]) -> None:
@@ -107,7 +138,7 @@ def check_covered(
 
 def _is_weight_of(parameter: str, layers: set[str]) -> bool:
     """Whether a parameter is the weight, or a factor of the adapter, of one of the layers."""
-    return parameter.endswith(".weight") and layer_of(parameter)[0] in layers
+    return (parameter.endswith(".weight") and layer_of(parameter)[0] in layers) or base_name(parameter) in layers
 
 
 def hold_norm_statistics(model: nn.Module) -> None:
@@ -117,17 +148,36 @@ def hold_norm_statistics(model: nn.Module) -> None:
             module.eval()
 
 
-def _frozen_by_default(model: nn.Module) -> set[str]:
-    """Biases, norms and other vectors; input and output embeddings and whatever is tied to one."""
+def _frozen_by_default(model: nn.Module) -> dict[str, str]:
+    """Why what is not protected is frozen: biases, norms and other vectors; input and output embeddings and whatever
+    is tied to one; weights of unknown layer types, and what of a known one is no weight of its map."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     tied = tied_parameters(model)
     aliased = set(tied) | set(tied.values())
-    frozen = {name for name, _ in model.named_parameters() if base_name(name) in aliased}
+    why = {
+        name: f"tied ({_alias(base_name(name), tied)})"
+        for name, _ in model.named_parameters()
+        if base_name(name) in aliased
+    }
     for prefix, module in model.named_modules():
         embedding = isinstance(module, nn.Embedding) or module is output or "embed" in prefix
+        layers = layers_of(module)
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            if ".lora_" in name:  # asked for by name: covered or an error, never frozen in silence
+            if ".lora_" in name or name in why:  # an adapter is asked for by name: covered or an error, never frozen
                 continue
-            if embedding or parameter.ndim <= 1 or "embed" in name:
-                frozen.add(name)
-    return frozen
+            if parameter.ndim <= 1:
+                why[name] = "a bias, norm or other vector"
+            elif embedding or "embed" in name:
+                why[name] = "an embedding"
+            elif not layers:
+                why[name] = f"{UNKNOWN}{type(module).__name__}"
+            elif name.rpartition(".")[2] not in layers:
+                why[name] = "not the weight of its layer"
+            elif not layers[name.rpartition(".")[2]].has_fisher:
+                why[name] = "a layer without a Fisher"
+    return why
+
+
+def _alias(name: str, tied: Mapping[str, str]) -> str:
+    """What a parameter is one with."""
+    return ", ".join([*([tied[name]] if name in tied else []), *(a for a, first in tied.items() if first == name)])

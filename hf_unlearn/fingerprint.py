@@ -66,6 +66,23 @@ def row_hashes(batch: Mapping[str, Tensor], mask_BT: Tensor | None) -> list[int]
     return hashes
 
 
+def pair_hashes(batch: Mapping[str, Tensor], mask_BS: Tensor | None, mask_BT: Tensor | None) -> list[int]:
+    """`row_hashes` of an encoder-decoder: of its inputs, and of what its decoder sees (of the labels, where not given).
+
+    Both masks are those of the positions that count, the encoder's and the decoder's.
+    """
+    ignored = ("labels", "decoder_attention_mask")
+    inputs = {k: v for k, v in batch.items() if not k.startswith("decoder_")}
+    answers = {k: v for k, v in batch.items() if k.startswith("decoder_") and k not in ignored}
+    if not answers and "labels" in batch:
+        answers = {"answer": batch["labels"]}
+    hashes = row_hashes(inputs, mask_BS)
+    if not answers:
+        return hashes
+    pairs = zip(hashes, row_hashes(answers, mask_BT), strict=True)
+    return [int(hashlib.sha256(f"{one:064x}{other:064x}".encode()).hexdigest(), 16) for one, other in pairs]
+
+
 def combine_rows(a: str, b: str, sign: int) -> str:
     """Fingerprint of the rows of `a` plus (sign 1) or minus (sign -1) those of `b`, both as hexadecimal numbers."""
     return rows_to_text((int(a, 16) + sign * int(b, 16)) % _MODULUS)

@@ -2,7 +2,9 @@
 
 Language models: TRL's `messages`, `prompt`/`completion`, `text`, `question`/`answer` (TOFU's columns) and `prompt`/`gt`
 (MUSE's), each with an `alternate` answer if there is one. Text classification: `text` or `sentence`, or a pair of
-sentences, and `label`. Image classification: `image` or `img`, and `label`.
+sentences, and `label`. Token classification: `tokens` or `words`, and a tag for each (`ner_tags`, `pos_tags`, `tags`,
+`labels`). Seq2seq: `source`/`target`, `text`/`summary`, `document`/`summary`, `article`/`highlights`, or TRL's and
+TOFU's pairs. Image classification: `image` or `img`, and `label`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +21,12 @@ Row = Mapping[str, Any]
 Encode = Callable[[Row, int], dict[str, Any]]
 FORMATS = ("messages", "prompt + completion", "question + answer", "text")
 TEXTS = (("text",), ("sentence",), ("sentence1", "sentence2"), ("premise", "hypothesis"))
+WORDS = ("tokens", "words")
+TAGS = ("ner_tags", "pos_tags", "tags", "labels")
+PAIRS = (
+    ("source", "target"), ("text", "summary"), ("document", "summary"), ("article", "highlights"),
+    ("prompt", "completion"), ("question", "answer"), ("text", "target"),
+)  # fmt: skip
 IMAGES = ("image", "img")
 LABELS = ("label", "labels", "label_ids")
 
@@ -55,15 +63,17 @@ class Encoding:
             DataError: A label that is no whole number, or no class of the model.
         """
         name = next((name for name in LABELS if name in row), None)
-        if name is None:
-            return {}
+        return {} if name is None else {"labels": self.class_number(row[name], index)}
+
+    def class_number(self, label: Any, index: int) -> int:
+        """The class number that a label of row `index` is; errors as of `label`."""
         try:
-            value = int(row[name])
-            if value != row[name]:
+            value = int(label)
+            if value != label:
                 raise ValueError
         except (TypeError, ValueError):
             raise DataError(
-                f"row {index} of the {self.what} set has the label {row[name]!r}; labels must be class numbers, such "
+                f"row {index} of the {self.what} set has the label {label!r}; labels must be class numbers, such "
                 "as model.config.label2id gives for names"
             ) from None
         classes = getattr(getattr(self.model, "config", None), "num_labels", None)
@@ -71,7 +81,7 @@ class Encoding:
             raise DataError(
                 f"row {index} of the {self.what} set has the label {value}, the model has classes 0 to {classes - 1}"
             )
-        return {"labels": value}
+        return value
 
 
 def text_encoder(columns: set[str], encoding: Encoding) -> Encode:
@@ -172,6 +182,61 @@ def sentence_encoder(columns: set[str], encoding: Encoding) -> Encode:
     return encode
 
 
+def token_encoder(columns: set[str], encoding: Encoding) -> Encode:
+    """Rows of a token classifier: the tokenizer's inputs, and of each word's first token the word's class."""
+    words = next((name for name in WORDS if name in columns), None)
+    tags = next((name for name in TAGS if name in columns), None)
+    if words is None:
+        raise DataError(
+            f"the {encoding.what} set has columns {sorted(columns)}; a token classifier needs {' or '.join(WORDS)} "
+            f"(lists of words), and {', '.join(TAGS[:-1])} or {TAGS[-1]}"
+        )
+    tokenizer = encoding.tokenizer(columns)
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(f"{type(tokenizer).__name__} cannot tell which word a token is of; use a fast tokenizer")
+    limit = {"truncation": True, "max_length": encoding.max_length} if encoding.max_length is not None else {}
+
+    def encode(row: Row, index: int) -> dict[str, Any]:
+        inputs = tokenizer(list(row[words]), is_split_into_words=True, **limit)
+        encoding.check_length(inputs["input_ids"], index)
+        if tags is None:
+            return dict(inputs)
+        if len(row[tags]) != len(row[words]):
+            raise DataError(
+                f"row {index} of the {encoding.what} set has {len(row[words])} words and {len(row[tags])} {tags}; "
+                "needed is one for each word"
+            )
+        classes = [IGNORED if tag == IGNORED else encoding.class_number(tag, index) for tag in row[tags]]
+        places = inputs.word_ids()
+        first = [place is not None and place not in places[:number] for number, place in enumerate(places)]
+        labels = [classes[place] if new else IGNORED for place, new in zip(places, first, strict=True)]
+        return {**inputs, "labels": labels}
+
+    return encode
+
+
+def pair_encoder(columns: set[str], encoding: Encoding) -> Encode:
+    """Rows of an encoder-decoder: the tokenizer's inputs of the source, and the target's tokens as labels."""
+    names = next((names for names in PAIRS if set(names) <= columns), None)
+    if names is None:
+        forms = ", ".join(" + ".join(names) for names in PAIRS)
+        raise DataError(f"the {encoding.what} set has columns {sorted(columns)}; a seq2seq model needs one of: {forms}")
+    tokenizer = encoding.tokenizer(columns)
+    source, target = names
+    limit = {"truncation": True, "max_length": encoding.max_length} if encoding.max_length is not None else {}
+
+    def encode(row: Row, index: int) -> dict[str, Any]:
+        inputs = tokenizer(row[source], **limit)
+        labels = tokenizer(text_target=row[target], **limit)["input_ids"]
+        if not labels:
+            raise DataError(f"row {index} of the {encoding.what} set has no token to predict: its {target} is empty")
+        for tokens in (inputs["input_ids"], labels):
+            encoding.check_length(tokens, index)
+        return {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"labels": labels}
+
+    return encode
+
+
 def image_encoder(columns: set[str], encoding: Encoding) -> Encode:
     """Rows of an image classifier: `pixel_values [C, H, W]`, and the class."""
     name = next((name for name in IMAGES if name in columns), None)
@@ -198,6 +263,8 @@ def image_encoder(columns: set[str], encoding: Encoding) -> Encode:
 
 ENCODERS: dict[Task, Callable[[set[str], Encoding], Encode]] = {
     "language-model": text_encoder,
+    "seq2seq": pair_encoder,
     "text-classification": sentence_encoder,
+    "token-classification": token_encoder,
     "image-classification": image_encoder,
 }

@@ -3,7 +3,7 @@
 Shapes: I input features, O output features, N rows, K rank of the core gradient space, M = I - K.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,6 +21,9 @@ class Eigen:
 
     `values_I` are clamped at zero. `negative_share` is what the clamp removed, as a share of the sum of absolute
     eigenvalues: rounding leaves about 1e-16, a subtraction of rows that were never added leaves percents.
+
+    Of a stack of Grams `[G, I, I]` (the blocks of a layer) values and vectors are stacked too; of a diagonal one, kept
+    as a vector `[I]`, `vectors_II` is `[I]`: the index of the unit vector that belongs to each value.
     """
 
     values_I: Tensor
@@ -38,7 +41,25 @@ class Eigen:
         `|D @ root_II|^2 = tr(D gram_II D^T)` without the cancellation of the right-hand side: a constrained move lies
         where the Gram is small, and there the product with the root is exact to rounding even in float32.
         """
-        return self.vectors_II * self.values_I.sqrt().to(self.vectors_II)
+        if self.diagonal:
+            root_I = torch.zeros_like(self.values_I, dtype=torch.float32)
+            return root_I.scatter(0, self.vectors_II, self.values_I.sqrt().float())
+        return self.vectors_II * self.values_I.sqrt().to(self.vectors_II).unsqueeze(-2)
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether the eigenvectors are unit vectors, kept by index."""
+        return not self.vectors_II.is_floating_point()
+
+    def blocks(self) -> "list[Eigen]":
+        """The decomposition of each Gram of a stack, one of a single Gram."""
+        if self.values_I.ndim == 1:
+            return [self]
+        return [replace(self, values_I=v, vectors_II=u) for v, u in zip(self.values_I, self.vectors_II, strict=True)]
+
+    def rounded(self) -> "Eigen":
+        """The same with vectors in float32."""
+        return self if self.diagonal else replace(self, vectors_II=self.vectors_II.float())
 
 
 def add_products(sums_II: Tensor, rows_NI: Tensor) -> None:
@@ -67,9 +88,15 @@ def _bands(size: int) -> list[slice]:
 
 
 def eigen(gram_II: Tensor) -> Eigen:
-    """Decompose a symmetric matrix in float64 (float32 spectra turn negative on the steep Grams of real networks)."""
-    values_I, vectors_II = torch.linalg.eigh(gram_II.double())
-    values_I, vectors_II = values_I.flip(0), vectors_II.flip(1)
+    """Decompose a symmetric matrix in float64 (float32 spectra turn negative on the steep Grams of real networks).
+
+    Also a stack of them `[G, I, I]`, and a diagonal one as a vector `[I]`.
+    """
+    if gram_II.ndim == 1:
+        values_I, vectors_II = gram_II.double().sort(descending=True, stable=True)
+    else:
+        values_I, vectors_II = torch.linalg.eigh(gram_II.double())
+        values_I, vectors_II = values_I.flip(-1), vectors_II.flip(-1)
     total = values_I.abs().sum()
     negative = values_I.clamp(max=0).abs().sum()
     share = (negative / total).item() if total > 0 else 0.0

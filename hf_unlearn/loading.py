@@ -13,7 +13,9 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
 )
 
@@ -27,7 +29,9 @@ from hf_unlearn.sharding import loaded_whole
 
 MODELS: dict[Task, Any] = {
     "language-model": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
     "text-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
     "image-classification": AutoModelForImageClassification,
 }
 _FILES = {"json": "json", "jsonl": "json", "parquet": "parquet"}

@@ -26,6 +26,7 @@ from hf_unlearn.placements import (
     show_written,
     sum_over_shards,
     times,
+    turned,
 )
 from hf_unlearn.statistics import RetainStatistics
 
@@ -176,7 +177,7 @@ class StepConstrainer:
             groups.append(group_of(seen_OI))
             if fisher:
                 root_OO = self._root(statistics.fisher_eigen(one.owner))
-                share = local_squares([apply_right(times(root_OO), seen_OI.T)])[0]
+                share = local_squares([apply_right(times(root_OO), turned(seen_OI))])[0]
                 divergence.append(0.5 * statistics.positions_per_label(one.owner) * share)
         sums = sum_over_shards(torch.stack(seen + divergence), groups * (2 if fisher else 1)).tolist()
         outputs = self._outputs(moved)

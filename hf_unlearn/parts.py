@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_unlearn.adapters import layer_of, lora_layers
+from hf_unlearn.adapters import base_name, layer_of, lora_layers
 from hf_unlearn.constraints import BoundConstraint
-from hf_unlearn.errors import SettingsError
-from hf_unlearn.layers import Layer, describe_layer
+from hf_unlearn.errors import ModelError, SettingsError
+from hf_unlearn.layers import Layer, describe_layer, layers_of
 from hf_unlearn.placements import Whole, apply_right, placement_of, times, whole_parameter
 from hf_unlearn.sharding import whole
 
@@ -50,20 +50,19 @@ class Part:
         """Keep only this process's share of the anchor, once the parameter has been sharded."""
         place = self.place
         if type(place) is not self.laid_out:
+            _check_place(self.owner, self.layer, place)
             own = place.read()
             self.anchor = place.local(self.anchor).to(own, copy=True)
             self.laid_out = type(place)
 
     def matrix(self, local: Tensor) -> Tensor:
-        """Local values as `[O, I]`, of all processes together."""
-        return self._view(self.place.matrix(local))
+        """Local values as `[O, I]` (of blocks `[G, O, I]`), of all processes together."""
+        matrix = self.place.matrix(local)
+        return matrix if self.layer is None else self.layer.weight_OI(matrix)
 
     def local(self, matrix_OI: Tensor) -> Tensor:
         """The inverse of `matrix`."""
-        return self.place.local(self._view(matrix_OI))
-
-    def _view(self, tensor: Tensor) -> Tensor:
-        return self.layer.weight_OI(tensor) if self.layer is not None else tensor
+        return self.place.local(matrix_OI if self.layer is None else self.layer.stored(matrix_OI))
 
     def constrain(self) -> None:
         """Bring the weight to where its constraint lets it be: the whole move of an anchored one, else the step."""
@@ -151,6 +150,7 @@ def trained_adapters(model: nn.Module, parts: list[Part]) -> list[Adapter]:
 
     Raises:
         SettingsError: Only one factor of an adapter is trained.
+        ModelError: An adapter of a layer that is no plain matrix.
     """
     by_factor = {(part.owner, part.factor): part for part in parts if part.factor}
     found = []
@@ -163,6 +163,9 @@ def trained_adapters(model: nn.Module, parts: list[Part]) -> list[Adapter]:
         if a.bound is not None and a.bound.right is not None:
             a.anchor = a.local(apply_right(a.bound.right.root(), a.matrix(a.anchor)))
             a.place.write(a.anchor)
+        base = describe_layer(module)
+        if base is None or not base.plain:
+            raise ModelError(f"{owner} is no plain linear layer, its adapter is not handled: leave it out")
         found.append(Adapter(owner, module.get_base_layer(), a, b, module.scaling[adapter]))
     return found
 
@@ -170,14 +173,26 @@ def trained_adapters(model: nn.Module, parts: list[Part]) -> list[Adapter]:
 def _part(model: nn.Module, name: str, bound: dict[str, BoundConstraint]) -> Part:
     prefix, _, attribute = name.rpartition(".")
     module = model.get_submodule(prefix)
-    layer = describe_layer(module) if attribute == "weight" else None
+    layer = layers_of(module).get(attribute)
     owner, factor = layer_of(name)
+    if layer is not None and attribute != "weight":
+        owner = base_name(name)
     both = bound.get(owner) if layer else None
     if both is not None and factor:
         right, left = (both.right, None) if factor == "A" else (None, both.left)
         both = BoundConstraint(right, left, both.anchored)
     place = placement_of(getattr(module, attribute))
+    _check_place(owner, layer, place)
     return Part(owner, factor, module, attribute, layer, both, place.read().clone(), type(place))
+
+
+def _check_place(owner: str, layer: Layer | None, place: Whole) -> None:
+    """Raise `ModelError` where a weight that is no plain matrix is sharded."""
+    if layer is not None and not layer.plain and type(place) is not Whole:
+        raise ModelError(
+            f"{owner} is no plain linear layer, and its weight is sharded (FSDP, DeepSpeed), which is not handled; "
+            f"freeze it, or train on one process or with DDP"
+        )
 
 
 def _full(part: Part, local: Tensor) -> Tensor:

@@ -22,9 +22,10 @@ IGNORED = -100
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 Batch = Mapping[str, Tensor]
 Collator = Callable[[Sequence[Mapping[str, Any]]], Batch]
-Task = Literal["language-model", "text-classification", "image-classification"]
+Task = Literal["language-model", "seq2seq", "text-classification", "token-classification", "image-classification"]
 TASKS: dict[str | None, Task] = {
     "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
     "ForImageClassification": "image-classification",
 }
 
@@ -101,12 +102,14 @@ def shifts_labels(model: nn.Module) -> bool:
 def task_of(model: nn.Module) -> Task | None:
     """What kind of rows a model takes, by transformers' `loss_type` (that is, its class); None where that says nothing.
 
-    A language model is one that is trained on the tokens of its own answer: decoders and encoder-decoders.
+    A language model is one that is trained on the tokens of its own answer; with an encoder for its input it is one of
+    seq2seq.
     """
     model = without_wrapper(getattr(model, "module", model))
     task = TASKS.get(getattr(model, "loss_type", None))
-    is_text = shifts_labels(model) or getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return task or ("language-model" if is_text else None)
+    if task is None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "seq2seq"
+    return task or ("language-model" if shifts_labels(model) else None)
 
 
 def label_positions(model: nn.Module, labels: Tensor, skip_first: bool = False) -> Tensor:
@@ -131,6 +134,15 @@ def _without_labels(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
     return rest
 
 
+def decoder_mask(inputs: Batch) -> Tensor | None:
+    """Which positions of an encoder-decoder's decoder count: its own mask's, or those up to each row's last label."""
+    if "decoder_attention_mask" in inputs:
+        return inputs["decoder_attention_mask"].bool()
+    if "labels" not in inputs:
+        return None
+    return (inputs["labels"] != IGNORED).flip(1).cumsum(1).flip(1) > 0
+
+
 def context_length(model: nn.Module) -> int | None:
     """Most positions that the model was made for, where its configuration says so."""
     config = getattr(getattr(model, "module", model), "config", None)
@@ -140,11 +152,21 @@ def context_length(model: nn.Module) -> int | None:
     return getattr(inner, "max_position_embeddings", None)
 
 
+def _check_channels(model: nn.Module, inputs: Batch) -> None:
+    pixels = inputs.get("pixel_values")
+    channels = getattr(getattr(getattr(model, "module", model), "config", None), "num_channels", None)
+    if pixels is not None and pixels.ndim == 4 and isinstance(channels, int) and pixels.shape[1] != channels:
+        raise DataError(
+            f"the images have {pixels.shape[1]} channels (pixel_values {list(pixels.shape)}, channels first), the "
+            f"model takes {channels}; use the model's own image processor"
+        )
+
+
 def output_logits(model: nn.Module, inputs: Batch, **forward_options: Any) -> Tensor:
     """Forward pass without labels; returns the logits, `[B, V]` or `[B, T, V]`.
 
     Raises:
-        DataError: A row is longer than the model's context.
+        DataError: A row is longer than the model's context, or images have other channels than the model takes.
         ModelError: The model returns no logits.
     """
     length, context = inputs["input_ids"].shape[-1] if "input_ids" in inputs else 0, context_length(model)
@@ -152,6 +174,7 @@ def output_logits(model: nn.Module, inputs: Batch, **forward_options: Any) -> Te
         raise DataError(
             f"a row has {length} tokens, the model's context is {context}; lower max_length, or cut the row"
         )
+    _check_channels(model, inputs)
     outputs: Any = model(**_without_labels(model, inputs), **forward_options)
     logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
     if logits is None:

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from hf_unlearn.errors import StatisticsError
 from hf_unlearn.files import replace_folder, sha256_of, write_json
 from hf_unlearn.fingerprint import combine_rows, package_versions, weights_fingerprint
-from hf_unlearn.layers import describe_layer, known_layers
+from hf_unlearn.layers import known_layers, layer_at
 from hf_unlearn.linalg import Eigen, eigen, rank_for_energy
 from hf_unlearn.sharding import communication_device, from_owner, is_main, share_out, wait_for_all, whole, world
 from hf_unlearn.storage import Storage, fetch, shard
@@ -47,10 +47,11 @@ class RetainStatistics:
     `b`'s would have (PGU section 3.3: no retained row is read). Both need statistics of the same weights.
 
     Attributes:
-        gram_sums: Float64 `[I, I]` by the name of the first layer that sees the input.
-        fisher_sums: Float64 `[O, O]` by layer; empty where no Fisher pass was made.
+        gram_sums: Float64 `[I, I]` by the name of the first layer that sees the input; `[G, I, I]` of a layer of G
+            blocks, `[I]` where it is diagonal (`layers.Layer`).
+        fisher_sums: Float64 `[O, O]` or `[G, O, O]` by layer; empty where no Fisher pass was made.
         layers: Each protected layer's sizes and the key of its Gram.
-        positions: N by Gram key.
+        positions: N by Gram key, of all blocks together.
         rows: Number of data rows behind the sums.
         labels: Number of labels that the Fisher pass sampled (0 without one).
         weights: `weights_fingerprint` of the model.
@@ -108,14 +109,14 @@ class RetainStatistics:
                 self._require_fisher(layer)
                 jobs["fisher", layer] = layer
         jobs = {job: layer for job, layer in jobs.items() if job not in self._eigen}
-        owners = share_out({job: len(self._sums(*job)) for job in jobs})
+        owners = share_out({job: self._sums(*job).shape[-1] for job in jobs})
         own = {}
         for (kind, key), layer in jobs.items():  # one matrix after the other is gathered; its owner keeps it
             matrix = self.gram(layer) if kind == "gram" else self.fisher(layer)
             matrix = fetch(matrix, device or matrix.device)
             if owners[kind, key] == world()[0]:
                 own[kind, key] = matrix
-        found = {job: _rounded(eigen(own.pop(job))) for job in list(own)}
+        found = {job: eigen(own.pop(job)).rounded() for job in list(own)}
         for job in jobs:
             parts = found.pop(job, None)
             parts = self._from_owner(job, parts, owners[job])
@@ -127,9 +128,10 @@ class RetainStatistics:
             assert parts is not None
             return parts
         if parts is None:
-            size = len(self._sums(*job))
-            values_I = torch.empty(size, dtype=torch.float64, device=communication_device())
-            parts = Eigen(values_I, values_I.new_empty(size, size, dtype=torch.float32), 0.0)
+            shape = self._sums(*job).shape
+            values_I = torch.empty(shape[: max(1, len(shape) - 1)], dtype=torch.float64, device=communication_device())
+            kind = torch.int64 if len(shape) == 1 else torch.float32
+            parts = Eigen(values_I, values_I.new_empty(shape, dtype=kind), 0.0)
         share = torch.tensor(parts.negative_share, dtype=torch.float64)
         from_owner([parts.values_I, parts.vectors_II, share], owner)
         return replace(parts, negative_share=share.item())
@@ -139,7 +141,7 @@ class RetainStatistics:
 
     def _decomposed(self, kind: str, key: str, matrix: Callable[[str], Tensor], layer: str) -> Eigen:
         if (kind, key) not in self._eigen:
-            parts = _rounded(eigen(whole(matrix(layer))))
+            parts = eigen(whole(matrix(layer))).rounded()
             self._eigen[kind, key] = replace(parts, vectors_II=self.storage.keep(parts.vectors_II))
         return self._eigen[kind, key]
 
@@ -198,12 +200,12 @@ class RetainStatistics:
         """Raise `StatisticsError` unless these are statistics of `model`: same layers and, by default, same weights."""
         modules = known_layers(model)
         for name, sums in self.layers.items():
-            layer = describe_layer(modules[name]) if name in modules else None
+            layer = layer_at(name, modules[name]) if name in modules else None
             size = tuple(self.gram_sums[sums.inputs].shape)
-            if layer is None or (layer.outputs, layer.inputs) != (sums.outputs, size[0]):
-                seen = f"is {layer.outputs} x {layer.inputs}" if layer else "does not exist"
+            if layer is None or (layer.outputs, layer.gram_shape) != (sums.outputs, size):
+                seen = f"is {_size(layer.outputs, layer.gram_shape)}" if layer else "does not exist"
                 raise StatisticsError(
-                    f"these statistics belong to another model: they have {name} as {sums.outputs} x {size[0]}, "
+                    f"these statistics belong to another model: they have {name} as {_size(sums.outputs, size)}, "
                     f"which {seen} in {type(model).__name__}; collect statistics of this model"
                 )
         if not allow_other_weights and (seen := weights_fingerprint(model)) != self.weights:
@@ -213,7 +215,8 @@ class RetainStatistics:
             )
 
     def summary(self) -> str:
-        """Table of each Gram: size, positions, ranks at 90% and 99% energy, full rank, share of negative energy."""
+        """Table of each Gram: size, positions, ranks at 90% and 99% energy, full rank (of blocks the largest), and
+        share of negative energy."""
         lines = [
             f"{self.rows} rows, {len(self.layers)} layers, {len(self.gram_sums)} Grams, "
             f"{len(self.fisher_sums)} Fishers, weights {self.weights[:12]}, data {self.data[:12]}",
@@ -222,11 +225,13 @@ class RetainStatistics:
         ]
         for key, gram in self.gram_sums.items():
             parts = self.gram_eigen(key)
-            ranks = [rank_for_energy(parts.values_I, energy) for energy in (0.9, 0.99, 1.0)]
+            blocks = parts.blocks()
+            ranks = [max(rank_for_energy(b.values_I, e) for b in blocks) for e in (0.9, 0.99, 1.0)]
             sharing = sum(sums.inputs == key for sums in self.layers.values())
             label = key if sharing == 1 else f"{key} (+{sharing - 1})"
+            label += f" ({len(gram)} blocks)" if gram.ndim == 3 else ""
             lines.append(
-                f"{label:<52} {len(gram):>6} {self.positions[key]:>9} {ranks[0]:>7} {ranks[1]:>7} {ranks[2]:>6} "
+                f"{label:<52} {gram.shape[-1]:>6} {self.positions[key]:>9} {ranks[0]:>7} {ranks[1]:>7} {ranks[2]:>6} "
                 f"{parts.negative_share:>9.1e}"
             )
         return "\n".join(lines)
@@ -352,8 +357,8 @@ class RetainStatistics:
         )
 
 
-def _rounded(parts: Eigen) -> Eigen:
-    return replace(parts, vectors_II=parts.vectors_II.float())
+def _size(outputs: int, gram: tuple[int, ...]) -> str:
+    return f"{outputs} x {gram[-1]}" + (f" ({gram[0]} blocks)" if len(gram) == 3 else "")
 
 
 def _difference(a: RetainStatistics, b: RetainStatistics) -> str:

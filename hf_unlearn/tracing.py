@@ -244,7 +244,10 @@ class _Sizes(Collector):
     def _complete(self, names: Sequence[str]) -> None:
         pass
 
-    def _unmasked(self, tensor: Tensor) -> Tensor:
+    @staticmethod
+    def _unmasked(tensor: Tensor, mask: Tensor | None, blocks: int = 1) -> Tensor:
+        if blocks > 1:
+            return tensor.reshape(-1, *tensor.shape[-2:]).transpose(0, 1).clone()
         return tensor.reshape(-1, tensor.shape[-1]).clone()  # a mask copies the rows
 
 

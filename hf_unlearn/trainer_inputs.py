@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_unlearn.adapters import layer_of
+from hf_unlearn.adapters import base_name, layer_of
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.coverage import Coverage, freeze_all_but, freeze_unprotected
@@ -77,5 +77,5 @@ def freeze_for_run(
     if constraint is not None and statistics is not None:
         return freeze_unprotected(model, statistics.layers, args.allow_exposed, args.freeze)
     layers = statistics.layers if statistics is not None else find_layers(model)
-    exposed = [name for name, _ in model.named_parameters() if layer_of(name)[0] in layers]
+    exposed = [name for name, _ in model.named_parameters() if layer_of(name)[0] in layers or base_name(name) in layers]
     return freeze_unprotected(model, (), [*exposed, *args.allow_exposed], args.freeze)

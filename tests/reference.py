@@ -33,7 +33,8 @@ def input_rows(model: nn.Module, rows: Sequence[Mapping[str, Any]], layer: str) 
     original = module.forward
 
     def spy(x: torch.Tensor) -> torch.Tensor:
-        seen.extend(x.detach().double().reshape(-1, x.shape[-1]).numpy())
+        conv = isinstance(module, nn.Conv2d)
+        seen.extend(patches(module, x)[0] if conv else x.detach().double().reshape(-1, x.shape[-1]).numpy())
         return original(x)
 
     module.forward = spy  # type: ignore[method-assign]
@@ -44,6 +45,50 @@ def input_rows(model: nn.Module, rows: Sequence[Mapping[str, Any]], layer: str) 
     finally:
         del module.forward
     return np.stack(seen)
+
+
+def patches(module: Any, x: torch.Tensor) -> Array:
+    """What a convolution's kernel sees, `[G, N, I]`: loops over rows, groups, and positions, pixel by pixel.
+
+    A pixel outside the image is found by the padding mode's rule for its coordinate.
+    """
+    images = x.detach().double().numpy()
+    (high, wide), (down, right), (dh, dw) = module.kernel_size, module.stride, module.dilation
+    height, width = images.shape[2:]
+    if module.padding == "same":
+        top, left = (dh * (high - 1)) // 2, (dw * (wide - 1)) // 2
+        rest = dh * (high - 1) - top, dw * (wide - 1) - left
+    else:
+        top, left = (0, 0) if module.padding == "valid" else module.padding
+        rest = top, left
+    rows_out = (height + top + rest[0] - dh * (high - 1) - 1) // down + 1
+    columns_out = (width + left + rest[1] - dw * (wide - 1) - 1) // right + 1
+    channels = images.shape[1] // module.groups
+    found: list[list[Array]] = [[] for _ in range(module.groups)]
+    for image in images:
+        for group in range(module.groups):
+            for i in range(rows_out):
+                for j in range(columns_out):
+                    patch = np.zeros((channels, high, wide))
+                    for c in range(channels):
+                        for a in range(high):
+                            for b in range(wide):
+                                y = _inside(i * down + a * dh - top, height, module.padding_mode)
+                                z = _inside(j * right + b * dw - left, width, module.padding_mode)
+                                if y is not None and z is not None:
+                                    patch[c, a, b] = image[group * channels + c, y, z]
+                    found[group].append(patch.reshape(-1))
+    return np.array(found)
+
+
+def _inside(place: int, size: int, mode: str) -> int | None:
+    if 0 <= place < size:
+        return place
+    if mode == "zeros":
+        return None
+    if mode == "reflect":
+        return -place if place < 0 else 2 * (size - 1) - place
+    return min(max(place, 0), size - 1) if mode == "replicate" else place % size
 
 
 def gram_sum(rows_NI: Array) -> Array:
@@ -92,11 +137,16 @@ def fisher_sum(
         handle.remove()
     logits_LV = logits.unsqueeze(0) if positions is None else logits[list(positions)]
     labels = sampled_labels(logits_LV.detach().double().numpy(), seed)
-    gradient_NO = np.zeros(tuple(nudges[0].reshape(-1, nudges[0].shape[-1]).shape))
+
+    def as_rows(output: torch.Tensor) -> Array:
+        by_position = output.permute(0, 2, 3, 1) if output.ndim == 4 else output
+        return by_position.reshape(-1, by_position.shape[-1]).detach().double().numpy()
+
+    gradient_NO = np.zeros_like(as_rows(nudges[0]))
     for index, label in enumerate(labels):
         loss = -logits_LV[index].log_softmax(-1)[label]
         part = torch.autograd.grad(loss, nudges[0], retain_graph=True)[0]
-        gradient_NO += part.reshape(gradient_NO.shape).double().numpy()
+        gradient_NO += as_rows(part)
     return gram_sum(gradient_NO), len(labels)
 
 

@@ -316,7 +316,7 @@ def test_bad_input_is_an_error_in_one_line(rows: Any, settings: dict, error: typ
 
 def test_models_that_cannot_be_collected_are_named() -> None:
     with pytest.raises(ModelError, match="no linear layer"):
-        collect(nn.Sequential(nn.Conv2d(1, 2, 3)), cases.image_rows(2))
+        collect(nn.Sequential(nn.Bilinear(1, 2, 3)), cases.image_rows(2))
     with pytest.raises(ModelError, match="lm_head has a tied weight"):
         collect(cases.tiny_gpt2(), cases.text_rows(2), layers=["lm_head"])
     with pytest.raises(ModelError, match=r"second has 20000 outputs.*leave it out"):

@@ -128,3 +128,37 @@ def test_patterns_are_case_sensitive() -> None:
     model = cases.tiny_mlp()
     with pytest.raises(CoverageError, match="matches no parameter"):
         freeze_unprotected(model, find_layers(model), freeze=("First.*",))
+
+
+class Bilinear(nn.Module):
+    """A linear layer, and one of a type that is not known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Bilinear(4, 4, 3)
+
+
+def test_weights_of_an_unknown_layer_type_are_frozen_with_a_warning_that_shows_the_way_out() -> None:
+    model = Bilinear()
+    with pytest.warns(
+        UserWarning, match=r"1 weights .*Bilinear; the first is second\.weight.*register_layer\(Bilinear"
+    ):
+        coverage = freeze_unprotected(model, ["first"])
+    assert coverage.protected == ("first.weight",) and not model.second.weight.requires_grad
+    assert coverage.explain().splitlines() == [
+        "1 protected, 3 frozen, 0 exposed",
+        "frozen, a bias, norm or other vector: first.bias, second.bias",
+        "frozen, of an unknown layer type: Bilinear: second.weight",
+    ]
+
+
+def test_no_warning_for_what_is_frozen_or_exposed_by_name(recwarn: pytest.WarningsRecorder) -> None:
+    assert "second.weight" in freeze_unprotected(Bilinear(), ["first"], allow_exposed=("second.weight",)).exposed
+    assert "second.weight" in freeze_unprotected(Bilinear(), ["first"], freeze=("second.*",)).frozen
+    assert not recwarn.list
+
+
+def test_tied_weights_are_explained() -> None:
+    model = cases.tiny_llama(tied=True)
+    coverage = freeze_unprotected(model, find_layers(model))
+    assert "frozen, tied (lm_head.weight): model.embed_tokens.weight" in coverage.explain()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hf_unlearn.errors import ModelError
-from hf_unlearn.layers import Layer, describe_layer, find_layers, tied_parameters
+from hf_unlearn.layers import Layer, describe_layer, find_layers, register_layer, tied_parameters
 
 TEXT = ("gpt2", "llama")
 
@@ -76,13 +76,19 @@ def test_writing_to_the_view_writes_to_the_weight() -> None:
 
 
 def test_other_modules_are_not_described() -> None:
-    for module in (nn.Embedding(3, 4), nn.LayerNorm(4), nn.Conv2d(1, 2, 3), nn.ReLU()):
+    for module in (
+        nn.Embedding(3, 4, max_norm=1.0),
+        nn.LayerNorm(4),
+        nn.Conv1d(1, 2, 3),
+        nn.ConvTranspose2d(1, 2, 3),
+        nn.ReLU(),
+    ):
         assert describe_layer(module) is None
 
 
 @pytest.mark.parametrize(
     ("kind", "count"), [("gpt2", 8), ("llama", 14), ("bert", 14), ("vit", 13), ("mlp", 2)]
-)  # GPT-2: 4 a block; Llama: 7; BERT: 6, pooler, classifier; ViT: 6, classifier
+)  # GPT-2: 4 a block; Llama: 7; BERT: 6, pooler, classifier; ViT: 6, patches, classifier
 def test_all_linear_layers_of_the_blocks_and_the_classifiers_are_found(kind: str, count: int) -> None:
     model = cases.CASES[kind][0]()
     found = find_layers(model)
@@ -121,8 +127,8 @@ def test_two_tied_linear_layers_are_both_left_out() -> None:
 
 
 def test_a_model_without_linear_layers_is_an_error_that_says_what_it_has() -> None:
-    with pytest.raises(ModelError, match="Sequential has no linear layer, only Conv2d"):
-        find_layers(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()))
+    with pytest.raises(ModelError, match="Sequential has no linear layer, only Bilinear"):
+        find_layers(nn.Sequential(nn.Bilinear(1, 2, 3), nn.ReLU()))
 
 
 class MyLinear(nn.Module):
@@ -136,7 +142,7 @@ class MyLinear(nn.Module):
 def test_a_new_layer_type_is_one_registration() -> None:
     assert describe_layer(MyLinear()) is None
 
-    @describe_layer.register
+    @register_layer(MyLinear)
     def _(module: MyLinear) -> Layer:
         return Layer(outputs=3, inputs=5)
 

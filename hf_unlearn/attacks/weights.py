@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_unlearn.adapters import lora_layers
 from hf_unlearn.attacks.subject import NotRun, Outcome, Subject, restored
-from hf_unlearn.layers import describe_layer, find_layers
+from hf_unlearn.layers import find_layers, layer_at, parameter_of
 from hf_unlearn.metrics import Estimate, bootstrap_mean, undefined
 from hf_unlearn.metrics.classification import relearn_steps
 from hf_unlearn.predictions import output_logits, predict
@@ -105,12 +105,11 @@ def quantise(model: nn.Module, bits: int) -> None:
 
     8 bits share a scale within an output row, 4 bits within 64 weights of one; the largest weight is kept.
     """
-    for module in find_layers(model).values():
-        layer = describe_layer(module)
-        assert layer is not None
-        weight: Any = module.weight
+    for name, module in find_layers(model).items():
+        layer = layer_at(name, module)
+        weight: Any = getattr(module, parameter_of(name, module).rpartition(".")[2])
         weight_OI = layer.weight_OI(weight)
-        weight_OI.copy_(rounded(weight_OI, bits))
+        weight.copy_(layer.stored(rounded(weight_OI.flatten(0, -2), bits).view_as(weight_OI)))
 
 
 def rounded(weight_OI: Tensor, bits: int) -> Tensor:
