@@ -1,0 +1,75 @@
+"""Rows of public data sets as local splits, where no model hub can be reached.
+
+    python recipes/local_data.py sst2 FOLDER_OF_TSV outputs/sst2             # train, validation, test
+    python recipes/local_data.py sst2 FOLDER_OF_TSV outputs/sst2 --flip 346  # and poisoned, clean: see below
+    python recipes/local_data.py images cifar10.npz outputs/cifar10          # x_train, y_train, x_test, y_test
+    python recipes/local_data.py images mnist.npz outputs/mnist
+
+With `--flip N` the first N rows of the split `poisoned` are those of `train` with a wrong label, and the split `clean` has
+the same rows with the right one: where `poisoned[0:N]` is forgotten, accuracy on `clean` comes back.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("sst2", "images"))
+    parser.add_argument("source", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--flip", type=int, default=0, metavar="N", help="give N rows of the training split a wrong label")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of rows and of the wrong labels")
+    args = parser.parse_args()
+    splits = sst2(args.source) if args.kind == "sst2" else images(args.source)
+    generator = np.random.default_rng(args.seed)
+    order = generator.permutation(len(splits["train"]))
+    splits["train"] = splits["train"].select(order)
+    if args.flip:
+        splits |= flipped(splits["train"], args.flip, generator)
+    for name, rows in splits.items():
+        rows.to_parquet(args.folder / f"{name}.parquet")
+        print(f"{args.folder / name}.parquet: {len(rows)} rows")
+    return 0
+
+
+def sst2(folder: Path) -> dict[str, datasets.Dataset]:
+    """`train`, `validation` and `test` from tab-separated `train`, `dev` and `test`."""
+    found = {}
+    for name, file in (("train", "train"), ("validation", "dev"), ("test", "test")):
+        with (folder / f"{file}.tsv").open(newline="", encoding="utf-8") as lines:
+            rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+        found[name] = datasets.Dataset.from_dict({"text": [r[0] for r in rows], "label": [int(r[1]) for r in rows]})
+    return found
+
+
+def images(path: Path) -> dict[str, datasets.Dataset]:
+    """`train` and `test` from arrays of pixels."""
+    arrays = np.load(path)
+    return {name: _pictures(arrays[f"x_{name}"], arrays[f"y_{name}"]) for name in ("train", "test")}
+
+
+def _pictures(pixels: NDArray, labels: NDArray) -> datasets.Dataset:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = {"image": [Image.fromarray(one) for one in pixels], "label": labels.reshape(-1).tolist()}
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def flipped(train: datasets.Dataset, count: int, generator: np.random.Generator) -> dict[str, datasets.Dataset]:
+    """`poisoned`: the training rows, the first `count` of them with another label; `clean`: those with their own."""
+    labels = np.array(train["label"])
+    classes = labels.max() + 1
+    labels[:count] = (labels[:count] + generator.integers(1, classes, count)) % classes
+    poisoned = train.remove_columns("label").add_column("label", labels.tolist())  # type: ignore[call-arg]
+    return {"poisoned": poisoned, "clean": train.select(range(count))}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
