@@ -1,4 +1,4 @@
-"""When to stop: forgotten as far as never-seen rows, or the predicted retain drift is used up."""
+"""When to stop: forgotten as far as never-seen rows, or what the retain rows may drift or lose is used up."""
 
 from collections.abc import Callable
 from typing import Any
@@ -135,3 +135,47 @@ class DriftBudgetCallback(TrainerCallback):
         self.constrainer.restore(self._within)
         control.should_training_stop = True
         self.reason = f"step {state.global_step} would drift {drift:.4f}, above max_retain_drift {self.budget}; undone"
+
+
+class RetainDropCallback(TrainerCallback):
+    """Stop before retain rows lose more of a metric than a budget; the weights of the last evaluation within it are kept.
+
+    The rule of PGU's authors for whole classes (`unlearn_class.py`: 5 points of accuracy), who keep the epoch that broke
+    it. It reads retain rows. Needs evaluations of `retain`.
+
+    Args:
+        constrainer: Holds the weights, now and at first.
+        metric: `loss` is better when low, the others when high.
+        score: Value of the metric on the split `retain` under the weights of the moment.
+        max_drop: The budget, in the metric's own unit, from its value under the original model.
+    """
+
+    def __init__(self, constrainer: StepConstrainer, metric: str, score: Callable[[str], float], max_drop: float):
+        self.constrainer, self.metric, self.score, self.budget = constrainer, metric, score, max_drop
+        self.reason: str | None = None
+        self._before = 0.0
+        self._within: list[Tensor] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        with self.constrainer.original():
+            self._before = self.score("retain")
+        self._within = self.constrainer.weights()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs: Any
+    ) -> None:
+        retain = metrics.get(f"eval_retain_{self.metric}")
+        if retain is None:
+            return
+        drop = retain - self._before if self.metric == "loss" else self._before - retain
+        if drop <= self.budget:
+            self._within = self.constrainer.weights()
+            return
+        self.constrainer.restore(self._within)
+        control.should_training_stop = True
+        self.reason = (
+            f"retain {self.metric} {retain:.4f} at step {state.global_step} is {drop:.4f} worse than before, above "
+            f"max_retain_drop {self.budget}; undone"
+        )

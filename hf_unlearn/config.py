@@ -77,6 +77,11 @@ class UnlearningConfig(TrainingArguments):
     max_retain_drift: float | None = setting(
         None, "Stop once the predicted retain drift (root mean square over layers, relative) exceeds this."
     )
+    max_retain_drop: float | None = setting(
+        None,
+        "Stop before the forget metric of the `retain` split has become worse by more than this; PGU's rule for whole "
+        "classes is 0.05 of accuracy.",
+    )
     utility_floor: dict | str | None = setting(
         None,
         "Lowest values that metrics of an evaluation may have for its checkpoint to be the best, as JSON such as "
@@ -106,6 +111,9 @@ class UnlearningConfig(TrainingArguments):
     momentum: float = setting(0.9, "Momentum of optim=sgd.")
     learning_rate: float = setting(1e-3, "Learning rate; with relative_step the relative norm of a step.")
     lr_scheduler_type: str = setting("constant", "Learning rate schedule.")
+    final_learning_rate: float | None = setting(
+        None, "Let the learning rate fall (or rise) exponentially to this at the end; replaces lr_scheduler_type."
+    )
     num_train_epochs: float = setting(20.0, "Passes over the forget set at most; early stopping ends a run before.")
     eval_strategy: str = setting("epoch", "When to evaluate, and to decide on stopping.")
     logging_steps: float = setting(1, "Log every so many steps.")
@@ -130,6 +138,11 @@ class UnlearningConfig(TrainingArguments):
         if self.utility_floor and not (self.load_best_model_at_end and self.metric_for_best_model):
             raise SettingsError(
                 "utility_floor chooses among checkpoints; set load_best_model_at_end and metric_for_best_model too"
+            )
+        if self.final_learning_rate is not None and not (self.final_learning_rate > 0 and self.learning_rate > 0):
+            raise SettingsError(
+                f"final_learning_rate and learning_rate must be above 0, got {self.final_learning_rate} and "
+                f"{self.learning_rate}; an exponential never reaches 0"
             )
         if self.card_template is not None:
             check_template(self.card_template)  # now, not after the run

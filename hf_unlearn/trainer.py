@@ -18,7 +18,13 @@ from transformers.trainer_utils import (
 )
 
 from hf_unlearn.adapters import with_adapter
-from hf_unlearn.callbacks import DriftBudgetCallback, DualWeightCallback, EngineCallback, OverUnlearningCallback
+from hf_unlearn.callbacks import (
+    DriftBudgetCallback,
+    DualWeightCallback,
+    EngineCallback,
+    OverUnlearningCallback,
+    RetainDropCallback,
+)
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.coverage import hold_norm_statistics
 from hf_unlearn.data import (
@@ -152,7 +158,7 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
         self._attached: Any = None
         self.constrainer = StepConstrainer(self.model, statistics, constraint, relative_step=args.relative_step)
         self._original = self._original_source(original_model, forget, retain, collator)
-        self._stopping_rows = {"forget": forget, "holdout": holdout}
+        self._stopping_rows = {"forget": forget, "holdout": holdout, "retain": splits.get("retain")}
         self._add_callbacks()
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -186,6 +192,19 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
         if not self.is_deepspeed_enabled:  # its engine does not exist yet
             self._attach(getattr(optimizer, "optimizer", optimizer))
         return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As Trainer; with `final_learning_rate` the exponential from `learning_rate` to it (PGU's)."""
+        final = self.args.final_learning_rate
+        if final is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        share = final / self.args.learning_rate
+        self.lr_scheduler: Any = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda step: share ** (step / num_training_steps)
+        )
+        return self.lr_scheduler
 
     def _attach(self, optimizer: Any) -> None:
         if optimizer is not self._attached:  # called again by each train()
@@ -310,6 +329,12 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
             if self.constrainer.statistics is None:
                 raise SettingsError("max_retain_drift needs statistics; pass `statistics` or `retain_dataset`")
             self.add_callback(DriftBudgetCallback(self.constrainer, args.max_retain_drift))
+        if args.max_retain_drop is not None:
+            if self._stopping_rows["retain"] is None:
+                raise SettingsError("max_retain_drop needs a split `retain` in eval_dataset")
+            self.add_callback(
+                RetainDropCallback(self.constrainer, args.forget_metric, self._stopping_score, args.max_retain_drop)
+            )
         if self.loss.dual is not None:
             self.add_callback(DualWeightCallback(self.loss.dual))
 
@@ -326,7 +351,7 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
             stopping.mark = mark
 
     def _stopping_score(self, split: str) -> float:
-        """The forget metric on `forget` or `holdout` rows as `evaluate` has it, without a log line."""
+        """The forget metric on `forget`, `holdout` or `retain` rows as `evaluate` has it, without a log line."""
         loader = self.get_eval_dataloader(self._stopping_rows[split])
         return self.evaluation_loop(loader, f"Comparing {split}").metrics[f"eval_{self.args.forget_metric}"]
 

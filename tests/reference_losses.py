@@ -67,6 +67,15 @@ def pgu(rows: Labels, original: Labels, offset: float = 0.05, entropy_weight: fl
     return float(np.mean(values))
 
 
+def pgu_poison(rows: Labels, original: Labels, offset: float = 0.1, entropy_weight: float = 0.2) -> float:
+    values = []
+    for z, y in pairs(rows):
+        p, others = softmax(z), np.delete(softmax(z), y)
+        away = 0.0 if p[y] <= offset else -np.log(1 + offset - p[y])
+        values.append(away + entropy_weight * entropy(others / others.sum()))
+    return float(np.mean(values))
+
+
 def cross_entropy(target: NDArray, z: NDArray) -> float:
     return float(sum(target[v] * nll(z, v) for v in range(len(z))))
 
@@ -143,6 +152,7 @@ def distance(states: NDArray, target: NDArray) -> float:
 
 TWINS = {
     "pgu": pgu,
+    "pgu_poison": pgu_poison,
     "next_best": next_best,
     "ce_u": ce_u,
     "grad_ascent": grad_ascent,

@@ -27,6 +27,7 @@ OTHERS = ("dpo", "altpo", "idk", "rmu", "random_label")
 # Settings without a default, or with one that leaves next to nothing to compare on models that hardly know the rows.
 NEEDED: dict[str, dict[str, Any]] = {
     "pdu": {"eps": 0.5},
+    "pgu_poison": {"offset": 0.0},
     "rmu": {"layer": 1},
     "undial": {"beta": 0.5},
     "simnpo": {"beta": 1.0},

@@ -1,4 +1,4 @@
-"""The seed method's loss."""
+"""The seed method's losses."""
 
 import torch
 from torch import Tensor
@@ -13,8 +13,25 @@ def pgu(predictions: Predictions, original: None, *, offset: float = 0.05, entro
 
     The argument of the logarithm is kept in (0, 1]: below `offset` the first term is zero and pushes no further.
     """
-    log_p_LV = predictions.logits_LV.float().log_softmax(-1)
-    p_L = log_p_LV.gather(1, predictions.labels_L.unsqueeze(1)).squeeze(1).exp()
-    entropy_L = -(log_p_LV.exp() * log_p_LV).sum(-1)
-    argument_L = (1 - (p_L - offset)).clamp(min=torch.finfo(p_L.dtype).tiny, max=1)
-    return -argument_L.log() - entropy_weight * entropy_L
+    return _away(predictions, offset) - entropy_weight * _entropy(predictions.logits_LV)
+
+
+@register_loss("pgu_poison")
+def pgu_poison(predictions: Predictions, original: None, *, offset: float = 0.1, entropy_weight: float = 0.2) -> Tensor:
+    """`-log(1 - (p_y - offset)) + entropy_weight * H(p without y)` per label, for labels that were wrong.
+
+    What is left without the label is renormalised and made sharper, not flatter: the likeliest other label, which is
+    the clean one if the model knows better, is to take over (`depoisoning.py` of PGU's authors).
+    """
+    others_LV = predictions.logits_LV.float().scatter(1, predictions.labels_L.unsqueeze(1), -1e4)
+    return _away(predictions, offset) + entropy_weight * _entropy(others_LV)
+
+
+def _away(predictions: Predictions, offset: float) -> Tensor:
+    p_L = predictions.logits_LV.float().softmax(-1).gather(1, predictions.labels_L.unsqueeze(1)).squeeze(1)
+    return -(1 - (p_L - offset)).clamp(min=torch.finfo(p_L.dtype).tiny, max=1).log()
+
+
+def _entropy(logits_LV: Tensor) -> Tensor:
+    log_p_LV = logits_LV.float().log_softmax(-1)
+    return -(log_p_LV.exp() * log_p_LV).sum(-1)
