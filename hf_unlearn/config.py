@@ -12,6 +12,7 @@ from hf_unlearn.card import check_template
 from hf_unlearn.constraints import CONSTRAINTS, ConstraintLike, build_constraint
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.losses import LOSSES, UnlearningLoss, build_loss
+from hf_unlearn.presets import preset
 from hf_unlearn.storage import PLACES, Storage
 
 REFUSED_OPTIMIZERS = {
@@ -163,6 +164,15 @@ class UnlearningConfig(TrainingArguments):
                 "hub_strategy 'every_save' publishes half-unlearned weights, which stay reachable by commit; choose "
                 "end, or pass push_unfinished=True as well"
             )
+
+    @classmethod
+    def from_preset(cls, name: str, output_dir: str | None = None, **settings: Any) -> "UnlearningConfig":
+        """The settings of a preset (`presets.PRESETS`), and others, which win.
+
+        Raises:
+            SettingsError: No preset of this name, or a setting with a wrong value.
+        """
+        return cls(**({"output_dir": output_dir} | preset(name) | settings))
 
     def but(self, **changes: Any) -> "UnlearningConfig":
         """A copy with some settings changed."""

@@ -5,8 +5,8 @@
     python recipes/local_data.py images cifar10.npz outputs/cifar10          # x_train, y_train, x_test, y_test
     python recipes/local_data.py images mnist.npz outputs/mnist
 
-With `--flip N` the first N rows of the split `poisoned` are those of `train` with a wrong label, and the split `clean` has
-the same rows with the right one: where `poisoned[0:N]` is forgotten, accuracy on `clean` comes back.
+With `--flip N` the first N rows of the split `poisoned` are those of `train` with a wrong label, and the split `clean`
+has the same rows with the right one: where `poisoned[0:N]` is forgotten, accuracy on `clean` comes back.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("kind", choices=("sst2", "images"))
     parser.add_argument("source", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--flip", type=int, default=0, metavar="N", help="give N rows of the training split a wrong label")
+    parser.add_argument("--flip", type=int, default=0, metavar="N", help="give N training rows a wrong label")
     parser.add_argument("--seed", type=int, default=0, help="of the order of rows and of the wrong labels")
     args = parser.parse_args()
     splits = sst2(args.source) if args.kind == "sst2" else images(args.source)

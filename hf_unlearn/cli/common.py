@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from hf_unlearn.presets import PRESETS, preset
+
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
 
@@ -50,6 +52,11 @@ def make_run_parser(
     """As `make_parser`, for a command with a settings file that also starts on several processes."""
     parser = make_parser(command, about, kinds, usage)
     _flag(parser, "--config", metavar="FILE", help="YAML file of settings; flags override it. The first argument, too.")
+    if any(hasattr(kind, "from_preset") for kind in kinds):
+        _flag(
+            parser, "--preset", metavar="NAME",
+            help=f"Settings that belong together: {', '.join(PRESETS)}; those of the file and flags override them.",
+        )  # fmt: skip
     _flag(
         parser, "--accelerate_config", metavar="NAME",
         help="Start on several processes: ddp, fsdp2, zero2, zero3, or a YAML file of accelerate.",
@@ -68,14 +75,20 @@ def _flag(parser: "HfArgumentParser", name: str, **options: Any) -> None:
 
 
 def parse(parser: "HfArgumentParser", argv: list[str]) -> Any:
-    """The dataclasses of a parser, filled; a settings file (first argument, or --config) gives their defaults."""
+    """The dataclasses of a parser, filled; a preset and a settings file (first argument, or --config) give defaults."""
     from hf_unlearn.errors import SettingsError
 
-    argv, file = list(argv), None
+    argv, file, named = list(argv), None, None
+    has_presets = "--preset" in parser._option_string_actions
+    if has_presets:
+        argv, named = _taken(argv, "--preset")
     if "--config" in parser._option_string_actions:
         argv, file = _settings_file(argv)
-    if file is not None:
-        parser.set_defaults(**_read(file, {f.name for kind in parser.dataclass_types for f in fields(kind)}))
+    known = {f.name for kind in parser.dataclass_types for f in fields(kind)} | ({"preset"} if has_presets else set())
+    settings = {} if file is None else _read(file, known)
+    base = settings.pop("preset", "default")
+    settings = preset(named or base) | settings
+    parser.set_defaults(**settings)
     try:
         return parser.parse_args_into_dataclasses(argv)[: len(parser.dataclass_types)]
     except SettingsError:
@@ -91,10 +104,16 @@ def is_settings_file(word: str) -> bool:
 def _settings_file(argv: list[str]) -> tuple[list[str], Path | None]:
     if argv and not argv[0].startswith("-"):
         return argv[1:], Path(argv[0])
+    argv, name = _taken(argv, "--config")
+    return argv, Path(name) if name else None
+
+
+def _taken(argv: list[str], flag: str) -> tuple[list[str], str | None]:
+    """The arguments without a flag and its value, and that value."""
     for index, argument in enumerate(argv):
         name, _, value = argument.partition("=")
-        if name == "--config" and (value or index + 1 < len(argv)):
-            return argv[:index] + argv[index + 1 + (not value) :], Path(value or argv[index + 1])
+        if name == flag and (value or index + 1 < len(argv)):
+            return argv[:index] + argv[index + 1 + (not value) :], value or argv[index + 1]
     return argv, None
 
 

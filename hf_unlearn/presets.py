@@ -1,0 +1,31 @@
+"""Presets: settings that belong together, by name. They stand in for defaults, and whatever is given besides wins."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hf_unlearn.errors import SettingsError
+
+PRESETS: dict[str, Mapping[str, Any]] = {
+    "default": {},
+    "paper": {  # PGU (Hoang et al., WACV 2024) for single rows, by its authors' code: small_vgg on CIFAR-10
+        "loss": "pgu",
+        "loss_settings": {"offset": 0.05, "entropy_weight": 0.2},
+        "constraint": "energy",
+        "constraint_settings": {"energy": 0.95, "spectrum": "singular_values"},
+        "relative_step": False,
+        "optim": "sgd",
+        "momentum": 0.0,
+        "learning_rate": 0.05,
+        "final_learning_rate": 0.01,
+        "num_train_epochs": 100,
+        "per_device_train_batch_size": 128,
+        "forget_metric": "accuracy",
+    },
+}
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The settings of a preset; raises `SettingsError` where there is none of this name."""
+    if name not in PRESETS:
+        raise SettingsError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
+    return dict(PRESETS[name])
