@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import (
     EvalPrediction,
     IntervalStrategy,
@@ -43,10 +43,10 @@ from hf_unlearn.metrics import RowScores, row_scores
 from hf_unlearn.optimizer import StepConstrainer
 from hf_unlearn.original_outputs import frozen_copy, original_outputs
 from hf_unlearn.predictions import predict
-from hf_unlearn.sharding import check_sharding, loaded_whole, shard_on_cpu
+from hf_unlearn.sharding import check_sharding, shard_on_cpu
 from hf_unlearn.statistics import RetainStatistics
 from hf_unlearn.trainer_hub import HubMixin
-from hf_unlearn.trainer_inputs import encode_splits, encoder, freeze_for_run, usable_statistics
+from hf_unlearn.trainer_inputs import encode_splits, encoder, freeze_for_run, load_named, usable_statistics
 from hf_unlearn.trainer_resume import ResumeMixin
 
 
@@ -54,7 +54,7 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
     """Forget `forget_dataset` under the constraint of `args`, the rest as in `transformers.Trainer`.
 
     Args:
-        model: A model with a head, or a folder or Hub id of a causal language model (loaded as float32).
+        model: A model with a head, or the folder or Hub id of one (loaded as float32).
         args: An `UnlearningConfig`.
         forget_dataset: Rows to forget, in a format of `data.encode_dataset`.
         retain_dataset: Rows to keep, if any are at hand: for the loss's retain term and, where no `statistics` are
@@ -108,9 +108,7 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
     ):
         if not isinstance(model, nn.Module):
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            with loaded_whole():
-                model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+            model, processing_class = load_named(model, processing_class)
         assert isinstance(model, nn.Module)
         self.loss = args.build_loss() if loss is None else build_loss(loss)
         encode = encoder(model, processing_class, args, self.loss)

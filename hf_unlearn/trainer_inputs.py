@@ -4,7 +4,10 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+import transformers
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
 from hf_unlearn.adapters import base_name, layer_of
 from hf_unlearn.collect import collect_statistics
@@ -14,8 +17,21 @@ from hf_unlearn.data import encode_dataset
 from hf_unlearn.errors import SettingsError, StatisticsError
 from hf_unlearn.layers import find_layers
 from hf_unlearn.losses import UnlearningLoss
-from hf_unlearn.sharding import gather
+from hf_unlearn.sharding import gather, loaded_whole
 from hf_unlearn.statistics import RetainStatistics
+
+
+def load_named(name: str | os.PathLike, processing_class: Any) -> tuple[nn.Module, Any]:
+    """A model in float32, of the class that its configuration names, and its tokenizer or image processor.
+
+    Without a class with a head it is loaded as a causal language model.
+    """
+    architecture = (AutoConfig.from_pretrained(name).architectures or [""])[0]
+    has_head = "For" in architecture or "LMHead" in architecture
+    kind = getattr(transformers, architecture, AutoModelForCausalLM) if has_head else AutoModelForCausalLM
+    with loaded_whole():
+        model = kind.from_pretrained(name, dtype=torch.float32)
+    return model, processing_class or AutoProcessor.from_pretrained(name)
 
 
 def encoder(

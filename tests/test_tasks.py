@@ -82,6 +82,8 @@ def test_a_run_from_raw_rows_and_the_folder_loads_by_its_task(task: Any, tmp_pat
     model.save_pretrained(tmp_path / "model")
     words.save_pretrained(tmp_path / "model")
     assert type(load_model(str(tmp_path / "model"), task)) is type(model)
+    named = UnlearningTrainer(str(tmp_path / "model"), args, rows[2:], retain_dataset=rows[:2])
+    assert type(named.model) is type(model) and len(named.processing_class) == len(WORDS)
     assert len(load_processor(str(tmp_path / "model"), task)) == len(WORDS)
 
 
