@@ -12,8 +12,11 @@ from hf_unlearn.data import default_collator, encode_dataset, own_batches, take
 from hf_unlearn.errors import ModelError, SettingsError
 from hf_unlearn.layers import find_layers
 from hf_unlearn.sharding import is_main, own_indices
+from hf_unlearn.sketch import Sketching
 from hf_unlearn.statistics import RetainStatistics
 from hf_unlearn.storage import Storage
+
+SKETCH_ABOVE = 12288
 
 
 def collect_statistics(
@@ -28,6 +31,8 @@ def collect_statistics(
     max_rows: int | None = None,
     keep_on: str = "device",
     max_memory: int | str | None = None,
+    sketch_above: int | None = SKETCH_ABOVE,
+    sketch_rank: int = 1024,
     progress: bool = True,
 ) -> RetainStatistics:
     """Sum `X^T X`, and with `fisher=True` `Y^T Y`, of every layer over `dataset`.
@@ -55,19 +60,25 @@ def collect_statistics(
             rows of every Gram from the inputs of all processes, and none ever has a whole one); see `storage.Storage`.
         max_memory: Make several passes over the data, each for as many layers as have unfinished sums of this size
             ("4GB", or bytes) on a process. The result is that of one pass.
+        sketch_above: Keep a sketch instead of the Gram (or Fisher) of more features than this; None: of none. A sketch
+            adds and subtracts as exactly as a Gram does; what it misses of the energy is in `summary()`, and every
+            constraint counts it (`constraints`). Default: 12288, whose Gram takes 1.2 GB.
+        sketch_rank: Rank of the sketches: how many leading directions they can hold.
         progress: Show a progress bar.
 
     Raises:
         DataError: Empty data set or unknown row format.
         ModelError: No layer that can be handled, or a Fisher larger than 16384 x 16384.
-        SettingsError: `batch_size` or `max_rows` below 1; a `max_memory` that is no size or too small for a layer.
+        SettingsError: `batch_size`, `max_rows` or `sketch_rank` below 1; a `max_memory` that is no size or too small
+            for a layer.
     """
     if batch_size < 1 or (max_rows is not None and max_rows < 1):
         raise SettingsError(f"batch_size and max_rows must be at least 1, got {batch_size} and {max_rows}")
     rows = take(encode_dataset(dataset, processing_class, what="statistics", model=model, streams=True), max_rows)
     if any(hasattr(p, "ds_id") and not hasattr(p, "_z3_optimizer") for p in model.parameters()):
         raise ModelError("DeepSpeed has cut the weights up at loading; load the model before UnlearningConfig is made")
-    collector = Collector(model, find_layers(model, layers, fisher), fisher, Storage(keep_on))
+    sketching = Sketching(sketch_above, sketch_rank)
+    collector = Collector(model, find_layers(model, layers, fisher), fisher, Storage(keep_on), sketching)
     collate = collator or default_collator(processing_class)
     device = next(model.parameters()).device
 
@@ -83,7 +94,10 @@ def collect_statistics(
         with collector.recording(group), tqdm(total=total, desc=title, unit="row", disable=quiet) as bar:
             for inputs, counted in batches():
                 bar.update(collector.add(inputs, counted))
-    return collector.finish({"fisher": fisher, "layers": layers and list(layers), "max_rows": max_rows})
+    return collector.finish(
+        {"fisher": fisher, "layers": layers and list(layers), "max_rows": max_rows, "sketch_above": sketch_above,
+         "sketch_rank": sketch_rank}
+    )  # fmt: skip
 
 
 def _size(max_memory: int | str | None) -> int | None:

@@ -13,7 +13,6 @@ from transformers.modelcard import TASK_MAPPING
 from hf_unlearn.adapters import without_wrapper
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.constraints import EnergyConstraint, constraint_for
-from hf_unlearn.linalg import rank_for_energy
 from hf_unlearn.report import UnlearningReport
 from hf_unlearn.statistics import RetainStatistics
 
@@ -79,10 +78,10 @@ def _retained(args: UnlearningConfig, statistics: RetainStatistics | None) -> di
     for layer in statistics.layers if statistics is not None else ():
         kind = constraint_for(layer, built)
         if isinstance(kind, EnergyConstraint) and statistics is not None:
-            values_I = statistics.gram_eigen(layer).values_I
-            rank = rank_for_energy(values_I, kind.energy, kind.spectrum, kind.min_rank_share)
-            energies.append((values_I[:rank].sum() / values_I.sum()).item() if rank else 0.0)
-            ranks.append(rank / len(values_I))
+            for gram in statistics.gram_eigen(layer).blocks():
+                values_I, rank = gram.spectrum_I, gram.rank(kind.energy, kind.spectrum, kind.min_rank_share)
+                energies.append((values_I[:rank].sum() / values_I.sum()).item() if rank else 0.0)
+                ranks.append(rank / len(values_I))
     if not ranks:
         return None
     return {"energy": sum(energies) / len(ranks), "rank": sum(ranks) / len(ranks), "layers": len(ranks)}
