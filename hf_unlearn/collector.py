@@ -19,8 +19,8 @@ from hf_unlearn.fingerprint import pair_hashes, row_hashes, rows_to_text, weight
 from hf_unlearn.layers import BlockRows, layer_at
 from hf_unlearn.linalg import add_products, mirror
 from hf_unlearn.predictions import IGNORED, decoder_mask, label_positions, output_logits, shifts_labels
-from hf_unlearn.sharding import gather, gather_rows, sum_over_processes, world
-from hf_unlearn.sketch import Sketching, add_sketch, is_sketch, sketch_map
+from hf_unlearn.sharding import gather, gather_rows, sum_over_processes, whole, world
+from hf_unlearn.sketch import Sketching, add_sketch, is_sketch
 from hf_unlearn.statistics import LayerSums, RetainStatistics
 from hf_unlearn.storage import Storage, from_own_rows, own_rows
 
@@ -64,7 +64,6 @@ class Collector:
         self.fisher_shapes = {name: sketching.shape(layer.fisher_shape) for name, layer in self.sizes.items()}
         if fisher:
             _check_fisher_sizes(self.fisher_shapes)
-        self._maps: dict[tuple[int, int, torch.device], Tensor] = {}
         self.gram_sums: dict[str, Tensor] = {}
         self.fisher_sums: dict[str, Tensor] = {}
         self.owner: dict[str, str] = {}  # layer -> the layer whose Gram it shares
@@ -193,6 +192,20 @@ class Collector:
             self.data += sum(hashes)
         return len(hashes)
 
+    def grams_so_far(self) -> Iterator[tuple[str, Tensor]]:
+        """The sums of each Gram that is a matrix over what all processes have seen up to now, one after the other."""
+        for name, sums in self.gram_sums.items():
+            if sums.ndim == 1:
+                continue
+            if self._in_shards:
+                yield name, whole(from_own_rows(sums, self.gram_shapes[name][0]))
+                continue
+            total = sums.clone()
+            for total_FF in _matrices(total):
+                mirror(total_FF)
+            sum_over_processes({name: total})
+            yield name, total
+
     def finish(self, settings: dict[str, Any]) -> RetainStatistics:
         missing = [name for name in self.layers if name not in self.owner]
         if missing:
@@ -227,7 +240,6 @@ class Collector:
                     )
                 size = self._shapes(sums)[name][0]
                 sums[name] = from_own_rows(sums[name], size) if self._in_shards else self.storage.keep(sums[name])
-        self._maps.clear()
         counts = {name: torch.tensor(self.positions[name]) for name in names if name in self.positions}
         sum_over_processes(counts)
         self.positions |= {name: int(count) for name, count in counts.items()}
@@ -328,19 +340,12 @@ class Collector:
             sums[name] = torch.zeros(rows, *shape[1:], dtype=torch.float64, device=device)
         return sums[name]
 
-    def _image(self, rows_NF: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """`rows_NF @ map_FR` of a sketch; its map is kept while the pass lasts."""
-        key = size, rank, device = shape[-2], shape[-1] - 1, rows_NF.device
-        if key not in self._maps:
-            self._maps[key] = sketch_map(size, rank).to(device)
-        return rows_NF.double() @ self._maps[key]
-
     def _add_shards(self, own_sums: Tensor, rows_NF: Tensor, shape: tuple[int, ...]) -> None:
         """Add this process's rows of the products or of the sketch, from the rows of all processes."""
         rows_NF = rows_NF if self._counted else rows_NF[:0]
         own, all_NF = own_rows(shape[0]), gather_rows(rows_NF).double()
         if is_sketch(shape):
-            add_sketch(own_sums, all_NF, gather_rows(self._image(rows_NF, shape)), own)
+            add_sketch(own_sums, all_NF, own)
         else:
             own_sums.addmm_(all_NF[:, own].t(), all_NF)
 
@@ -361,7 +366,7 @@ class Collector:
             blocks: Any = rows if len(shape) == 3 else [rows]
             for total, block_NF in zip(own_sums if len(shape) == 3 else [own_sums], blocks, strict=True):
                 if is_sketch(shape):
-                    add_sketch(total, block_NF.double(), self._image(block_NF, shape))
+                    add_sketch(total, block_NF.double())
                 else:
                     add_products(total, block_NF.double())
 

@@ -186,8 +186,8 @@ class EnergyConstraint:
     def _projection(self, gram: Eigen) -> Factor:
         """The thinner of the two forms of the projection; of a diagonal Gram the columns that are kept.
 
-        Of a sketch the energy is counted against the whole trace, with what it has missed spread evenly, which is the
-        most that singular values can sum to: no less is protected than was asked for, unless the sketch holds less.
+        Of a sketch the energy is counted against the whole trace. What it has missed is spread evenly, the most that
+        singular values can sum to: the rank is rather too large than too small, unless the sketch has no more.
         """
         rank = gram.rank(self.energy, self.spectrum, self.min_rank_share)
         if gram.diagonal:
@@ -354,9 +354,9 @@ def bind_constraints(
 def _shrink(parts: Eigen, strength: float) -> Factor:
     """`(I + A / (strength * mean_eig(A)))^-1` from the eigen-decomposition of A; the identity where A is zero.
 
-    Directions that a sketch has missed are shrunk as if they shared evenly what is left of the trace. To let them pass
-    instead would make them the bulk of every step: with 5% of the trace there and strength 0.003, the true factor is of
-    the order of 0.003 / 0.05 and not 1. The mean of their true factors is at least this one (`1 / (1 + x)` is convex).
+    Directions outside of a sketch's vectors are shrunk by what has been missed in the mean. To let them pass instead
+    would make them the bulk of every step: with 5% of the trace there and strength 0.003, the true factor is of the
+    order of 0.003 / 0.05 and not 1. The mean of their true factors is at least this one (`1 / (1 + x)` is convex).
     """
     mean = parts.spectrum_I.mean()
     scale = strength * mean if mean > 0 else torch.inf

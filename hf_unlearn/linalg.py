@@ -26,9 +26,9 @@ class Eigen:
     Of a stack of Grams `[G, I, I]` (the blocks of a layer) values and vectors are stacked too; of a diagonal one, kept
     as a vector `[I]`, `vectors_II` is `[I]`: the index of the unit vector that belongs to each value.
 
-    Of a sketch it is thin: `[R]` values, `[I, R]` vectors, and `missed`, the mean of the I - R eigenvalues that the
-    sketch has missed (`sketch.reconstruct`); their eigenvectors being unknown, each direction outside of the vectors
-    counts as having it. No `I x I` matrix is ever made of a thin one.
+    Of a sketch it is thin: `[R]` values, `[I, R]` vectors, and `missed`, the share in each direction of what the sketch
+    has missed (`sketch.reconstruct`), which is in the values and is the eigenvalue of all directions outside of the
+    vectors. No `I x I` matrix is ever made of a thin one.
     """
 
     values_I: Tensor
@@ -44,7 +44,7 @@ class Eigen:
 
     @property
     def spectrum_I(self) -> Tensor:
-        """All I eigenvalues; those that a sketch has missed at their mean, last."""
+        """All I eigenvalues, those outside of the vectors of a sketch last."""
         if self.missed is None:
             return self.values_I
         others = self.vectors_II.shape[-2] - self.values_I.shape[-1]
@@ -56,7 +56,7 @@ class Eigen:
         if self.missed is None:
             return 0.0
         total = self.spectrum_I.sum().item()
-        return 1 - self.values_I.sum().item() / total if total > 0 else 0.0
+        return self.missed.sum().item() * self.vectors_II.shape[-2] / total if total > 0 else 0.0
 
     def times_root(self, matrix_OI: Tensor) -> Tensor:
         """`matrix_OI @ root_II` in float32, with `gram_II = root_II @ root_II.T`.
@@ -145,11 +145,8 @@ def eigen(gram_II: Tensor) -> Eigen:
 
 def numerical_rank(values_I: Tensor) -> int:
     """Number of eigenvalues above what float64 rounding makes of a zero: `I * eps * max`."""
-    return int(_above_rounding(values_I).sum())
-
-
-def _above_rounding(values_I: Tensor) -> Tensor:
-    return values_I > values_I.numel() * torch.finfo(torch.float64).eps * values_I.max()
+    floor = values_I.numel() * torch.finfo(torch.float64).eps * values_I.max()
+    return int((values_I > floor).sum())
 
 
 def rank_for_energy(
@@ -158,7 +155,7 @@ def rank_for_energy(
     """Smallest rank K whose leading part of the spectrum reaches the share `energy` of its sum.
 
     Args:
-        values_I: Eigenvalues of a Gram matrix, descending, not negative; those that a sketch has missed come last.
+        values_I: Eigenvalues of a Gram matrix, descending, not negative.
         energy: Share in (0, 1]; 1 keeps the full numerical rank.
         spectrum: `"eigenvalues"` sums the retained energy proper (Saha et al., GPM, ICLR 2021);
             `"singular_values"` sums their square roots, as the PGU authors' code does (WACV 2024, section 3.2).
@@ -171,8 +168,7 @@ def rank_for_energy(
     full = numerical_rank(values_I)
     if energy == 1 or full == 0:
         return full
-    counted_I = values_I.where(_above_rounding(values_I), 0)
-    weights = counted_I.sqrt() if spectrum == "singular_values" else counted_I
+    weights = values_I[:full].sqrt() if spectrum == "singular_values" else values_I[:full]
     shares = weights.cumsum(0) / weights.sum()
     reached = int((shares < energy).sum()) + 1
     return min(full, max(reached, int(min_rank_share * values_I.numel())))

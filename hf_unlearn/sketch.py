@@ -1,23 +1,29 @@
 """Low-rank sketches of second moments that are too wide to be kept whole: linear, so that they add and subtract.
 
 A sketch of `gram_II` is one tensor `[I, R + 1]`: `gram_II @ map_IR` and, as the last column, the diagonal. Both are
-linear in the Gram, so the sketches of two data sets add up to that of both, and that of the forget rows subtracts. The
-map depends on the width alone and is made anew where it is used, the same to the bit on every machine.
+linear in the Gram, so the sketches of two data sets add up to that of both, and that of the forget rows subtracts.
+(Frequent directions, Ghashami et al. 2016, merge but do not subtract.) The map depends on I and R alone and is made anew
+where it is used, the same to the bit on every machine.
 
 Tropp, Yurtsever, Udell, Cevher: Fixed-rank approximation of a positive-semidefinite matrix from streaming data, NeurIPS
-2017. Their map is Gaussian; here entries are uniform (bytes of a hash), which have the same first moments, and
-sub-Gaussian tails. What such a map may cost is not argued but measured: the diagonal says what the sketch has missed.
+2017. Their bounds are for Gaussian maps; this one is sparse, which costs next to nothing to apply and misses as much
+(recipes/README.md). Nothing rests on a bound: the diagonal says what the sketch has missed.
 
-Shapes: N rows, I features, R rank of the sketch.
+Shapes: N rows, I features, R rank of the sketch, Z entries of the map for each feature.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from hashlib import shake_256
 
 import torch
 from torch import Tensor
 
 from hf_unlearn.errors import SettingsError
+
+SKETCH_ABOVE, SKETCH_RANK = 12288, 2048  # a Gram of 12288 features takes 1.2 GB
+
+SIGNS = 8  # Z, as Tropp et al. recommend in their later papers
 
 
 @dataclass(frozen=True)
@@ -26,14 +32,14 @@ class Sketching:
 
     Attributes:
         above: Those of more features than this; None for none.
-        rank: R. A sketch takes `8 I (R + 1)` bytes instead of `8 I^2`, and its products `4 N I R` operations.
+        rank: R. A sketch takes `8 I (R + 1)` bytes instead of `8 I^2`, and `2 N I R` operations.
 
     Raises:
         SettingsError: A rank below 1, or a width below 0.
     """
 
     above: int | None = None
-    rank: int = 1024
+    rank: int = SKETCH_RANK
 
     def __post_init__(self) -> None:
         if self.rank < 1 or (self.above is not None and self.above < 0):
@@ -61,19 +67,42 @@ def exact_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-1], shape[-2]) if len(shape) > 1 else shape
 
 
-def sketch_map(size: int, rank: int) -> Tensor:
-    """`map_IR`: independent, uniform on 256 values around zero; its first columns are those of a smaller rank.
+@dataclass(frozen=True, eq=False)
+class SketchMap:
+    """`map_IR`: Z random signs for each feature, in columns that have equally many, I Z / R of them or one more."""
 
-    From SHAKE-256 (FIPS 202) of the size, not from a library's generator: sketches that were made by other versions
+    order_ZI: Tensor
+    sign_ZI: Tensor
+    rank: int
+
+    def __call__(self, rows_NI: Tensor) -> Tensor:
+        """`rows_NI @ map_IR` in float64: Z permutations of the features, cut into stretches of R that are added up."""
+        count, size = rows_NI.shape
+        image_NR = rows_NI.new_zeros(count, self.rank, dtype=torch.float64)
+        for order_I, sign_I in zip(self.order_ZI, self.sign_ZI, strict=True):
+            turned_NI = torch.nn.functional.pad(rows_NI[:, order_I].double() * sign_I, (0, -size % self.rank))
+            image_NR += turned_NI.view(count, -1, self.rank).sum(1)
+        return image_NR
+
+
+@cache
+def sketch_map(size: int, rank: int, device: torch.device | str = "cpu") -> SketchMap:
+    """The map for sketches of this rank of this many features.
+
+    Random bits are from SHAKE-256 (FIPS 202), not from a library's generator: sketches that were made by other versions
     and on other machines have to fit each other.
     """
-    digest = shake_256(f"hf_unlearn sketch 1 of {size}".encode()).digest(size * rank)
-    return torch.frombuffer(bytearray(digest), dtype=torch.uint8).view(rank, size).t().double() - 127.5
+    digest = shake_256(f"hf_unlearn sketch 1 of {size}".encode()).digest(8 * SIGNS * size)
+    keys_ZI = torch.frombuffer(bytearray(digest), dtype=torch.int64).view(SIGNS, size)
+    order_ZI = keys_ZI.argsort(dim=1)
+    sign_ZI = 2.0 * (keys_ZI & 1).double() - 1
+    return SketchMap(order_ZI.to(device), sign_ZI.to(device), rank)
 
 
-def add_sketch(sums_IS: Tensor, rows_NI: Tensor, image_NR: Tensor, own: slice = slice(None)) -> None:
-    """Add the sketch of `rows^T rows`, in place; `image_NR` is `rows_NI @ map_IR`, `own` which features sums are of."""
+def add_sketch(sums_IS: Tensor, rows_NI: Tensor, own: slice = slice(None)) -> None:
+    """Add the sketch of `rows^T rows`, in place, or those rows of it that are of the features `own`."""
     own_NI = rows_NI[:, own]
+    image_NR = sketch_map(rows_NI.shape[1], sums_IS.shape[1] - 1, rows_NI.device)(rows_NI)
     sums_IS[:, :-1].addmm_(own_NI.t(), image_NR)
     sums_IS[:, -1] += own_NI.square().sum(0)
 
@@ -82,7 +111,7 @@ def sketch_of(gram_II: Tensor, rank: int) -> Tensor:
     """The sketch `[I, R + 1]` of a Gram that is at hand; R + 1 is below I."""
     assert rank + 1 < len(gram_II), "as large as the Gram itself"
     gram_II = gram_II.double()
-    image_IR = gram_II @ sketch_map(len(gram_II), rank).to(gram_II.device)
+    image_IR = sketch_map(len(gram_II), rank, gram_II.device)(gram_II)
     return torch.cat([image_IR, gram_II.diagonal().unsqueeze(1)], 1)
 
 
@@ -93,26 +122,30 @@ def reconstruct(sketch_IS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     most. What it misses therefore is positive semidefinite too, and its trace, which is known from the diagonal, bounds
     the error in every norm.
 
+    What is missed lies in and outside of the vectors' span, nobody knows where: its trace is spread evenly over all I
+    directions, so that the traces agree and no direction inside is taken for weaker than those outside. On real inputs
+    that is nearer to the exact ridge than to spread it outside alone or to leave it out (recipes/README.md).
+
     A pseudo-inverse in place of the paper's shift and Cholesky factor: a Gram that subtraction has made indefinite has
     no such factor, and must be seen to be indefinite.
 
     Returns:
-        values `[R]`, descending and zero where there are fewer; vectors `[I, R]`, orthonormal but for zero columns that
-        belong to zero values; the mean `[]` of the I - R eigenvalues that are missed; the negative share `[]` of the
-        eigenvalues of `map^T gram map`, 0 for a Gram without negative ones (of one that has some it may be too small,
-        for it is all that the map sees of them).
+        values `[R]`, descending, what is missed included; vectors `[I, R]`, orthonormal but for zero columns where the
+        approximation has fewer; what is missed `[]` in each direction; the negative share `[]` of the eigenvalues of
+        `map^T gram map`, 0 for a Gram without negative ones (of one that has some it may be too small, for it is all
+        that the map sees of them).
     """
     sketch_IS = sketch_IS.double()
     sketch_IR, trace = sketch_IS[:, :-1], sketch_IS[:, -1].sum()
     size, rank = sketch_IR.shape
-    core_RR = sketch_map(size, rank).to(sketch_IR.device).t() @ sketch_IR
+    core_RR = sketch_map(size, rank, sketch_IR.device)(sketch_IR.t())
     core_R, turn_RR = torch.linalg.eigh((core_RR + core_RR.t()) / 2)
     kept_R = core_R > size * torch.finfo(torch.float64).eps * core_R.abs().max()
     root_IK = sketch_IR @ (turn_RR[:, kept_R] / core_R[kept_R].sqrt())
     vectors_IK, roots_K, _ = torch.linalg.svd(root_IK, full_matrices=False)
     padding = (0, rank - roots_K.numel())
     values_R = torch.nn.functional.pad(roots_K.square(), padding)
-    missed = ((trace - values_R.sum()) / (size - rank)).clamp(min=0)
+    missed = ((trace - values_R.sum()) / size).clamp(min=0)
     total = core_R.abs().sum()
     negative = core_R.clamp(max=0).abs().sum() / total.clamp(min=torch.finfo(torch.float64).tiny)
-    return values_R, torch.nn.functional.pad(vectors_IK, padding), missed, negative
+    return values_R + missed, torch.nn.functional.pad(vectors_IK, padding), missed, negative

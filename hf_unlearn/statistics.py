@@ -24,10 +24,12 @@ from hf_unlearn.fingerprint import combine_rows, package_versions, weights_finge
 from hf_unlearn.layers import known_layers, layer_at
 from hf_unlearn.linalg import Eigen, eigen, rank_for_energy
 from hf_unlearn.sharding import communication_device, from_owner, is_main, share_out, wait_for_all, whole, world
-from hf_unlearn.sketch import Sketching, exact_shape, is_sketch
+from hf_unlearn.sketch import SKETCH_RANK, exact_shape, is_sketch
 from hf_unlearn.storage import Storage, fetch, shard
 
 FORMAT_VERSION = 2  # 1, which knows no sketches, is still written where there are none
+SAMPLED = "sampled_from"
+"""Setting of statistics that stopped before the last row: of how many rows theirs are a random sample."""
 TENSORS, METADATA = "statistics.safetensors", "statistics.json"
 
 
@@ -139,7 +141,7 @@ class RetainStatistics:
     @property
     def same_kind(self) -> dict[str, Any]:
         """The arguments of `collect_statistics` that make statistics which can be added to and subtracted from these."""
-        settings = {"sketch_above": None, "sketch_rank": Sketching().rank} | dict(self.settings)
+        settings = {"sketch_above": None, "sketch_rank": SKETCH_RANK} | dict(self.settings)
         return {name: settings[name] for name in ("fisher", "layers", "sketch_above", "sketch_rank")}
 
     def _sums(self, kind: str, key: str) -> Tensor:
@@ -161,6 +163,13 @@ class RetainStatistics:
     def __sub__(self, other: "RetainStatistics") -> "RetainStatistics":
         if other.rows > self.rows:
             raise StatisticsError(f"cannot subtract statistics of {other.rows} rows from those of {self.rows} rows")
+        for one in (self, other):
+            if SAMPLED in one.settings:
+                raise StatisticsError(
+                    f"statistics of a sample ({one.rows} of {one.settings[SAMPLED]} rows, stopped by a tolerance) do "
+                    "not subtract: which rows they have was left to chance; collect them on the retain rows, or "
+                    "without tolerance"
+                )
         return self._combine(other, -1)
 
     def _combine(self, other: "RetainStatistics", sign: int) -> "RetainStatistics":
@@ -240,6 +249,9 @@ class RetainStatistics:
             f"{'Gram (layers that share it)':<52} {'I':>6} {'N':>9} {'rank90':>7} {'rank99':>7} {'rank':>6} "
             f"{'missed':>8} {'negative':>9}",
         ]
+        if "tolerance" in self.settings:
+            rest = f" of {self.settings[SAMPLED]}" if SAMPLED in self.settings else ", the last"
+            lines[0] += f"; stopped at row {self.rows}{rest}, change {self.settings['change']}"
         for key, gram in self.gram_sums.items():
             parts = self.gram_eigen(key)
             blocks = parts.blocks()
