@@ -106,7 +106,7 @@ def collect_statistics(
                 bar.update(collector.add(inputs, counted))
                 if stopped := convergence is not None and convergence.settled(collector):
                     break
-    settings = {
+    settings: dict[str, Any] = {
         "fisher": fisher, "layers": layers and list(layers), "max_rows": max_rows, "sketch_above": sketch_above,
         "sketch_rank": sketch_rank,
     }  # fmt: skip

@@ -20,7 +20,7 @@ from hf_unlearn.layers import BlockRows, layer_at
 from hf_unlearn.linalg import add_products, mirror
 from hf_unlearn.predictions import IGNORED, decoder_mask, label_positions, output_logits, shifts_labels
 from hf_unlearn.sharding import gather, gather_rows, sum_over_processes, whole, world
-from hf_unlearn.sketch import Sketching, add_sketch, is_sketch
+from hf_unlearn.sketch import EXACT, Sketching, add_sketch, is_sketch
 from hf_unlearn.statistics import LayerSums, RetainStatistics
 from hf_unlearn.storage import Storage, from_own_rows, own_rows
 
@@ -56,7 +56,7 @@ class Collector:
         layers: Mapping[str, nn.Module],
         fisher: bool,
         storage: Storage,
-        sketching: Sketching = Sketching(),
+        sketching: Sketching = EXACT,
     ):
         self.model, self.layers, self.fisher, self.storage = model, layers, fisher, storage
         self.sizes = {name: layer_at(name, module) for name, module in layers.items()}

@@ -13,7 +13,7 @@ import torch
 
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.linalg import products_share
-from hf_unlearn.sketch import Sketching
+from hf_unlearn.sketch import EXACT, Sketching
 from hf_unlearn.tracing import Trace
 
 OPTIMIZERS: Mapping[str, tuple[float, float]] = {
@@ -140,7 +140,7 @@ def optimizer_bytes(trace: Trace, optim: str) -> int:
 
 
 def decomposition_peak(
-    groups: Sequence[Sequence[int]], processes: int = 1, kept: float = 1.0, sketching: Sketching = Sketching()
+    groups: Sequence[Sequence[int]], processes: int = 1, kept: float = 1.0, sketching: Sketching = EXACT
 ) -> int:
     """Largest bytes beside the sums while `RetainStatistics.decompose` runs on one of P processes.
 
@@ -270,7 +270,7 @@ def product_flops(trace: Trace, fisher: bool, place: str) -> float:
     return grams + fishers * fisher
 
 
-def decompose_cost(sizes: Sequence[int], sketching: Sketching = Sketching()) -> tuple[float, float]:
+def decompose_cost(sizes: Sequence[int], sketching: Sketching = EXACT) -> tuple[float, float]:
     """Float64 operations and bytes of `eigh`: `9 n^3`, and `8/3 n^3` bytes read while it becomes tridiagonal.
 
     Householder reduction 4/3 n^3 (half of it matrix times vector, which reads what is left of the matrix each time),
@@ -284,8 +284,8 @@ def decompose_cost(sizes: Sequence[int], sketching: Sketching = Sketching()) -> 
 
 
 def constraint_flops(trace: Trace, constraint: str) -> float:
-    """Operations of one step's constraint: twice `2 O I^2` at most for `energy` (gradient and move), else once; `4 O I R`
-    in place of `2 O I^2` where there is a sketch."""
+    """Operations of one step's constraint: twice `2 O I^2` at most for `energy` (gradient and move), else once; with a
+    sketch `4 O I R` in place of `2 O I^2`."""
     total = 0.0
     for layer in trace.layers.values():
         right = layer.outputs * _applied(layer.inputs, trace.sketching)

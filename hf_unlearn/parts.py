@@ -87,7 +87,7 @@ class Part:
         return self.matrix(self.anchor)
 
     def move_times_root(self, gram: Eigen) -> Tensor:
-        """The move of the layer's weight so far, times the root of a Gram: `[O, I]`, a DTensor where the weight is one."""
+        """The move of the layer's weight so far times the root of a Gram: `[O, I]`, a DTensor where the weight is."""
         step_OI = self.matrix(self.place.read().float() - self.anchor.float())
         return apply_right(gram.times_root, step_OI)
 

@@ -2,8 +2,8 @@
 
 A sketch of `gram_II` is one tensor `[I, R + 1]`: `gram_II @ map_IR` and, as the last column, the diagonal. Both are
 linear in the Gram, so the sketches of two data sets add up to that of both, and that of the forget rows subtracts.
-(Frequent directions, Ghashami et al. 2016, merge but do not subtract.) The map depends on I and R alone and is made anew
-where it is used, the same to the bit on every machine.
+(Frequent directions, Ghashami et al. 2016, merge but do not subtract.) The map depends on I and R alone and is made
+anew where it is used, the same to the bit on every machine.
 
 Tropp, Yurtsever, Udell, Cevher: Fixed-rank approximation of a positive-semidefinite matrix from streaming data, NeurIPS
 2017. Their bounds are for Gaussian maps; this one is sparse, which costs next to nothing to apply and misses as much
@@ -65,6 +65,10 @@ def is_sketch(shape: tuple[int, ...]) -> bool:
 def exact_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the Gram that sums of this shape are those of, or a sketch of."""
     return (*shape[:-1], shape[-2]) if len(shape) > 1 else shape
+
+
+EXACT = Sketching()
+"""No sketches."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -51,8 +51,8 @@ class RetainStatistics:
 
     Attributes:
         gram_sums: Float64 `[I, I]` by the name of the first layer that sees the input; `[G, I, I]` of a layer of G
-            blocks, `[I]` where it is diagonal (`layers.Layer`). Of one too wide to be kept whole its sketch, `[I, R + 1]`
-            or `[G, I, R + 1]`, which adds and subtracts like the Gram itself (`sketch.Sketching`).
+            blocks, `[I]` where it is diagonal (`layers.Layer`). Of one too wide to be kept whole its sketch,
+            `[I, R + 1]` or `[G, I, R + 1]`, which adds and subtracts like the Gram itself (`sketch.Sketching`).
         fisher_sums: Float64 `[O, O]` or `[G, O, O]` by layer, or sketches; empty where no Fisher pass was made.
         layers: Each protected layer's sizes and the key of its Gram.
         positions: N by Gram key, of all blocks together.
@@ -140,7 +140,7 @@ class RetainStatistics:
 
     @property
     def same_kind(self) -> dict[str, Any]:
-        """The arguments of `collect_statistics` that make statistics which can be added to and subtracted from these."""
+        """The arguments of `collect_statistics` that make statistics which add to and subtract from these."""
         settings = {"sketch_above": None, "sketch_rank": SKETCH_RANK} | dict(self.settings)
         return {name: settings[name] for name in ("fisher", "layers", "sketch_above", "sketch_rank")}
 

@@ -26,7 +26,7 @@ from hf_unlearn.layers import find_layers
 from hf_unlearn.loading import MODELS
 from hf_unlearn.losses import UnlearningLoss
 from hf_unlearn.predictions import Predictions, Task, context_length, output_logits, shifts_labels
-from hf_unlearn.sketch import Sketching
+from hf_unlearn.sketch import EXACT, Sketching
 from hf_unlearn.storage import Storage
 
 
@@ -75,7 +75,7 @@ class Trace:
     forward: float
     backward: float
     collected: float
-    sketching: Sketching = Sketching()
+    sketching: Sketching = EXACT
 
     @property
     def grams(self) -> dict[str, int]:

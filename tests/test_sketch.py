@@ -339,7 +339,7 @@ def test_statistics_with_sketches_subtract_save_and_load(llama: nn.Module, tmp_p
 def test_only_sketches_of_one_kind_combine(llama: nn.Module) -> None:
     rows = cases.text_rows(3)
     one = collect(llama, rows, **SKETCHED)
-    with pytest.raises(StatisticsError, match="a sketch of rank 20 here and exact there.*same sketch_above"):
+    with pytest.raises(StatisticsError, match=r"a sketch of rank 20 here and exact there.*same sketch_above"):
         one - collect(llama, rows[:1], fisher=True)
     with pytest.raises(StatisticsError, match="rank 20 here and a sketch of rank 10 there"):
         one + collect(llama, rows, **(SKETCHED | {"sketch_rank": 10}))
