@@ -71,52 +71,40 @@ EXACT = Sketching()
 """No sketches."""
 
 
-@dataclass(frozen=True, eq=False)
-class SketchMap:
-    """`map_IR`: Z random signs for each feature, in columns that have equally many, I Z / R of them or one more."""
-
-    order_ZI: Tensor
-    sign_ZI: Tensor
-    rank: int
-
-    def __call__(self, rows_NI: Tensor) -> Tensor:
-        """`rows_NI @ map_IR` in float64: Z permutations of the features, cut into stretches of R that are added up."""
-        count, size = rows_NI.shape
-        image_NR = rows_NI.new_zeros(count, self.rank, dtype=torch.float64)
-        for order_I, sign_I in zip(self.order_ZI, self.sign_ZI, strict=True):
-            turned_NI = torch.nn.functional.pad(rows_NI[:, order_I].double() * sign_I, (0, -size % self.rank))
-            image_NR += turned_NI.view(count, -1, self.rank).sum(1)
-        return image_NR
-
-
 @cache
-def sketch_map(size: int, rank: int, device: torch.device | str = "cpu") -> SketchMap:
-    """The map for sketches of this rank of this many features.
+def sketch_map(size: int, rank: int, device: torch.device | str = "cpu") -> Tensor:
+    """`map_RI`, sparse, float64: Z random signs for each feature, in rows that have I Z / R of them or one more each.
 
-    Random bits are from SHAKE-256 (FIPS 202), not from a library's generator: sketches that were made by other versions
-    and on other machines have to fit each other.
+    Z times the features are put in random order and dealt out to the R rows in turn. Random bits are from SHAKE-256
+    (FIPS 202), not from a library's generator: sketches that were made by other versions and on other machines have to
+    fit each other.
     """
     digest = shake_256(f"hf_unlearn sketch 1 of {size}".encode()).digest(8 * SIGNS * size)
     keys_ZI = torch.frombuffer(bytearray(digest), dtype=torch.int64).view(SIGNS, size)
-    order_ZI = keys_ZI.argsort(dim=1)
-    sign_ZI = 2.0 * (keys_ZI & 1).double() - 1
-    return SketchMap(order_ZI.to(device), sign_ZI.to(device), rank)
+    place_ZI = (torch.arange(size) % rank).expand(SIGNS, -1)
+    indices = torch.stack([place_ZI.flatten(), keys_ZI.argsort(dim=1).flatten()])
+    signs = 2.0 * (keys_ZI & 1).double() - 1
+    return torch.sparse_coo_tensor(indices, signs.flatten(), (rank, size), check_invariants=True).coalesce().to(device)
+
+
+def image(rows_NI: Tensor, rank: int) -> Tensor:
+    """`image_NR = rows_NI @ map_IR` in float64."""
+    map_RI = sketch_map(rows_NI.shape[1], rank, rows_NI.device)
+    return torch.sparse.mm(map_RI, rows_NI.double().t().contiguous()).t()
 
 
 def add_sketch(sums_IS: Tensor, rows_NI: Tensor, own: slice = slice(None)) -> None:
     """Add the sketch of `rows^T rows`, in place, or those rows of it that are of the features `own`."""
     own_NI = rows_NI[:, own]
-    image_NR = sketch_map(rows_NI.shape[1], sums_IS.shape[1] - 1, rows_NI.device)(rows_NI)
-    sums_IS[:, :-1].addmm_(own_NI.t(), image_NR)
-    sums_IS[:, -1] += own_NI.square().sum(0)
+    sums_IS[:, :-1].addmm_(own_NI.t(), image(rows_NI, sums_IS.shape[1] - 1))
+    sums_IS[:, -1] += torch.linalg.vector_norm(own_NI, dim=0).square()
 
 
 def sketch_of(gram_II: Tensor, rank: int) -> Tensor:
     """The sketch `[I, R + 1]` of a Gram that is at hand; R + 1 is below I."""
     assert rank + 1 < len(gram_II), "as large as the Gram itself"
     gram_II = gram_II.double()
-    image_IR = sketch_map(len(gram_II), rank, gram_II.device)(gram_II)
-    return torch.cat([image_IR, gram_II.diagonal().unsqueeze(1)], 1)
+    return torch.cat([image(gram_II, rank), gram_II.diagonal().unsqueeze(1)], 1)
 
 
 def reconstruct(sketch_IS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -142,7 +130,7 @@ def reconstruct(sketch_IS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sketch_IS = sketch_IS.double()
     sketch_IR, trace = sketch_IS[:, :-1], sketch_IS[:, -1].sum()
     size, rank = sketch_IR.shape
-    core_RR = sketch_map(size, rank, sketch_IR.device)(sketch_IR.t())
+    core_RR = image(sketch_IR.t(), rank)
     core_R, turn_RR = torch.linalg.eigh((core_RR + core_RR.t()) / 2)
     kept_R = core_R > size * torch.finfo(torch.float64).eps * core_R.abs().max()
     root_IK = sketch_IR @ (turn_RR[:, kept_R] / core_R[kept_R].sqrt())

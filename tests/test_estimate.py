@@ -107,7 +107,9 @@ def test_sketches_are_counted_as_they_are() -> None:
     tensors = [*statistics.gram_sums.values(), *statistics.fisher_sums.values()]
     assert sums_bytes(found, True) == sum(t.numel() * t.element_size() for t in tensors) < sums_bytes(exact, True)
     bases = [statistics.gram_eigen(name).vectors_II for name in statistics.gram_sums]
-    assert factor_bytes(found, "energy") <= sum(4 * basis.numel() for basis in bases) * 1.05  # of sketches R + 1 columns
+    assert (
+        factor_bytes(found, "energy") <= sum(4 * basis.numel() for basis in bases) * 1.05
+    )  # of sketches R + 1 columns
     for settings in (Settings("kronecker"), Settings("energy", place="shards", processes=2, sharding="fsdp2")):
         assert memory(found, settings).phases["decompose"] < memory(exact, settings).phases["decompose"]
         assert sum(communication(found, settings).values()) <= sum(communication(exact, settings).values())

@@ -43,5 +43,6 @@ def main(argv: list[str]) -> Answer:
     content = {
         "output_dir": args.output_dir, "rows": statistics.rows, "weights": statistics.weights, "data": statistics.data,
         "fisher": bool(statistics.fisher_sums), "layers": list(statistics.layers),
+        "settings": dict(statistics.settings),
     }  # fmt: skip
     return Answer(f"{statistics.summary()}\nsaved to {args.output_dir}", content)

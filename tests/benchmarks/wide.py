@@ -94,22 +94,23 @@ def line(name: str, size: int, rank: int, found: Mapping[str, float]) -> str:
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    """Of the processor, on one thread: other programs may have the machine as well."""
+    start = time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def times() -> None:
     """Collecting one batch of rows, and decomposing; the exact decomposition at a quarter of the width."""
     rows_NI = torch.randn(ROWS, WIDE, dtype=torch.float64)
-    print(f"{WIDE} features, {ROWS} rows, {torch.get_num_threads()} thread\n")
+    print(f"{WIDE} features, {ROWS} rows, {torch.get_num_threads()} thread, seconds of the processor\n")
     print("| | bytes of the sums | sums of the rows, s | decomposition, s |\n|---|---:|---:|---:|")
     sums_II = torch.zeros(WIDE, WIDE, dtype=torch.float64)
     took = seconds(lambda: add_products(sums_II, rows_NI))
-    small = eigen_seconds = seconds(lambda: eigen(sums_II[:EXACT, :EXACT] + sums_II[:EXACT, :EXACT].T))
-    eigen_seconds = small * (WIDE / EXACT) ** 3
-    print(f"| exact | {8 * WIDE**2 / 1e9:.2f} GB | {took:.1f} | {eigen_seconds:.0f} ({small:.1f} at {EXACT}, cubed) |")
-    del sums_II
+    corner_II = sums_II[:EXACT, :EXACT] + sums_II[:EXACT, :EXACT].T
+    small = seconds(lambda: eigen(corner_II))
+    cubed = small * (WIDE / EXACT) ** 3
+    print(f"| exact | {8 * WIDE**2 / 1e9:.2f} GB | {took:.1f} | {cubed:.0f} ({small:.1f} at {EXACT}, cubed) |")
     for rank in (1024, 2048):
         sums_IS = torch.zeros(WIDE, rank + 1, dtype=torch.float64)
         took = seconds(lambda sums_IS=sums_IS: add_sketch(sums_IS, rows_NI))  # type: ignore[misc]
