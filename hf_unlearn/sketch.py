@@ -6,8 +6,8 @@ linear in the Gram, so the sketches of two data sets add up to that of both, and
 anew where it is used, the same to the bit on every machine.
 
 Tropp, Yurtsever, Udell, Cevher: Fixed-rank approximation of a positive-semidefinite matrix from streaming data, NeurIPS
-2017. Their bounds are for Gaussian maps; this one is sparse, which costs next to nothing to apply and misses as much
-(recipes/README.md). Nothing rests on a bound: the diagonal says what the sketch has missed.
+2017. Their bounds are for Gaussian maps; this one is sparse, which costs next to nothing to apply and misses no more
+(tests/test_sketch.py). Nothing rests on a bound: the diagonal says what the sketch has missed.
 
 Shapes: N rows, I features, R rank of the sketch, Z entries of the map for each feature.
 """
@@ -115,8 +115,7 @@ def reconstruct(sketch_IS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     the error in every norm.
 
     What is missed lies in and outside of the vectors' span, nobody knows where: its trace is spread evenly over all I
-    directions, so that the traces agree and no direction inside is taken for weaker than those outside. On real inputs
-    that is nearer to the exact ridge than to spread it outside alone or to leave it out (recipes/README.md).
+    directions, so that the traces agree and no direction inside is taken for weaker than those outside.
 
     A pseudo-inverse in place of the paper's shift and Cholesky factor: a Gram that subtraction has made indefinite has
     no such factor, and must be seen to be indefinite.
