@@ -13,7 +13,7 @@ from hf_unlearn.convergence import Convergence, in_random_order
 from hf_unlearn.data import default_collator, encode_dataset, own_batches, take
 from hf_unlearn.errors import ModelError, SettingsError
 from hf_unlearn.layers import find_layers
-from hf_unlearn.sharding import is_main, own_indices
+from hf_unlearn.sharding import gather, is_main, own_indices
 from hf_unlearn.sketch import SKETCH_ABOVE, SKETCH_RANK, Sketching
 from hf_unlearn.statistics import SAMPLED, RetainStatistics
 from hf_unlearn.storage import Storage
@@ -98,13 +98,12 @@ def collect_statistics(
     groups = collector.groups(lambda: next(batches())[0], _size(max_memory))
     if convergence is not None and len(groups) > 1:
         raise SettingsError("a tolerance needs all layers in one pass; leave out max_memory")
-    stopped = False
     for number, group in enumerate(groups, 1):
         title = "Collecting" if len(groups) == 1 else f"Collecting ({number}/{len(groups)})"
         with collector.recording(group), tqdm(total=total, desc=title, unit="row", disable=quiet) as bar:
             for inputs, counted in batches():
                 bar.update(collector.add(inputs, counted))
-                if stopped := convergence is not None and convergence.settled(collector):
+                if convergence is not None and convergence.settled(collector):
                     break
     settings: dict[str, Any] = {
         "fisher": fisher, "layers": layers and list(layers), "max_rows": max_rows, "sketch_above": sketch_above,
@@ -112,7 +111,8 @@ def collect_statistics(
     }  # fmt: skip
     if convergence is not None:
         settings |= {"tolerance": tolerance, "change": convergence.change}
-        settings |= {SAMPLED: len(rows) if hasattr(rows, "__len__") else "a stream's"} if stopped else {}
+        given, seen = len(rows) if hasattr(rows, "__len__") else "a stream's", sum(gather(collector.rows))
+        settings |= {SAMPLED: given} if convergence.stopped and seen != given else {}
     return collector.finish(settings)
 
 

@@ -32,6 +32,7 @@ class Convergence:
             raise SettingsError(f"tolerance must be between 0 and 1, got {tolerance}; it is a share of the energy")
         self.tolerance = tolerance
         self.change: float | None = None
+        self.stopped = False
         self._bases: dict[str, list[Tensor]] = {}
         self._batches = 0
 
@@ -48,7 +49,8 @@ class Convergence:
             self._bases[name] = [block.vectors_II[:, : block.rank(ENERGY)].float() for block in blocks]
         self.change = max(changes) if changes else None
         done = self.change is not None and self.change <= self.tolerance
-        return gather(done)[0]  # process 0 decides: sums over processes may differ in the last bit
+        self.stopped = gather(done)[0]  # process 0 decides: sums over processes may differ in the last bit
+        return self.stopped
 
 
 def lost_energy(gram: Eigen, basis_IK: Tensor) -> float:

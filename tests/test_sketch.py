@@ -427,6 +427,8 @@ def test_collecting_stops_once_the_directions_have_settled() -> None:
     longer = collect(model, rows, tolerance=1e-9, batch_size=4)
     assert longer.rows == 512 and "sampled_from" not in longer.settings and longer.settings["change"] > 1e-9
     assert "the last" in longer.summary()
+    few = collect(model, rows[: stopped.rows], tolerance=0.9, batch_size=stopped.rows // 2)  # settled with the last row
+    assert few.rows == stopped.rows and "sampled_from" not in few.settings and (few - few).rows == 0
     everything = eigen(collect(model, rows).gram("first"))
     basis_IK = eigen(stopped.gram("first")).vectors_II[:, : everything.rank(0.9)]
     assert lost_energy(everything, basis_IK) < 0.04  # what the change promised
