@@ -228,8 +228,16 @@ def _retained_energy(method: Mapping[str, Any]) -> str:
         return f"{asked}; as share of the energy: {NOT_RECORDED}"
     return (
         f"{asked}: {_percent(retained.get('energy'))} of the energy of the inputs, in {_percent(retained.get('rank'))} "
-        f"of their dimensions (means over {text(retained.get('layers'))} layers)"
+        f"of their dimensions (means over {text(retained.get('layers'))} layers){_missed_energy(method)}"
     )
+
+
+def _missed_energy(method: Mapping[str, Any]) -> str:
+    sketched = method.get("sketched")
+    if not isinstance(sketched, Mapping):
+        return ""
+    grams, missed = text(sketched.get("grams")), _percent(sketched.get("missed"))
+    return f"; {grams} Grams are known from sketches, which miss {missed} of the energy at most"
 
 
 def _percent(value: Any) -> str:

@@ -19,7 +19,8 @@ from hf_unlearn.fingerprint import pair_hashes, row_hashes, rows_to_text, weight
 from hf_unlearn.layers import BlockRows, layer_at
 from hf_unlearn.linalg import add_products, mirror
 from hf_unlearn.predictions import IGNORED, decoder_mask, label_positions, output_logits, shifts_labels
-from hf_unlearn.sharding import gather, gather_rows, sum_over_processes, world
+from hf_unlearn.sharding import gather, gather_rows, sum_over_processes, whole, world
+from hf_unlearn.sketch import EXACT, Sketching, add_sketch, is_sketch
 from hf_unlearn.statistics import LayerSums, RetainStatistics
 from hf_unlearn.storage import Storage, from_own_rows, own_rows
 
@@ -49,11 +50,20 @@ def record_inputs(
 class Collector:
     """The mutable sums behind one `collect_statistics` call: one pass over the data for each group of layers."""
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], fisher: bool, storage: Storage):
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        fisher: bool,
+        storage: Storage,
+        sketching: Sketching = EXACT,
+    ):
         self.model, self.layers, self.fisher, self.storage = model, layers, fisher, storage
         self.sizes = {name: layer_at(name, module) for name, module in layers.items()}
+        self.gram_shapes = {name: sketching.shape(layer.gram_shape) for name, layer in self.sizes.items()}
+        self.fisher_shapes = {name: sketching.shape(layer.fisher_shape) for name, layer in self.sizes.items()}
         if fisher:
-            _check_fisher_sizes({name: layer.outputs for name, layer in self.sizes.items()})
+            _check_fisher_sizes(self.fisher_shapes)
         self.gram_sums: dict[str, Tensor] = {}
         self.fisher_sums: dict[str, Tensor] = {}
         self.owner: dict[str, str] = {}  # layer -> the layer whose Gram it shares
@@ -145,8 +155,8 @@ class Collector:
         sizes: dict[str, int] = {}
         for name in self.layers:
             owner = self.owner.get(name, name)
-            sizes[owner] = sizes.get(owner, self._bytes(self.sizes[owner].gram_shape))
-            sizes[owner] += self._bytes(self.sizes[name].fisher_shape) if self.fisher else 0
+            sizes[owner] = sizes.get(owner, self._bytes(self.gram_shapes[owner]))
+            sizes[owner] += self._bytes(self.fisher_shapes[name]) if self.fisher else 0
         found: list[list[str]] = []
         room = 0
         for owner, size in sizes.items():
@@ -182,6 +192,20 @@ class Collector:
             self.data += sum(hashes)
         return len(hashes)
 
+    def grams_so_far(self) -> Iterator[tuple[str, Tensor]]:
+        """The sums of each Gram that is a matrix over what all processes have seen up to now, one after the other."""
+        for name, sums in self.gram_sums.items():
+            if sums.ndim == 1:
+                continue
+            if self._in_shards:
+                yield name, whole(from_own_rows(sums, self.gram_shapes[name][0]))
+                continue
+            total = sums.clone()
+            for total_FF in _matrices(total):
+                mirror(total_FF)
+            sum_over_processes({name: total})
+            yield name, total
+
     def finish(self, settings: dict[str, Any]) -> RetainStatistics:
         missing = [name for name in self.layers if name not in self.owner]
         if missing:
@@ -214,7 +238,7 @@ class Collector:
                     raise ModelError(
                         f"what {name} computes is not finite (NaN or infinite); weights or rows are broken"
                     )
-                size = sums[name].shape[-1]
+                size = self._shapes(sums)[name][0]
                 sums[name] = from_own_rows(sums[name], size) if self._in_shards else self.storage.keep(sums[name])
         counts = {name: torch.tensor(self.positions[name]) for name in names if name in self.positions}
         sum_over_processes(counts)
@@ -256,7 +280,7 @@ class Collector:
         count = sum(map(len, rows)) if layer.blocks > 1 else len(rows)
         self.positions.setdefault(name, 0)
         self.positions[name] += count if self._counted else 0
-        self._add_products(self.gram_sums, name, rows, layer.gram_shape)
+        self._add_products(self.gram_sums, name, rows)
 
     @staticmethod
     def _unmasked_blocks(blocks: BlockRows, mask: Tensor | None) -> list[Tensor]:
@@ -289,9 +313,7 @@ class Collector:
     def _watch_output(self, name: str, output: Tensor) -> Tensor:
         if not output.requires_grad:  # the first layer: everything before it is frozen
             output = output.detach().requires_grad_()
-        self._sums_of(
-            self.fisher_sums, name, self.sizes[name].fisher_shape, output.device
-        )  # zero where no gradient comes
+        self._sums_of(self.fisher_sums, name, output.device)  # zero where no gradient comes
         mask = self._input_masks[name]
         output.register_hook(lambda gradient: self._add_gradient(name, gradient, mask))
         return output
@@ -306,26 +328,35 @@ class Collector:
         rows = self._unmasked(
             gradient if layer.output_rows is None else layer.output_rows(gradient), mask, layer.blocks
         )
-        self._add_products(self.fisher_sums, name, rows, layer.fisher_shape)
+        self._add_products(self.fisher_sums, name, rows)
 
-    def _sums_of(self, sums: dict[str, Tensor], name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    def _shapes(self, sums: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        return self.gram_shapes if sums is self.gram_sums else self.fisher_shapes
+
+    def _sums_of(self, sums: dict[str, Tensor], name: str, device: torch.device) -> Tensor:
+        shape = self._shapes(sums)[name]
         if name not in sums:
             rows = len(range(shape[0])[own_rows(shape[0])]) if self._in_shards else shape[0]
             sums[name] = torch.zeros(rows, *shape[1:], dtype=torch.float64, device=device)
         return sums[name]
 
-    def _add_products(
-        self, sums: dict[str, Tensor], name: str, rows: Tensor | Sequence[Tensor], shape: tuple[int, ...]
-    ) -> None:
-        """Add `rows^T rows` of rows `[N, F]`, or those of each block; of indices `[N, 1]` to a diagonal their counts.
+    def _add_shards(self, own_sums: Tensor, rows_NF: Tensor, shape: tuple[int, ...]) -> None:
+        """Add this process's rows of the products or of the sketch, from the rows of all processes."""
+        rows_NF = rows_NF if self._counted else rows_NF[:0]
+        own, all_NF = own_rows(shape[0]), gather_rows(rows_NF).double()
+        if is_sketch(shape):
+            add_sketch(own_sums, all_NF, own)
+        else:
+            own_sums.addmm_(all_NF[:, own].t(), all_NF)
 
-        Of sums in shards this process's rows are added, from the rows of all processes.
-        """
-        own_sums = self._sums_of(sums, name, shape, rows.device if isinstance(rows, Tensor) else rows[0].device)
+    def _add_products(self, sums: dict[str, Tensor], name: str, rows: Tensor | Sequence[Tensor]) -> None:
+        """Add `rows^T rows` of rows `[N, F]`, or those of each block, or sketches of them; of indices `[N, 1]` to a
+        diagonal their counts."""
+        shape = self._shapes(sums)[name]
+        own_sums = self._sums_of(sums, name, rows.device if isinstance(rows, Tensor) else rows[0].device)
         if self._in_shards:
             assert isinstance(rows, Tensor)
-            rows_NF = gather_rows(rows if self._counted else rows[:0]).double()
-            own_sums.addmm_(rows_NF[:, own_rows(shape[0])].t(), rows_NF)
+            self._add_shards(own_sums, rows, shape)
         elif not self._counted:
             return
         elif len(shape) == 1:
@@ -333,8 +364,11 @@ class Collector:
             own_sums += torch.bincount(rows.flatten(), minlength=len(own_sums))
         else:
             blocks: Any = rows if len(shape) == 3 else [rows]
-            for total_FF, block_NF in zip(_matrices(own_sums), blocks, strict=True):
-                add_products(total_FF, block_NF.double())
+            for total, block_NF in zip(own_sums if len(shape) == 3 else [own_sums], blocks, strict=True):
+                if is_sketch(shape):
+                    add_sketch(total, block_NF.double())
+                else:
+                    add_products(total, block_NF.double())
 
     def _backward(self, logits: Tensor, inputs: Mapping[str, Tensor], hashes: list[int]) -> None:
         """Backward pass of the summed negative log-likelihood of labels drawn from the model's prediction."""
@@ -351,7 +385,9 @@ class Collector:
 
 
 def _matrices(sums: Tensor) -> Sequence[Tensor]:
-    """The matrices of sums: one, one for each block, or none of a diagonal."""
+    """The exact matrices of sums: one, one for each block, or none of a diagonal or a sketch."""
+    if is_sketch(sums.shape):
+        return []
     return list(sums) if sums.ndim == 3 else [sums] * (sums.ndim == 2)
 
 
@@ -376,7 +412,10 @@ def _fisher_labels(logits: Tensor, inputs: Mapping[str, Tensor], mask_BT: Tensor
     return labels if mask_BT is None else labels.masked_fill(~mask_BT, IGNORED)
 
 
-def _check_fisher_sizes(outputs: Mapping[str, int]) -> None:
-    for name, size in outputs.items():
-        if size > MAX_FISHER_SIZE:
-            raise ModelError(f"{name} has {size} outputs, its Fisher {size} x {size} entries; leave it out of `layers`")
+def _check_fisher_sizes(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in shapes.items():
+        if shape[-1] > MAX_FISHER_SIZE:
+            raise ModelError(
+                f"{name} has {shape[-1]} outputs, its Fisher {shape[-1]} x {shape[-1]} entries; leave it out of "
+                "`layers`, or lower sketch_above"
+            )

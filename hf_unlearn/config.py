@@ -13,6 +13,7 @@ from hf_unlearn.constraints import CONSTRAINTS, ConstraintLike, build_constraint
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.losses import LOSSES, UnlearningLoss, build_loss
 from hf_unlearn.presets import preset
+from hf_unlearn.sketch import SKETCH_ABOVE, SKETCH_RANK, Sketching
 from hf_unlearn.storage import PLACES, Storage
 
 REFUSED_OPTIMIZERS = {
@@ -97,6 +98,10 @@ class UnlearningConfig(TrainingArguments):
     max_memory: str | None = setting(
         None, 'Collect in several passes, each with unfinished statistics of at most this size, such as "4GB".'
     )
+    sketch_above: int = setting(
+        SKETCH_ABOVE, "Keep a low-rank sketch instead of the exact statistics of more features than this."
+    )
+    sketch_rank: int = setting(SKETCH_RANK, "Rank of the sketches; what they miss is warned of where it matters.")
     overwrite_output_dir: bool = setting(False, "Replace what is in the output folder.")
 
     base_model: str | None = setting(
@@ -135,6 +140,7 @@ class UnlearningConfig(TrainingArguments):
         self.build_loss()
         self.build_constraint()
         Storage(self.keep_statistics_on)
+        Sketching(self.sketch_above, self.sketch_rank)
         _mapping("utility_floor", self.utility_floor)
         if self.utility_floor and not (self.load_best_model_at_end and self.metric_for_best_model):
             raise SettingsError(

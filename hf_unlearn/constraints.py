@@ -22,6 +22,8 @@ from hf_unlearn.statistics import RetainStatistics
 from hf_unlearn.storage import Storage, fetch
 
 NEGATIVE_ENERGY_WARNING = 1e-6
+HELD_ENERGY_WARNING = 0.9
+"""Share of the trace that a sketch must hold under a soft constraint."""
 
 
 class Factor(Protocol):
@@ -87,6 +89,26 @@ class Shrink:
 
     def kept_in(self, storage: Storage) -> Factor:
         return Shrink(storage.keep(self.matrix_II))
+
+
+@dataclass(frozen=True, eq=False)
+class ShrinkThin:
+    """`outside I + U diag(scale - outside) U^T` with a thin U: `4 O I K` multiply-adds, and no `I x I` matrix."""
+
+    basis_IK: Tensor
+    scale_K: Tensor
+    outside: float
+
+    def __call__(self, step_OI: Tensor) -> Tensor:
+        basis_IK = fetch(self.basis_IK, step_OI.device).to(step_OI)
+        scale_K = self.scale_K.to(step_OI) - self.outside
+        return self.outside * step_OI + ((step_OI @ basis_IK) * scale_K) @ basis_IK.T
+
+    def root(self) -> Factor:
+        return ShrinkThin(self.basis_IK, self.scale_K.sqrt(), self.outside**0.5)
+
+    def kept_in(self, storage: Storage) -> Factor:
+        return ShrinkThin(storage.keep(self.basis_IK), self.scale_K, self.outside)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,12 +184,16 @@ class EnergyConstraint:
         return _by_block(gram, self._projection)
 
     def _projection(self, gram: Eigen) -> Factor:
-        """The thinner of the two forms of the projection; of a diagonal Gram the columns that are kept."""
-        rank = rank_for_energy(gram.values_I, self.energy, self.spectrum, self.min_rank_share)
+        """The thinner of the two forms of the projection; of a diagonal Gram the columns that are kept.
+
+        Of a sketch the energy is counted against the whole trace. What it has missed is spread evenly, the most that
+        singular values can sum to: the rank is rather too large than too small, unless the sketch has no more.
+        """
+        rank = gram.rank(self.energy, self.spectrum, self.min_rank_share)
         if gram.diagonal:
             kept_I = torch.ones_like(gram.values_I, dtype=torch.float32)
             return Scale(kept_I.index_fill(0, gram.vectors_II[:rank], 0.0))
-        if 2 * rank <= gram.values_I.numel():
+        if gram.missed is not None or 2 * rank <= gram.values_I.numel():
             return Remove(gram.vectors_II[:, :rank].float().contiguous())
         return Keep(gram.vectors_II[:, rank:].float().contiguous())
 
@@ -302,6 +328,7 @@ def bind_constraints(
     statistics.decompose(two_sided, fisher=True, device=device)
     rights: dict[tuple[str, Constraint], Factor] = {}
     grams: dict[str, float] = {}
+    short: dict[str, str] = {}
     bound = {}
     for name, kind in chosen.items():
         if kind is None:
@@ -310,21 +337,33 @@ def bind_constraints(
         if (key, kind) not in rights:
             parts = statistics.gram_eigen(name)
             grams[key] = parts.negative_share
+            short |= _shortfall(key, parts, kind)
             rights[key, kind] = kind.right(parts.to(device)).kept_in(statistics.storage)
         left = None
         if kind.needs_fisher:
             parts = statistics.fisher_eigen(name)
             grams[f"{name} (Fisher)"] = parts.negative_share
+            short |= _shortfall(f"{name} (Fisher)", parts, kind)
             left = kind.left(parts.to(device)).kept_in(statistics.storage)
         bound[name] = BoundConstraint(rights[key, kind], left, kind.anchored)
     _warn_negative(grams)
+    _warn_short(short)
     return bound
 
 
 def _shrink(parts: Eigen, strength: float) -> Factor:
-    """`(I + A / (strength * mean_eig(A)))^-1` from the eigen-decomposition of A; the identity where A is zero."""
-    mean = parts.values_I.mean()
-    scaled_I = parts.values_I / (strength * mean) if mean > 0 else torch.zeros_like(parts.values_I)
+    """`(I + A / (strength * mean_eig(A)))^-1` from the eigen-decomposition of A; the identity where A is zero.
+
+    Directions outside of a sketch's vectors are shrunk by what has been missed in the mean. To let them pass instead
+    would make them the bulk of every step: with 5% of the trace there and strength 0.003, the true factor is of the
+    order of 0.003 / 0.05 and not 1. The mean of their true factors is at least this one (`1 / (1 + x)` is convex).
+    """
+    mean = parts.spectrum_I.mean()
+    scale = strength * mean if mean > 0 else torch.inf
+    scaled_I = parts.values_I / scale
+    if parts.missed is not None:
+        outside = 1 / (1 + parts.missed / scale)
+        return ShrinkThin(parts.vectors_II.float(), (1 / (1 + scaled_I)).float(), outside.item())
     if parts.diagonal:
         return Scale(scaled_I.scatter(0, parts.vectors_II, 1 / (1 + scaled_I)).float())
     vectors_II = parts.vectors_II.double()
@@ -338,6 +377,29 @@ def _warn_negative(shares: Mapping[str, float]) -> None:
         warnings.warn(
             f"{shares[worst]:.2%} of the energy of {worst} is negative after the subtraction (clamped to zero): were "
             "the subtracted rows part of the data, and collected on the same weights?",
+            stacklevel=3,
+        )
+
+
+def _shortfall(name: str, gram: Eigen, kind: Constraint) -> dict[str, str]:
+    """By name what is wrong with a sketch under a constraint: nothing, or in words how much it holds."""
+    held = min((1 - block.missed_share for block in gram.blocks()), default=1.0)
+    if isinstance(kind, EnergyConstraint):
+        asked = (kind.energy, kind.spectrum, kind.min_rank_share)
+        reached = all(rank_for_energy(block.spectrum_I, *asked) <= len(block.values_I) for block in gram.blocks())
+        asked_for = f"energy {kind.energy} ({kind.spectrum}) may need more directions than it has: all are protected"
+    else:
+        reached = gram.missed is None or held >= HELD_ENERGY_WARNING
+        asked_for = "what it has missed is shrunk evenly"
+    return {} if reached else {name: f"holds {held:.1%} of its trace; {asked_for}"}
+
+
+def _warn_short(short: Mapping[str, str]) -> None:
+    for name, reason in list(short.items())[:1]:
+        more = f" (and {len(short) - 1} more)" if len(short) > 1 else ""
+        warnings.warn(
+            f"the sketch of {name}{more} {reason}; collect with a larger sketch_rank, or with a sketch_above that "
+            "leaves it exact",
             stacklevel=3,
         )
 

@@ -13,8 +13,8 @@ from transformers.modelcard import TASK_MAPPING
 from hf_unlearn.adapters import without_wrapper
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.constraints import EnergyConstraint, constraint_for
-from hf_unlearn.linalg import rank_for_energy
 from hf_unlearn.report import UnlearningReport
+from hf_unlearn.sketch import is_sketch
 from hf_unlearn.statistics import RetainStatistics
 
 _REPORTED = frozenset(
@@ -41,6 +41,7 @@ def describe(report: UnlearningReport, trainer: Any, *, retain_rows: int = 0, me
         "constraint": args.constraint,
         "constraint_settings": _constraint_settings(args),
         "retained": _retained(args, statistics),
+        "sketched": _sketched(statistics),
         "statistics": statistics and {"rows": statistics.rows, "weights": statistics.weights, "data": statistics.data},
         "coverage": {
             "protected": len(trainer.coverage.protected),
@@ -79,13 +80,23 @@ def _retained(args: UnlearningConfig, statistics: RetainStatistics | None) -> di
     for layer in statistics.layers if statistics is not None else ():
         kind = constraint_for(layer, built)
         if isinstance(kind, EnergyConstraint) and statistics is not None:
-            values_I = statistics.gram_eigen(layer).values_I
-            rank = rank_for_energy(values_I, kind.energy, kind.spectrum, kind.min_rank_share)
-            energies.append((values_I[:rank].sum() / values_I.sum()).item() if rank else 0.0)
-            ranks.append(rank / len(values_I))
+            for gram in statistics.gram_eigen(layer).blocks():
+                values_I, rank = gram.spectrum_I, gram.rank(kind.energy, kind.spectrum, kind.min_rank_share)
+                energies.append((values_I[:rank].sum() / values_I.sum()).item() if rank else 0.0)
+                ranks.append(rank / len(values_I))
     if not ranks:
         return None
     return {"energy": sum(energies) / len(ranks), "rank": sum(ranks) / len(ranks), "layers": len(ranks)}
+
+
+def _sketched(statistics: RetainStatistics | None) -> dict[str, float] | None:
+    """How many Grams are sketches, and the largest share of the energy of one that its sketch has missed."""
+    sums = statistics.gram_sums if statistics is not None else {}
+    names = [name for name, tensor in sums.items() if is_sketch(tensor.shape)]
+    if statistics is None or not names:
+        return None
+    missed = [block.missed_share for name in names for block in statistics.gram_eigen(name).blocks()]
+    return {"grams": len(names), "missed": max(missed)}
 
 
 def _adapter(model: nn.Module, merged: bool) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import torch
 
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.linalg import products_share
+from hf_unlearn.sketch import EXACT, Sketching
 from hf_unlearn.tracing import Trace
 
 OPTIMIZERS: Mapping[str, tuple[float, float]] = {
@@ -87,9 +88,15 @@ def fisher_sizes(trace: Trace) -> list[int]:
     return [layer.outputs for layer in trace.layers.values()]
 
 
+def entries(n: int, sketching: Sketching) -> int:
+    """Numbers in the sums of n features: `n^2`, or `n (R + 1)` of a sketch. Its decomposition has as many."""
+    return n * sketching.columns(n)
+
+
 def sums_bytes(trace: Trace, fisher: bool) -> int:
-    """Float64 sums: `8 I^2` for each Gram, `8 O^2` for each Fisher."""
-    return sum(8 * n * n for n in gram_sizes(trace) + (fisher_sizes(trace) if fisher else []))
+    """Float64 sums: `8 I^2` for each Gram, `8 O^2` for each Fisher, less for sketches."""
+    sizes = gram_sizes(trace) + (fisher_sizes(trace) if fisher else [])
+    return sum(8 * entries(n, trace.sketching) for n in sizes)
 
 
 def decomposed(trace: Trace, constraint: str) -> list[list[int]]:
@@ -98,10 +105,16 @@ def decomposed(trace: Trace, constraint: str) -> list[list[int]]:
 
 
 def factor_bytes(trace: Trace, constraint: str) -> int:
-    """Float32 matrices: `energy` at most `4 I * I / 2` (the thinner of basis and complement), the others `4 I^2`."""
-    grams = sum(n * n for n in gram_sizes(trace))
-    fishers = sum(n * n for n in fisher_sizes(trace))
-    return {"none": 0, "energy": 2 * grams, "ridge": 4 * grams, "kronecker": 4 * (grams + fishers)}[constraint]
+    """Float32 matrices: `energy` at most `4 I * I / 2` (the thinner of basis and complement), the others `4 I^2`; of a
+    sketch `4 I R` at most."""
+    basis = sum(_basis_bytes(n, trace.sketching) for n in gram_sizes(trace))
+    grams = sum(entries(n, trace.sketching) for n in gram_sizes(trace))
+    fishers = sum(entries(n, trace.sketching) for n in fisher_sizes(trace))
+    return {"none": 0, "energy": basis, "ridge": 4 * grams, "kronecker": 4 * (grams + fishers)}[constraint]
+
+
+def _basis_bytes(n: int, sketching: Sketching) -> int:
+    return 2 * n * n if sketching.columns(n) == n else 4 * entries(n, sketching)
 
 
 def trained_bytes(trace: Trace) -> int:
@@ -126,26 +139,29 @@ def optimizer_bytes(trace: Trace, optim: str) -> int:
     return int(sum(prod(shape) for shape in trace.trained) * (fixed + copies * trace.width))
 
 
-def decomposition_peak(groups: Sequence[Sequence[int]], processes: int = 1, kept: float = 1.0) -> int:
+def decomposition_peak(
+    groups: Sequence[Sequence[int]], processes: int = 1, kept: float = 1.0, sketching: Sketching = EXACT
+) -> int:
     """Largest bytes beside the sums while `RetainStatistics.decompose` runs on one of P processes.
 
     A process first has all its own matrices (float64), then replaces one after the other by its vectors (float32);
-    LAPACK's `dsyevd` takes the matrix, its copy and twice its size, four matrices in all.
+    LAPACK's `dsyevd` takes the matrix, its copy and twice its size, four matrices in all; the SVD of a sketch as many.
 
     Args:
         kept: Share of the finished vectors that stays on the device.
     """
     held, peak = 0.0, 0.0
     for sizes in groups:
-        waiting = sorted(sizes, reverse=True)[::processes] if processes > 1 else list(sizes)
+        all_numbers = [entries(n, sketching) for n in sizes]
+        waiting = sorted(all_numbers, reverse=True)[::processes] if processes > 1 else all_numbers
         found = 0.0
-        left = float(sum(8 * n * n for n in waiting))
-        for n in waiting:
-            left -= 8 * n * n
-            peak = max(peak, held + left + found + 32 * n * n)
-            found += 4 * n * n
-        held += kept * sum(4 * n * n for n in sizes)
-        peak = max(peak, held + (4 * max(sizes) ** 2 if processes > 1 else 0))
+        left = float(sum(8 * numbers for numbers in waiting))
+        for numbers in waiting:
+            left -= 8 * numbers
+            peak = max(peak, held + left + found + 32 * numbers)
+            found += 4 * numbers
+        held += kept * sum(4 * numbers for numbers in all_numbers)
+        peak = max(peak, held + (4 * max(all_numbers) if processes > 1 else 0))
     return int(peak)
 
 
@@ -159,26 +175,26 @@ def memory(trace: Trace, settings: Settings) -> Memory:
     kept = {"device": 1.0, "shards": 1 / P, "cpu": 0.0, "disk": 0.0}[place]
     sums, once = sums_bytes(trace, fisher), trained_bytes(trace)
     statistics = int(kept * sums * settings.sets)
-    vectors = int(kept * sum(4 * n * n for sizes in groups for n in sizes))
+    vectors = int(kept * sum(4 * entries(n, trace.sketching) for sizes in groups for n in sizes))
     factors = int(kept * factor_bytes(trace, settings.constraint))
-    widest = max((n for sizes in groups for n in sizes), default=0)
+    largest = max((entries(n, trace.sketching) for sizes in groups for n in sizes), default=0)
     gathered = trace.unsharded if shards > 1 else 0
     loaded = trace.weights // before + (gathered if before > 1 else 0)
     anchors, weights = once // shards, trace.weights // shards + gathered
     state = optimizer_bytes(trace, settings.optim) // shards
     copies = once // shards * (1 + settings.stops)
     matrix = max((layer.outputs * layer.inputs for layer in trace.layers.values()), default=0)
-    fetched = 4 * widest**2 if place != "device" else 0
+    fetched = 4 * largest if place != "device" else 0
     held = weights + copies + statistics + vectors + factors
     gradients = once // shards
     buckets = once if P > 1 and settings.sharding == "none" else 0
     step = gradients + (2 * once // shards if settings.relative_step else 0) + 4 * 4 * matrix // shards + fetched
     passes = trace.training if shards == 1 else trace.activations + gradients
-    binding = (0 if settings.constraint in ("none", "energy") else 24 * widest**2) + fetched
+    binding = (0 if settings.constraint in ("none", "energy") else 24 * largest) + fetched
     phases = {
         "load": loaded,
         "collect": loaded + _collecting(trace, settings, sums, kept),
-        "decompose": loaded + statistics + decomposition_peak(groups, P, kept),
+        "decompose": loaded + statistics + decomposition_peak(groups, P, kept, trace.sketching),
         "bind": loaded + statistics + vectors + factors + max(binding, once // before),
         "train": held + state + buckets + max(passes, step),
     }  # fmt: skip
@@ -197,9 +213,10 @@ def _collecting(trace: Trace, settings: Settings, sums: int, kept: float) -> int
     """
     P = settings.processes
     fisher = settings.fisher or settings.constraint == "kronecker"
-    widest = max(gram_sizes(trace) + (fisher_sizes(trace) if fisher else []))
+    sizes = gram_sizes(trace) + (fisher_sizes(trace) if fisher else [])
+    largest = max(entries(n, trace.sketching) for n in sizes)
     shards = P if settings.place == "shards" else 1
-    passing = max(trace.collecting, 10 * widest**2 // shards)
+    passing = max(trace.collecting, 10 * largest // shards)
     others = int(kept * sums * (settings.sets > 1))  # those of the full set, while the forget set's are collected
     if settings.place == "shards" and P > 1:
         rows = max(16 * P * trace.positions[key] * n for key, n in trace.grams.items())
@@ -241,9 +258,11 @@ class Phase:
 
 def product_flops(trace: Trace, fisher: bool, place: str) -> float:
     """Float64 operations of the sums of one batch: `2 N I^2` for each Gram, `2 N O^2` for each Fisher, less what lies
-    below the diagonal of wide ones that are not in shards."""
+    below the diagonal of wide ones that are not in shards; `2 N I R` for a sketch."""
 
     def one(rows: int, n: int) -> float:
+        if trace.sketching.columns(n) < n:
+            return 2.0 * rows * entries(n, trace.sketching)
         return 2.0 * rows * n * n * (1.0 if place == "shards" else products_share(n))
 
     grams = sum(one(trace.positions[key], n) for key, n in trace.grams.items())
@@ -251,22 +270,32 @@ def product_flops(trace: Trace, fisher: bool, place: str) -> float:
     return grams + fishers * fisher
 
 
-def decompose_cost(sizes: Sequence[int]) -> tuple[float, float]:
+def decompose_cost(sizes: Sequence[int], sketching: Sketching = EXACT) -> tuple[float, float]:
     """Float64 operations and bytes of `eigh`: `9 n^3`, and `8/3 n^3` bytes read while it becomes tridiagonal.
 
     Householder reduction 4/3 n^3 (half of it matrix times vector, which reads what is left of the matrix each time),
-    divide and conquer up to 8/3 n^3 twice, transformation back 2 n^3: Golub and Van Loan, section 8.3 and 8.5.
+    divide and conquer up to 8/3 n^3 twice, transformation back 2 n^3: Golub and Van Loan, section 8.3 and 8.5. Of a
+    sketch the core's `eigh`, and an SVD of `n x R`: `8 n R^2` for the products and the QR, `22 R^3` (section 8.6).
     """
-    return sum(9.0 * n**3 for n in sizes), sum(8 / 3 * n**3 for n in sizes)
+    exact = [n for n in sizes if sketching.columns(n) == n]
+    thin, rank = [n for n in sizes if sketching.columns(n) < n], sketching.rank
+    operations = sum(9.0 * n**3 for n in exact) + sum(8.0 * n * rank**2 + 31.0 * rank**3 for n in thin)
+    return operations, sum(8 / 3 * n**3 for n in exact) + len(thin) * 8 * rank**3
 
 
 def constraint_flops(trace: Trace, constraint: str) -> float:
-    """Operations of one step's constraint: twice `2 O I^2` at most for `energy` (gradient and move), else once."""
+    """Operations of one step's constraint: twice `2 O I^2` at most for `energy` (gradient and move), else once; with a
+    sketch `4 O I R` in place of `2 O I^2`."""
     total = 0.0
     for layer in trace.layers.values():
-        right, left = 2.0 * layer.outputs * layer.inputs**2, 2.0 * layer.inputs * layer.outputs**2
+        right = layer.outputs * _applied(layer.inputs, trace.sketching)
+        left = layer.inputs * _applied(layer.outputs, trace.sketching)
         total += {"none": 0, "energy": 2 * right, "ridge": right, "kronecker": right + left}[constraint]
     return total
+
+
+def _applied(n: int, sketching: Sketching) -> float:
+    return (2.0 if sketching.columns(n) == n else 4.0) * entries(n, sketching)
 
 
 def times(trace: Trace, settings: Settings, work: Work) -> dict[str, Phase]:
@@ -279,7 +308,7 @@ def times(trace: Trace, settings: Settings, work: Work) -> dict[str, Phase]:
     forward, products = batches * passes * trace.collected, batches * product_flops(trace, fisher, settings.place)
     collect = Phase(forward + products, (forward / rate + products / rate64) / P)
     sizes = [n for group in decomposed(trace, settings.constraint) for n in group]
-    operations, read = decompose_cost(sizes)
+    operations, read = decompose_cost(sizes, trace.sketching)
     decompose = Phase(operations, (operations / rate64 + read / (work.bandwidth * 1e9)) / min(P, max(len(sizes), 1)))
     constraint = constraint_flops(trace, settings.constraint)
     sharded = settings.sharding == "fsdp2"
@@ -318,8 +347,9 @@ def communication(trace: Trace, settings: Settings) -> dict[str, float]:
     if settings.place == "shards":
         uses = 3 if settings.constraint == "energy" else 1
         for layer in trained:
-            own = {"none": 0, "energy": 2 * layer.inputs**2}.get(settings.constraint, 4 * layer.inputs**2)
-            own += 4 * layer.outputs**2 if settings.constraint == "kronecker" else 0
+            basis, dense = _basis_bytes(layer.inputs, trace.sketching), 4 * entries(layer.inputs, trace.sketching)
+            own = {"none": 0, "energy": basis}.get(settings.constraint, dense)
+            own += 4 * entries(layer.outputs, trace.sketching) if settings.constraint == "kronecker" else 0
             found["matrices"] += share * uses * own
     return found if P > 1 else dict.fromkeys(found, 0.0)
 
@@ -346,7 +376,8 @@ def fitting(trace: Trace, settings: Settings, processes: int, room: int) -> tupl
     """
     room = int(SHARE * room)
     fisher = settings.fisher or settings.constraint == "kronecker"
-    widest = max((8 * n * n for n in gram_sizes(trace) + (fisher_sizes(trace) if fisher else [])), default=0)
+    sizes = gram_sizes(trace) + (fisher_sizes(trace) if fisher else [])
+    widest = max((8 * entries(n, trace.sketching) for n in sizes), default=0)
     for own in candidates(settings, processes):
         found = memory(trace, own)
         if found.peak > room and own.place == "cpu":  # unfinished sums are what can still be made smaller

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.sharding import whole
+from hf_unlearn.sketch import is_sketch, reconstruct
 
 Spectrum = Literal["eigenvalues", "singular_values"]
 
@@ -24,27 +25,54 @@ class Eigen:
 
     Of a stack of Grams `[G, I, I]` (the blocks of a layer) values and vectors are stacked too; of a diagonal one, kept
     as a vector `[I]`, `vectors_II` is `[I]`: the index of the unit vector that belongs to each value.
+
+    Of a sketch it is thin: `[R]` values, `[I, R]` vectors, and `missed`, the share in each direction of what the sketch
+    has missed (`sketch.reconstruct`), which is in the values and is the eigenvalue of all directions outside of the
+    vectors. No `I x I` matrix is ever made of a thin one.
     """
 
     values_I: Tensor
     vectors_II: Tensor
     negative_share: float
+    missed: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Eigen":
         """All of it on `device` (a collective call where it is kept in shards)."""
-        return Eigen(self.values_I.to(device), whole(self.vectors_II).to(device), self.negative_share)
+        missed = None if self.missed is None else self.missed.to(device)
+        return replace(self, values_I=self.values_I.to(device), vectors_II=whole(self.vectors_II).to(device),
+                       missed=missed)  # fmt: skip
 
     @property
-    def root_II(self) -> Tensor:
-        """`gram_II = root_II @ root_II.T`.
+    def spectrum_I(self) -> Tensor:
+        """All I eigenvalues, those outside of the vectors of a sketch last."""
+        if self.missed is None:
+            return self.values_I
+        others = self.vectors_II.shape[-2] - self.values_I.shape[-1]
+        return torch.cat([self.values_I, self.missed.unsqueeze(-1).expand(*self.missed.shape, others)], -1)
+
+    @property
+    def missed_share(self) -> float:
+        """Share of the trace that a sketch has missed: bounds its error in any norm, relative to the trace."""
+        if self.missed is None:
+            return 0.0
+        total = self.spectrum_I.sum().item()
+        return self.missed.sum().item() * self.vectors_II.shape[-2] / total if total > 0 else 0.0
+
+    def times_root(self, matrix_OI: Tensor) -> Tensor:
+        """`matrix_OI @ root_II` in float32, with `gram_II = root_II @ root_II.T`.
 
         `|D @ root_II|^2 = tr(D gram_II D^T)` without the cancellation of the right-hand side: a constrained move lies
         where the Gram is small, and there the product with the root is exact to rounding even in float32.
         """
+        matrix_OI, roots_I = matrix_OI.float(), self.values_I.sqrt().float()
         if self.diagonal:
-            root_I = torch.zeros_like(self.values_I, dtype=torch.float32)
-            return root_I.scatter(0, self.vectors_II, self.values_I.sqrt().float())
-        return self.vectors_II * self.values_I.sqrt().to(self.vectors_II).unsqueeze(-2)
+            return matrix_OI * torch.zeros_like(roots_I).scatter(0, self.vectors_II, roots_I)
+        vectors_II = self.vectors_II.float()
+        if self.missed is None:
+            return matrix_OI @ (vectors_II * roots_I.unsqueeze(-2))
+        outside = self.missed.sqrt().float()[..., None, None]
+        inside_OK = (matrix_OI @ vectors_II) * (roots_I.unsqueeze(-2) - outside)
+        return outside * matrix_OI + inside_OK @ vectors_II.mT
 
     @property
     def diagonal(self) -> bool:
@@ -55,7 +83,13 @@ class Eigen:
         """The decomposition of each Gram of a stack, one of a single Gram."""
         if self.values_I.ndim == 1:
             return [self]
-        return [replace(self, values_I=v, vectors_II=u) for v, u in zip(self.values_I, self.vectors_II, strict=True)]
+        missed = [None] * len(self.values_I) if self.missed is None else self.missed
+        parts = zip(self.values_I, self.vectors_II, missed, strict=True)
+        return [replace(self, values_I=v, vectors_II=u, missed=m) for v, u, m in parts]
+
+    def rank(self, energy: float, spectrum: Spectrum = "eigenvalues", min_rank_share: float = 0.0) -> int:
+        """`rank_for_energy`, but of a thin one no more than it has vectors."""
+        return min(rank_for_energy(self.spectrum_I, energy, spectrum, min_rank_share), self.values_I.shape[-1])
 
     def rounded(self) -> "Eigen":
         """The same with vectors in float32."""
@@ -90,8 +124,14 @@ def _bands(size: int) -> list[slice]:
 def eigen(gram_II: Tensor) -> Eigen:
     """Decompose a symmetric matrix in float64 (float32 spectra turn negative on the steep Grams of real networks).
 
-    Also a stack of them `[G, I, I]`, and a diagonal one as a vector `[I]`.
+    Also a stack of them `[G, I, I]`, a diagonal one as a vector `[I]`, and a sketch `[I, R + 1]` or a stack of those.
     """
+    if is_sketch(gram_II.shape):
+        blocks = [reconstruct(block) for block in (gram_II if gram_II.ndim == 3 else [gram_II])]
+        values_R, vectors_IR, missed, negative = (torch.stack(part) for part in zip(*blocks, strict=True))
+        if gram_II.ndim == 2:
+            values_R, vectors_IR, missed = values_R[0], vectors_IR[0], missed[0]
+        return Eigen(values_R, vectors_IR, negative.max().item(), missed)
     if gram_II.ndim == 1:
         values_I, vectors_II = gram_II.double().sort(descending=True, stable=True)
     else:
@@ -149,4 +189,4 @@ def leading_basis(
 ) -> Tensor:
     """Orthonormal `basis_IK` of the core gradient space of `gram_II`; see `rank_for_energy` for the rule."""
     parts = eigen(gram_II)
-    return parts.vectors_II[:, : rank_for_energy(parts.values_I, energy, spectrum, min_rank_share)]
+    return parts.vectors_II[:, : parts.rank(energy, spectrum, min_rank_share)]

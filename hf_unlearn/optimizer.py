@@ -25,7 +25,6 @@ from hf_unlearn.placements import (
     settle,
     show_written,
     sum_over_shards,
-    times,
     turned,
 )
 from hf_unlearn.statistics import RetainStatistics
@@ -171,13 +170,12 @@ class StepConstrainer:
         divergence: list[Tensor] = []
         groups: list[Any] = []
         for one in moved:
-            root_II = self._root(statistics.gram_eigen(one.owner))
-            seen_OI = one.move_times(root_II)
+            seen_OI = one.move_times_root(self._here(statistics.gram_eigen(one.owner)))
             seen.append(local_squares([seen_OI])[0])
             groups.append(group_of(seen_OI))
             if fisher:
-                root_OO = self._root(statistics.fisher_eigen(one.owner))
-                share = local_squares([apply_right(times(root_OO), turned(seen_OI))])[0]
+                fisher_parts = self._here(statistics.fisher_eigen(one.owner))
+                share = local_squares([apply_right(fisher_parts.times_root, turned(seen_OI))])[0]
                 divergence.append(0.5 * statistics.positions_per_label(one.owner) * share)
         sums = sum_over_shards(torch.stack(seen + divergence), groups * (2 if fisher else 1)).tolist()
         outputs = self._outputs(moved)
@@ -197,8 +195,8 @@ class StepConstrainer:
             assert self.statistics is not None
             squares, groups = [], []
             for one in moved:
-                root_II = self._root(self.statistics.gram_eigen(one.owner))
-                output_OI = apply_right(times(root_II), one.original_OI)
+                gram = self._here(self.statistics.gram_eigen(one.owner))
+                output_OI = apply_right(gram.times_root, one.original_OI)
                 squares.append(local_squares([output_OI])[0])
                 groups.append(group_of(output_OI))
             sums = sum_over_shards(torch.stack(squares), groups).tolist()
@@ -207,8 +205,8 @@ class StepConstrainer:
             }
         return self._original_outputs
 
-    def _root(self, parts: Eigen) -> Tensor:
-        return parts.to(self.parts[0].place.read().device).root_II
+    def _here(self, parts: Eigen) -> Eigen:
+        return parts.to(self.parts[0].place.read().device)
 
     @contextmanager
     def original(self) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """The trained parameters of a constrained run: plain weights and LoRA adapters, whole or sharded.
 
-Shapes: step_OI of one layer; root_II with `gram_II = root_II @ root_II.T`; r the rank of an adapter. All that a part
-keeps is its process's share of the values, see `placements`.
+Shapes: step_OI of one layer; r the rank of an adapter. All that a part keeps is its process's share of the values, see
+`placements`.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ from hf_unlearn.adapters import base_name, layer_of, lora_layers
 from hf_unlearn.constraints import BoundConstraint
 from hf_unlearn.errors import ModelError, SettingsError
 from hf_unlearn.layers import Layer, describe_layer, layers_of
-from hf_unlearn.placements import Whole, apply_right, placement_of, times, whole_parameter
+from hf_unlearn.linalg import Eigen
+from hf_unlearn.placements import Whole, apply_right, placement_of, whole_parameter
 from hf_unlearn.sharding import whole
 
 
@@ -85,10 +86,10 @@ class Part:
         """The layer's original weight."""
         return self.matrix(self.anchor)
 
-    def move_times(self, root_II: Tensor) -> Tensor:
-        """The move of the layer's weight so far, times a matrix: `[O, I]`, a DTensor where the weight is one."""
+    def move_times_root(self, gram: Eigen) -> Tensor:
+        """The move of the layer's weight so far times the root of a Gram: `[O, I]`, a DTensor where the weight is."""
         step_OI = self.matrix(self.place.read().float() - self.anchor.float())
-        return apply_right(times(root_II), step_OI)
+        return apply_right(gram.times_root, step_OI)
 
 
 @dataclass
@@ -117,10 +118,10 @@ class Adapter:
         full = dequantize_module_weight(self.base).detach() if quantised else whole_parameter(weight)
         return shape.weight_OI(full)
 
-    def move_times(self, root_II: Tensor) -> Tensor:
-        """The move of the merged weight so far, times a matrix."""
+    def move_times_root(self, gram: Eigen) -> Tensor:
+        """The move of the merged weight so far, times the root of a Gram."""
         a_rI, b_Or = (_full(part, part.place.read()) for part in (self.a, self.b))
-        return self.scaling * (b_Or @ (a_rI @ root_II))
+        return self.scaling * (b_Or @ gram.times_root(a_rI))
 
     def norm(self) -> Tensor:
         """Norm of the base weight; computed once."""

@@ -246,11 +246,6 @@ def apply_right(factor: Callable[[Tensor], Tensor], matrix_OI: Tensor) -> Tensor
     return result.redistribute(placements=home) if rows != home else result
 
 
-def times(matrix: Tensor) -> Callable[[Tensor], Tensor]:
-    """The factor `rows -> rows @ matrix`, in float32; of a diagonal matrix, which is a vector, the product with it."""
-    return lambda rows: rows.float() * matrix if matrix.ndim == 1 else rows.float() @ matrix
-
-
 def turned(matrix: Tensor) -> Tensor:
     """The transpose of a matrix, or of each of a stack."""
     return matrix.T if matrix.ndim == 2 else matrix.mT

@@ -143,11 +143,10 @@ class Request:
         """Statistics of the full set minus those of the forget rows on the current model (PGU, section 3.3)."""
         if self.statistics is None or not self.subtract_forget:
             return self.statistics
-        settings = self.statistics.settings
         forget = collect_statistics(
             self.model, self.forget, collator=self.collator, processing_class=self.processing_class,
-            batch_size=args.per_device_eval_batch_size, fisher=settings["fisher"], layers=settings["layers"],
-            keep_on=args.keep_statistics_on, max_memory=args.max_memory, progress=not args.disable_tqdm,
+            batch_size=args.per_device_eval_batch_size, keep_on=args.keep_statistics_on, max_memory=args.max_memory,
+            progress=not args.disable_tqdm, **self.statistics.same_kind,
         )  # fmt: skip
         self._forgotten = forget
         return self.statistics - forget

@@ -119,19 +119,19 @@ def collect(
     output_dir: str,
     overwrite: bool,
     max_length: int | None = 512,
-    keep_on: str = "device",
-    max_memory: str | None = None,
+    **options: Any,
 ) -> RetainStatistics:
-    """`hf-unlearn collect`: statistics of a split, saved to `output_dir`; rows are cut as `run` cuts them."""
+    """`hf-unlearn collect`: statistics of a split, saved to `output_dir`; rows are cut as `run` cuts them.
+
+    Further options are those of `collect_statistics`.
+    """
     check_output(output_dir, overwrite)
     tokenizer = load_processor(args.model_name_or_path, args.task)
     loaded = load_rows(args.dataset_name, rows, "rows")
     model = load_model(args.model_name_or_path, args.task)
     data = encode_dataset(loaded, tokenizer, what="statistics", max_length=max_length, model=model)
     collator = default_collator(tokenizer)
-    statistics = collect_statistics(
-        model, data, collator=collator, fisher=fisher, max_rows=args.max_rows, keep_on=keep_on, max_memory=max_memory
-    )
+    statistics = collect_statistics(model, data, collator=collator, fisher=fisher, max_rows=args.max_rows, **options)
     statistics.save_pretrained(output_dir, overwrite=overwrite)
     statistics.decompose(statistics.layers)  # for its summary: here, where every process is
     wait_for_all()
@@ -236,8 +236,9 @@ def _full_statistics(
         if config.constraint == "none" and args.constraints is None:
             return None, 0.0
         raise SettingsError("a constraint needs statistics; pass --statistics, or --train to collect them on")
+    kind = f"{fisher} {config.sketch_above} {config.sketch_rank}"
     digest = sha256(
-        weights_fingerprint(model).encode() + b"".join(map(labelled_row_key, train)) + bytes([fisher])
+        weights_fingerprint(model).encode() + b"".join(map(labelled_row_key, train)) + kind.encode()
     ).hexdigest()
     folder = cache / f"statistics-{digest[:20]}"
     if folder.is_dir():
@@ -245,7 +246,8 @@ def _full_statistics(
         return statistics, time.perf_counter() - start
     statistics = collect_statistics(
         model, train, collator=collator, fisher=fisher, batch_size=config.per_device_eval_batch_size,
-        keep_on=config.keep_statistics_on, max_memory=config.max_memory, progress=not config.disable_tqdm,
+        keep_on=config.keep_statistics_on, max_memory=config.max_memory, sketch_above=config.sketch_above,
+        sketch_rank=config.sketch_rank, progress=not config.disable_tqdm,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     statistics.save_pretrained(folder)

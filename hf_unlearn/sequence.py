@@ -30,9 +30,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from torch import nn
 
-from hf_unlearn.constraints import ConstraintLike, EnergyConstraint, bind_constraints
+from hf_unlearn.constraints import ConstraintLike, EnergyConstraint, Factor, bind_constraints
 from hf_unlearn.errors import DataError, LedgerError
 from hf_unlearn.files import sha256_of, write_json
 from hf_unlearn.fingerprint import weights_fingerprint
@@ -40,6 +41,7 @@ from hf_unlearn.formats import Row
 from hf_unlearn.ledger import Commitment, Entry, Ledger
 from hf_unlearn.report import REPORT, UnlearningReport, plain
 from hf_unlearn.sharding import gather
+from hf_unlearn.sketch import is_sketch
 from hf_unlearn.statistics import TENSORS, RetainStatistics
 
 PRIVATE, RECORD, STATISTICS = "_private", "request.json", "statistics"
@@ -357,11 +359,20 @@ def room_left(forget: RetainStatistics, retain: RetainStatistics, constraint: Co
             continue
         place = forget.layers[layer].inputs, id(one.right)
         if place not in shares:
-            gram_II = forget.gram(layer).to(device)
-            gram_II = (gram_II / gram_II.trace().clamp(min=1e-300)).float()
-            shares[place] = max(one.right(one.right(gram_II).T).trace().item(), 0.0)
+            shares[place] = _share_through(one.right, forget, layer, device)
         room[layer] = shares[place]
     return room
+
+
+def _share_through(right: Factor, forget: RetainStatistics, layer: str, device: torch.device) -> float:
+    """`tr(R G R) / tr(G)` of one layer; of a sketch that of the part that it holds."""
+    gram_II = forget.gram(layer).to(device)
+    if is_sketch(gram_II.shape):
+        parts = forget.gram_eigen(layer).to(device)
+        root_KI = (parts.vectors_II * parts.values_I.sqrt()).mT.float()
+        return (right(root_KI).square().sum() / root_KI.square().sum().clamp(min=1e-30)).item()
+    gram_II = (gram_II / gram_II.trace().clamp(min=1e-300)).float()
+    return max(right(right(gram_II).T).trace().item(), 0.0)
 
 
 def negative_share(statistics: RetainStatistics) -> float:

@@ -24,9 +24,12 @@ from hf_unlearn.fingerprint import combine_rows, package_versions, weights_finge
 from hf_unlearn.layers import known_layers, layer_at
 from hf_unlearn.linalg import Eigen, eigen, rank_for_energy
 from hf_unlearn.sharding import communication_device, from_owner, is_main, share_out, wait_for_all, whole, world
+from hf_unlearn.sketch import SKETCH_RANK, exact_shape, is_sketch
 from hf_unlearn.storage import Storage, fetch, shard
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1, which knows no sketches, is still written where there are none
+SAMPLED = "sampled_from"
+"""Setting of statistics that stopped before the last row: of how many rows theirs are a random sample."""
 TENSORS, METADATA = "statistics.safetensors", "statistics.json"
 
 
@@ -48,8 +51,9 @@ class RetainStatistics:
 
     Attributes:
         gram_sums: Float64 `[I, I]` by the name of the first layer that sees the input; `[G, I, I]` of a layer of G
-            blocks, `[I]` where it is diagonal (`layers.Layer`).
-        fisher_sums: Float64 `[O, O]` or `[G, O, O]` by layer; empty where no Fisher pass was made.
+            blocks, `[I]` where it is diagonal (`layers.Layer`). Of one too wide to be kept whole its sketch,
+            `[I, R + 1]` or `[G, I, R + 1]`, which adds and subtracts like the Gram itself (`sketch.Sketching`).
+        fisher_sums: Float64 `[O, O]` or `[G, O, O]` by layer, or sketches; empty where no Fisher pass was made.
         layers: Each protected layer's sizes and the key of its Gram.
         positions: N by Gram key, of all blocks together.
         rows: Number of data rows behind the sums.
@@ -75,12 +79,12 @@ class RetainStatistics:
     _eigen: dict[tuple[str, str], Eigen] = field(default_factory=dict, init=False, repr=False)
 
     def gram(self, layer: str) -> Tensor:
-        """`gram_II = X^T X / N`: uncentred second moment of the inputs of `layer`, float64."""
+        """`gram_II = X^T X / N`: uncentred second moment of the inputs of `layer`, float64; or the sketch of it."""
         key = self.layers[layer].inputs
         return self.gram_sums[key] / max(self.positions[key], 1)
 
     def fisher(self, layer: str) -> Tensor:
-        """`fisher_OO = Y^T Y / N`: second moment of the output gradients of `layer`, float64."""
+        """`fisher_OO = Y^T Y / N`: second moment of the output gradients of `layer`, float64; or the sketch of it."""
         self._require_fisher(layer)
         return self.fisher_sums[layer] / max(self.positions[self.layers[layer].inputs], 1)
 
@@ -128,13 +132,17 @@ class RetainStatistics:
             assert parts is not None
             return parts
         if parts is None:
-            shape = self._sums(*job).shape
-            values_I = torch.empty(shape[: max(1, len(shape) - 1)], dtype=torch.float64, device=communication_device())
-            kind = torch.int64 if len(shape) == 1 else torch.float32
-            parts = Eigen(values_I, values_I.new_empty(shape, dtype=kind), 0.0)
+            parts = _like_eigen(self._sums(*job).shape)
         share = torch.tensor(parts.negative_share, dtype=torch.float64)
-        from_owner([parts.values_I, parts.vectors_II, share], owner)
+        missed = [] if parts.missed is None else [parts.missed]
+        from_owner([parts.values_I, parts.vectors_II, share, *missed], owner)
         return replace(parts, negative_share=share.item())
+
+    @property
+    def same_kind(self) -> dict[str, Any]:
+        """The arguments of `collect_statistics` that make statistics which add to and subtract from these."""
+        settings = {"sketch_above": None, "sketch_rank": SKETCH_RANK} | dict(self.settings)
+        return {name: settings[name] for name in ("fisher", "layers", "sketch_above", "sketch_rank")}
 
     def _sums(self, kind: str, key: str) -> Tensor:
         return (self.gram_sums if kind == "gram" else self.fisher_sums)[key]
@@ -155,6 +163,13 @@ class RetainStatistics:
     def __sub__(self, other: "RetainStatistics") -> "RetainStatistics":
         if other.rows > self.rows:
             raise StatisticsError(f"cannot subtract statistics of {other.rows} rows from those of {self.rows} rows")
+        for one in (self, other):
+            if SAMPLED in one.settings:
+                raise StatisticsError(
+                    f"statistics of a sample ({one.rows} of {one.settings[SAMPLED]} rows, stopped by a tolerance) do "
+                    "not subtract: which rows they have was left to chance; collect them on the retain rows, or "
+                    "without tolerance"
+                )
         return self._combine(other, -1)
 
     def _combine(self, other: "RetainStatistics", sign: int) -> "RetainStatistics":
@@ -169,6 +184,14 @@ class RetainStatistics:
             )
         if bool(self.fisher_sums) != bool(other.fisher_sums):
             raise StatisticsError("only one of the two statistics has a Fisher; collect both with fisher=True")
+        for kind in ("gram", "fisher"):
+            for key in self.gram_sums if kind == "gram" else self.fisher_sums:
+                ours, theirs = self._sums(kind, key).shape, other._sums(kind, key).shape
+                if ours != theirs:
+                    raise StatisticsError(
+                        f"the {kind} of {key} is {_kind(ours)} here and {_kind(theirs)} there, which do not combine; "
+                        "collect both with the same sketch_above and sketch_rank"
+                    )
         return replace(
             self,
             gram_sums={k: self._add(v, other.gram_sums[k], sign) for k, v in self.gram_sums.items()},
@@ -201,7 +224,7 @@ class RetainStatistics:
         modules = known_layers(model)
         for name, sums in self.layers.items():
             layer = layer_at(name, modules[name]) if name in modules else None
-            size = tuple(self.gram_sums[sums.inputs].shape)
+            size = exact_shape(tuple(self.gram_sums[sums.inputs].shape))
             if layer is None or (layer.outputs, layer.gram_shape) != (sums.outputs, size):
                 seen = f"is {_size(layer.outputs, layer.gram_shape)}" if layer else "does not exist"
                 raise StatisticsError(
@@ -215,24 +238,33 @@ class RetainStatistics:
             )
 
     def summary(self) -> str:
-        """Table of each Gram: size, positions, ranks at 90% and 99% energy, full rank (of blocks the largest), and
-        share of negative energy."""
+        """Table of each Gram: size, positions, ranks at 90% and 99% energy, full rank (of blocks the largest), share of
+        the energy that a sketch has missed, and of negative energy.
+
+        A rank with a `>` is above what the sketch holds.
+        """
         lines = [
             f"{self.rows} rows, {len(self.layers)} layers, {len(self.gram_sums)} Grams, "
             f"{len(self.fisher_sums)} Fishers, weights {self.weights[:12]}, data {self.data[:12]}",
             f"{'Gram (layers that share it)':<52} {'I':>6} {'N':>9} {'rank90':>7} {'rank99':>7} {'rank':>6} "
-            f"{'negative':>9}",
+            f"{'missed':>8} {'negative':>9}",
         ]
+        if "tolerance" in self.settings:
+            rest = f" of {self.settings[SAMPLED]}" if SAMPLED in self.settings else ", the last"
+            lines[0] += f"; stopped at row {self.rows}{rest}, change {self.settings['change']}"
         for key, gram in self.gram_sums.items():
             parts = self.gram_eigen(key)
             blocks = parts.blocks()
-            ranks = [max(rank_for_energy(b.values_I, e) for b in blocks) for e in (0.9, 0.99, 1.0)]
+            needed = [max(rank_for_energy(b.spectrum_I, e) for b in blocks) for e in (0.9, 0.99, 1.0)]
+            held = parts.values_I.shape[-1]
+            ranks = [str(rank) if rank <= held else f">{held}" for rank in needed]
+            missed = max(block.missed_share for block in blocks)
             sharing = sum(sums.inputs == key for sums in self.layers.values())
             label = key if sharing == 1 else f"{key} (+{sharing - 1})"
             label += f" ({len(gram)} blocks)" if gram.ndim == 3 else ""
             lines.append(
-                f"{label:<52} {gram.shape[-1]:>6} {self.positions[key]:>9} {ranks[0]:>7} {ranks[1]:>7} {ranks[2]:>6} "
-                f"{parts.negative_share:>9.1e}"
+                f"{label:<52} {exact_shape(gram.shape)[-1]:>6} {self.positions[key]:>9} {ranks[0]:>7} {ranks[1]:>7} "
+                f"{ranks[2]:>6} {missed:>8.1e} {parts.negative_share:>9.1e}"
             )
         return "\n".join(lines)
 
@@ -255,7 +287,8 @@ class RetainStatistics:
             tensors = {f"gram.{k}": v.contiguous() for k, v in self.gram_sums.items()}
             tensors |= {f"fisher.{k}": v.contiguous() for k, v in self.fisher_sums.items()}
             save_file(tensors, new / TENSORS)
-            head = {"format_version": FORMAT_VERSION, "sha256": sha256_of(new / TENSORS)}
+            version = FORMAT_VERSION if any(is_sketch(v.shape) for v in tensors.values()) else 1
+            head = {"format_version": version, "sha256": sha256_of(new / TENSORS)}
             write_json(new / METADATA, head | self._metadata())
         return Path(folder)
 
@@ -359,6 +392,20 @@ class RetainStatistics:
 
 def _size(outputs: int, gram: tuple[int, ...]) -> str:
     return f"{outputs} x {gram[-1]}" + (f" ({gram[0]} blocks)" if len(gram) == 3 else "")
+
+
+def _kind(shape: tuple[int, ...]) -> str:
+    return f"a sketch of rank {shape[-1] - 1}" if is_sketch(shape) else "exact"
+
+
+def _like_eigen(shape: tuple[int, ...]) -> Eigen:
+    """Room for the decomposition of sums of this shape."""
+    thin = is_sketch(shape)
+    vectors = (*shape[:-1], shape[-1] - 1) if thin else shape
+    values_I = torch.empty((*vectors[:-2], vectors[-1]), dtype=torch.float64, device=communication_device())
+    kind = torch.int64 if len(shape) == 1 else torch.float32
+    missed = values_I.new_empty(shape[:-2]) if thin else None
+    return Eigen(values_I, values_I.new_empty(vectors, dtype=kind), 0.0, missed)
 
 
 def _difference(a: RetainStatistics, b: RetainStatistics) -> str:

@@ -26,6 +26,7 @@ from hf_unlearn.layers import find_layers
 from hf_unlearn.loading import MODELS
 from hf_unlearn.losses import UnlearningLoss
 from hf_unlearn.predictions import Predictions, Task, context_length, output_logits, shifts_labels
+from hf_unlearn.sketch import EXACT, Sketching
 from hf_unlearn.storage import Storage
 
 
@@ -57,6 +58,7 @@ class Trace:
         activations: The same without gradients of weights.
         forward, backward: Operations of a training batch, of its attention included.
         collected: Operations of a collected batch without the products of the sums.
+        sketching: Which sums are sketches; nothing that is traced depends on it.
     """
 
     parameters: int
@@ -73,6 +75,7 @@ class Trace:
     forward: float
     backward: float
     collected: float
+    sketching: Sketching = EXACT
 
     @property
     def grams(self) -> dict[str, int]:

@@ -71,7 +71,8 @@ def usable_statistics(
         fisher = args.constraint == "kronecker"
         return collect_statistics(
             model, retain, collator=collator, batch_size=args.per_device_eval_batch_size, fisher=fisher,
-            keep_on=args.keep_statistics_on, max_memory=args.max_memory, progress=not args.disable_tqdm,
+            keep_on=args.keep_statistics_on, max_memory=args.max_memory, sketch_above=args.sketch_above,
+            sketch_rank=args.sketch_rank, progress=not args.disable_tqdm,
         )  # fmt: skip
     if isinstance(given, (str, os.PathLike)):
         given = RetainStatistics.from_pretrained(given, keep_on=args.keep_statistics_on)

@@ -332,6 +332,11 @@ def test_json_is_one_document_whatever_the_libraries_print(
     assert {m["model"] for m in judged["metrics"]} == {"unlearned"}
     collected = answered(["collect", *common, "--rows", "full", "--output_dir", str(tmp_path / "s")], capsys)
     assert collected["rows"] == 9 and not collected["fisher"]
+    options = ["--sketch_above", "40", "--sketch_rank", "8", "--tolerance", "0.99"]
+    line = ["collect", *common, "--rows", "full", *options, "--output_dir", str(tmp_path / "sketched")]
+    settings = answered(line, capsys)["settings"]
+    assert [settings[name] for name in ("sketch_above", "sketch_rank", "tolerance")] == [40, 8, 0.99]
+    assert settings["change"] <= 0.99
     assert answered(["env"], capsys)["hf-unlearn"] == __version__
     assert "unknown constraint" in answered(["demo", "--constraint", "hope"], capsys, 2)["error"]
     assert "no such command" not in answered(["completion", "bash"], capsys)["script"]

@@ -322,7 +322,7 @@ def test_models_that_cannot_be_collected_are_named() -> None:
     with pytest.raises(ModelError, match=r"second has 20000 outputs.*leave it out"):
         model = cases.tiny_mlp()
         model.second = nn.Linear(8, 20000)
-        collect(model, cases.vector_rows(2), fisher=True)
+        collect(model, cases.vector_rows(2), fisher=True, sketch_above=None)
 
 
 def test_a_layer_that_never_ran_is_an_error() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
+from cases import text_rows, tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
 from measured import BATCH, BIG, LENGTH
 from transformers import AutoConfig
 
@@ -22,15 +22,19 @@ from hf_unlearn.cli import main
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.estimate import (
     Settings,
+    Work,
     communication,
     decomposition_peak,
+    factor_bytes,
     fitting,
     memory,
     optimizer_bytes,
     sums_bytes,
+    times,
     trained_bytes,
 )
 from hf_unlearn.losses import build_loss
+from hf_unlearn.sketch import Sketching
 from hf_unlearn.tracing import Trace, trace
 
 TASKS = {"llama": "language-model", "gpt2": "language-model", "bert": "text-classification",
@@ -92,6 +96,25 @@ def test_sizes_are_those_of_the_model_and_its_statistics(name: str, fisher: bool
     assert sums_bytes(found, fisher) == sum(t.numel() * t.element_size() for t in tensors)
     assert {n: layer.gram for n, layer in found.layers.items()} == {n: s.inputs for n, s in statistics.layers.items()}
     assert found.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_sketches_are_counted_as_they_are() -> None:
+    sketch: dict[str, Any] = {"sketch_above": 40, "sketch_rank": 20}
+    model = tiny_llama()
+    exact = traced(model.config, "language-model", fisher=True)
+    found = replace(exact, sketching=Sketching(40, 20))
+    statistics = collect_statistics(model, text_rows(3), fisher=True, progress=False, **sketch)
+    tensors = [*statistics.gram_sums.values(), *statistics.fisher_sums.values()]
+    assert sums_bytes(found, True) == sum(t.numel() * t.element_size() for t in tensors) < sums_bytes(exact, True)
+    bases = [statistics.gram_eigen(name).vectors_II for name in statistics.gram_sums]
+    assert (
+        factor_bytes(found, "energy") <= sum(4 * basis.numel() for basis in bases) * 1.05
+    )  # of sketches R + 1 columns
+    for settings in (Settings("kronecker"), Settings("energy", place="shards", processes=2, sharding="fsdp2")):
+        assert memory(found, settings).phases["decompose"] < memory(exact, settings).phases["decompose"]
+        assert sum(communication(found, settings).values()) <= sum(communication(exact, settings).values())
+    work = Work(10, 2, 2, 3, 1.0, 1.0, 1.0, 1.0)
+    assert times(found, Settings(), work)["collect"].flops < times(exact, Settings(), work)["collect"].flops
 
 
 @pytest.mark.parametrize(
@@ -167,7 +190,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*line, "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert [plan["processes"] for plan in content["plans"]] == [1, 2, 4, 8, 16, 32, 64]
-    assert content["plans"][0]["launch"].startswith("hf-unlearn run")
+    assert content["plans"][0]["launch"].startswith("hf-unlearn run") and "sketch" not in content["plans"][0]["launch"]
+    assert main([*line, "--json", "--sketch_above", "40", "--sketch_rank", "20"]) == 0
+    sketched = json.loads(capsys.readouterr().out)
+    assert sketched["memory"]["parts"]["statistics"] < content["memory"]["parts"]["statistics"]
+    assert "--sketch_above 40 --sketch_rank 20" in sketched["plans"][0]["launch"]
     assert main(line) == 0
     assert "Grams" in capsys.readouterr().out
 

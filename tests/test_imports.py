@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = (
     (
         "errors",
+        "sketch",
         "linalg",
         "files",
         "presets",
@@ -54,7 +55,7 @@ LEVELS = (
         "card",
         "publish",
     ),
-    ("collector", "collect", "constraints"),
+    ("collector", "convergence", "collect", "constraints"),
     ("parts", "optimizer", "coverage", "ledger", "sequence"),
     (
         "config",
@@ -81,7 +82,8 @@ LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 # The leftmost level has an order of its own: all that these may import from the package.
 ALLOWED = {
     "errors": frozenset[str](),
-    "linalg": frozenset({"errors", "sharding"}),
+    "sketch": frozenset({"errors"}),
+    "linalg": frozenset({"errors", "sharding", "sketch"}),
     "files": frozenset({"errors"}),
     "presets": frozenset({"errors"}),
     "sharding": frozenset({"errors"}),

@@ -113,6 +113,17 @@ def test_the_report_says_what_was_asked_done_and_measured(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("constraint", ["energy", "kronecker"])
+def test_forget_rows_are_sketched_as_the_statistics_were(constraint: str, tmp_path: Path) -> None:
+    wide = {"sketch_above": 20, "sketch_rank": 12}  # the MLP's inner inputs and outputs, 24 wide
+    asked = asking(statistics=collect_statistics(tiny_vit(), FORGET + RETAIN, fisher=True, progress=False, **wide))
+    with pytest.warns(UserWarning, match=r"the sketch of vit\.layers\.\d\.mlp\.fc"):
+        report = asked.fulfil(settings(tmp_path / "out", constraint=constraint))
+    assert report.method["sketched"]["grams"] == 2 and 0 < report.method["sketched"]["missed"] < 1
+    assert report.method["statistics"]["rows"] == len(RETAIN) and report.drift["relative"] > 0
+    assert asking().fulfil(settings(tmp_path / "exact")).method["sketched"] is None
+
+
+@pytest.mark.parametrize("constraint", ["energy", "kronecker"])
 def test_retain_rows_are_not_read_before_the_evaluation(
     constraint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

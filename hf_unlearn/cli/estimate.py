@@ -1,7 +1,7 @@
 """`hf-unlearn estimate`: how large and how long a request is, and what fits, from a configuration alone."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from accelerate.utils import convert_file_size_to_int
@@ -18,6 +18,7 @@ from hf_unlearn.loading import MODELS
 from hf_unlearn.losses import LOSSES, build_loss
 from hf_unlearn.predictions import Task
 from hf_unlearn.runs import peft_config
+from hf_unlearn.sketch import SKETCH_ABOVE, SKETCH_RANK, Sketching
 from hf_unlearn.tracing import Trace, read_config, trace
 
 PROCESSES = (1, 2, 4, 8, 16, 32, 64)
@@ -35,6 +36,8 @@ class EstimateArguments:
     lora_r: int = setting(16, "Its rank.")
     gradient_checkpointing: bool = setting(False, "Compute activations again in the backward pass.")
     dtype: str = setting("float32", "Precision of the weights: float32 (what the commands load) or bfloat16.")
+    sketch_above: int = setting(SKETCH_ABOVE, "Sketch the statistics of more features than this.")
+    sketch_rank: int = setting(SKETCH_RANK, "Rank of the sketches.")
     batch_size: int = setting(8, "Rows of a batch on each process, when collecting and training.")
     max_length: int = setting(512, "Tokens of a row.")
     rows: int = setting(4000, "Rows to collect statistics on.")
@@ -66,6 +69,7 @@ def main(argv: list[str]) -> Answer:
         fisher=args.fisher or args.constraint == "kronecker", gradient_checkpointing=args.gradient_checkpointing,
         peft_config=adapter,
     )  # fmt: skip
+    found = replace(found, sketching=Sketching(args.sketch_above, args.sketch_rank))
     one = estimate.memory(found, settings)
     fits = {count: estimate.fitting(found, settings, count, room) for count in PROCESSES}
     if not any(fits.values()):
@@ -129,6 +133,8 @@ def launch_line(args: EstimateArguments, own: Settings) -> str:
     """The command, or for weights that are sharded from the start the settings of your own program."""
     flags = [f"--keep_statistics_on {own.place}"] * (own.place != "device")
     flags += [] if own.max_memory is None else [f"--max_memory {own.max_memory // 10**6}MB"]
+    sketching = {"sketch_above": SKETCH_ABOVE, "sketch_rank": SKETCH_RANK}
+    flags += [f"--{name} {getattr(args, name)}" for name, usual in sketching.items() if getattr(args, name) != usual]
     for name in ("constraint", "optim", "loss"):
         flags += [f"--{name} {getattr(args, name)}"]
     flags += [f"--per_device_train_batch_size {args.batch_size} --per_device_eval_batch_size {args.batch_size}"]

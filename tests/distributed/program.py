@@ -44,9 +44,11 @@ MODES: dict[str, dict[str, Any]] = {
     "zero2": _deepspeed(2),
     "zero3": _deepspeed(3),
 }
+SKETCH: dict[str, Any] = {"sketch_above": 40, "sketch_rank": 20}  # of down_proj, and of the Fishers of gate and up
 # Each run: the model, and settings under which a step is anything but a multiple of the gradient.
 RUNS: dict[str, dict[str, Any]] = {
     "shards": {"constraint": "kronecker", "keep_statistics_on": "shards"},
+    "sketch": {"constraint": "kronecker", "keep_statistics_on": "shards", **SKETCH},
     "kronecker": {"constraint": "kronecker", "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 2},
     "conv1d": {"model": tiny_gpt2, "constraint": "kronecker"},
     "signature": {
@@ -79,7 +81,8 @@ def unlearn(name: str, folder: Path, mode: str, processes: int) -> tuple[dict[st
     args = settings(folder, mode, processes, **own)
     model.to(args.device)
     fisher = own.get("constraint") == "kronecker"
-    statistics = collect_statistics(model, ROWS if fisher else RETAIN, fisher=fisher, progress=False)
+    sketch = {name: own[name] for name in SKETCH if name in own}
+    statistics = collect_statistics(model, ROWS if fisher else RETAIN, fisher=fisher, progress=False, **sketch)
     before = logits(model, RETAIN), logits(model, TWELVE)
     trainer = UnlearningTrainer(
         model, args, TWELVE, statistics=statistics, eval_dataset={"forget": TWELVE, "rows": ROWS}, peft_config=peft
@@ -153,6 +156,12 @@ def collected(args: UnlearningConfig, folder: Path) -> tuple[dict[str, Any], dic
     by_row = collect_statistics(model, ROWS, fisher=True, batch_size=1, progress=False)
     shards = collect_statistics(model, ROWS, fisher=True, batch_size=1, keep_on="shards", progress=False)
     held = sum(v.numel() for v in map(local_part, shards.gram_sums.values()))
+    sketched = collect_statistics(model, ROWS, fisher=True, batch_size=1, progress=False, **SKETCH)
+    sketched_shards = collect_statistics(
+        model, ROWS, fisher=True, batch_size=1, keep_on="shards", progress=False, **SKETCH
+    )
+    sample = collect_statistics(model, TWELVE * 8, batch_size=1, tolerance=0.1, progress=False)
+    found["sample"] = [sample.rows, len(set(gather((sample.rows, sample.data, sample.settings["change"]))))]
     found["share"] = held / sum(v.numel() for v in by_row.gram_sums.values())
     found["same data"] = [by_row.data == statistics.data == shards.data, by_row.positions == dict(shards.positions)]
     if dist.is_initialized():
@@ -168,10 +177,17 @@ def collected(args: UnlearningConfig, folder: Path) -> tuple[dict[str, Any], dic
         ("shards", shards),
         ("cut", cut),
         ("less", shards - shards.kept_on("device")),
+        ("sketched", sketched),
+        ("sketched_shards", sketched_shards),
     ):
         tensors |= {f"{name}.gram.{k}": whole(v) for k, v in kept.gram_sums.items()}
         tensors |= {f"{name}.fisher.{k}": whole(v) for k, v in kept.fisher_sums.items()}
-    shards.decompose(shards.layers)
+    for kept in (shards, sketched, sketched_shards):
+        kept.decompose(kept.layers)
+    for name, kept in (("sketched", sketched), ("sketched_shards", sketched_shards)):
+        parts = {k: kept.gram_eigen(k) for k in kept.gram_sums}
+        tensors |= {f"{name}.values.{k}": v.values_I for k, v in parts.items()}
+        tensors |= {f"{name}.missed.{k}": v.missed for k, v in parts.items() if v.missed is not None}
     tensors |= {f"shards.vectors.{k}": whole(shards.gram_eigen(k).vectors_II) for k in shards.gram_sums}
     again = RetainStatistics.from_pretrained(shards.save_pretrained(folder / "shards"), model=None)
     tensors |= {f"saved.gram.{k}": v for k, v in again.gram_sums.items()}

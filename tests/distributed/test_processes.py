@@ -25,7 +25,7 @@ PLACEMENT = {"ddp": "Whole", "fsdp2": "Rows", "zero1": "Stretches", "zero2": "St
 # Three processes divide neither the rows of the data nor those of most weights.
 LAUNCHES = [("ddp", 2), ("ddp", 3), ("fsdp2", 2), ("fsdp2", 3), ("zero1", 2), ("zero2", 3), ("zero3", 2), ("zero3", 3)]
 launches = pytest.mark.parametrize(("mode", "processes"), LAUNCHES, ids=[f"{mode} x{n}" for mode, n in LAUNCHES])
-RUNS = ("shards", "kronecker", "conv1d", "signature", "signature, conv1d", "lora", "bf16")
+RUNS = ("shards", "sketch", "kronecker", "conv1d", "signature", "signature, conv1d", "lora", "bf16")
 Found = tuple[dict[str, Any], dict[str, Tensor]]
 
 
@@ -136,6 +136,25 @@ def test_collecting_is_exact_however_it_is_shared_out(kind: str, processes: int,
         assert (several[name] - expected).norm() <= 1e-12 * expected.norm(), name
     assert two["same data"] == [True, True] and len(set(two["weights"] + one["weights"])) == 1
     assert two["gradients"] == 0  # a pass leaves none behind, sharded weights or not
+
+
+@ddp
+@pytest.mark.parametrize("kind", ["sketched", "sketched_shards"])
+def test_sketches_of_several_processes_are_those_of_one(kind: str, processes: int, found: Any) -> None:
+    (_, single), (_, several) = found("ddp", 1), found("ddp", processes)
+    names = [name for name in several if name.startswith(f"{kind}.")]
+    assert sum(several[name].shape[-1] == 21 for name in names if ".gram." in name) == 2
+    assert sum(several[name].shape[-1] == 21 for name in names if ".fisher." in name) == 4
+    for name in names:
+        expected = single[name.replace(kind, "sketched", 1)]
+        assert (several[name] - expected).norm() <= 1e-12 * expected.norm(), name
+    assert sum(".missed." in name for name in names) == 2  # decomposed by one process and sent to the others
+
+
+@ddp
+def test_a_sample_ends_at_the_same_batch_everywhere(processes: int, found: Any) -> None:
+    rows, different = found("ddp", processes)[0]["sample"]
+    assert rows in [processes * 2**power for power in range(1, 6)] and rows < 96 and different == 1
 
 
 @ddp
