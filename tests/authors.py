@@ -91,7 +91,7 @@ def stand_in(name: str, **content: Any) -> None:
 
 
 def install(code: Path) -> None:
-    """Make their modules importable in this process."""
+    """Make their modules importable in this process, in which `datasets` is then not Hugging Face's."""
     names = ("Compose", "Resize", "RandomCrop", "RandomHorizontalFlip", "ToTensor", "Normalize")
     stand_in("easydict", EasyDict=Attributes)
     stand_in("datasets", Rows=Rows)
