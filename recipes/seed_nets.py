@@ -1,4 +1,4 @@
-"""The two nets of PGU (Hoang et al., WACV 2024, section 4) as plain torch modules: `pixel_values [B, C, 32, 32] -> logits`.
+"""The two nets of PGU (Hoang et al., WACV 2024, section 4): `pixel_values [B, C, 32, 32] -> logits`, plain torch.
 
 Written from the published architectures, with one factor on every width: `AllCNN` is the all-convolutional net of
 Springenberg et al. (ICLR workshop 2015), `SmallVGG` three convolutions and two linear layers.
@@ -30,7 +30,7 @@ class AllCNN(nn.Module):
 
 
 class SmallVGG(nn.Module):
-    """Three convolutions of 3 x 3, each pooled by 2 and batch-normed, and two linear layers, the first of 8192 inputs."""
+    """Three convolutions of 3 x 3, each pooled by 2 and batch-normed, and two linear layers, of 8192 and 512 inputs."""
 
     def __init__(self, width: float = 1.0, channels: int = 3, classes: int = 10, dropout: float = 0.5, size: int = 32):
         super().__init__()

@@ -1,7 +1,7 @@
 """hf_unlearn against the PGU authors' code, run as it is on the same weights and batches; skipped where it is missing.
 
-`PGU_AUTHORS_CODE` names a checkout of github.com/hnanhtuan/projected_gradient_unlearning (`tests/authors.py` says how it
-is run). Equal to rounding: Grams, retain Grams, bases, projections, and the weights after ten steps. Different on
+`PGU_AUTHORS_CODE` names a checkout of github.com/hnanhtuan/projected_gradient_unlearning (`tests/authors.py` says how
+it is run). Equal to rounding: Grams, retain Grams, bases, projections, and the weights after ten steps. Different on
 purpose, and shown here:
 - the rank: `unlearn.py` keeps the directions whose cumulated share is *at most* the threshold, `unlearn_class.py` one
   more; here it is the smallest rank that reaches the threshold, which is that of `unlearn_class.py`;

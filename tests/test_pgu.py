@@ -1,5 +1,5 @@
-"""Laws of the recipes of the seed's scenarios: their settings are the authors', the nets have the published shapes, and a
-small run of each scenario forgets, judges, and ends with a table. Images are scikit-learn's digits, made larger."""
+"""Laws of the recipes of the seed's scenarios: their settings are the authors', the nets have the published shapes, and
+a small run of each scenario forgets, judges, and ends with a table. Images are scikit-learn's digits, made larger."""
 
 from __future__ import annotations
 

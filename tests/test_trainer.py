@@ -473,7 +473,7 @@ def test_the_learning_rate_falls_exponentially_to_the_final_one(tmp_path: Path) 
     trainer.train()
     rates = [line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line]
     assert len(rates) == 8 and rates == sorted(rates, reverse=True)
-    ratios = [after / before for before, after in zip(rates, rates[1:], strict=False)]
+    ratios = [rates[k + 1] / rates[k] for k in range(7)]
     assert ratios == pytest.approx([0.25 ** (1 / 8)] * 7)
     assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(0.01)
     with pytest.raises(SettingsError, match="never reaches 0"):

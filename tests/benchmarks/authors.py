@@ -3,8 +3,8 @@
     python tests/benchmarks/authors.py CODE --net allcnn
     python tests/benchmarks/authors.py CODE --net smallvgg   # minutes: theirs decompose an 8192 x 8192 Gram twice
 
-`CODE` is a checkout of github.com/hnanhtuan/projected_gradient_unlearning. Theirs: `compute_svd` of the full set once, and
-`compute_retain_svd` at a request. Ours: `collect_statistics` once, and at a request collecting on the forget rows, the
+`CODE` is a checkout of github.com/hnanhtuan/projected_gradient_unlearning. Theirs: `compute_svd` of the full set once,
+and `compute_retain_svd` at a request. Ours: `collect_statistics` once, and at a request collecting on the forget rows, the
 subtraction, and the decompositions that bind the constraint. Each runs in a process of its own, one after the other.
 """
 
@@ -39,14 +39,17 @@ def main() -> None:
     times: dict[str, list[list[float]]] = {"theirs": [], "ours": []}
     for _ in range(args.rounds):
         for side, found in times.items():
-            done = subprocess.run([sys.executable, *sys.argv, "--side", side], capture_output=True, text=True, check=True)
+            program = [sys.executable, *sys.argv, "--side", side]
+            done = subprocess.run(program, capture_output=True, text=True, check=True)
             found.append(json.loads(done.stdout.splitlines()[-1]))
     once, request = ({s: sorted(row[k] for row in rows)[len(rows) // 2] for s, rows in times.items()} for k in (0, 1))
     print(f"| {args.net}, {args.full} images, {args.forget} forgotten | theirs, s | ours, s | ratio |")
     print("|---|---:|---:|---:|")
     both = {side: once[side] + request[side] for side in times}
     for label, seconds in (("full set, once", once), ("request", request), ("together", both)):
-        print(f"| {label} | {seconds['theirs']:.2f} | {seconds['ours']:.2f} | {seconds['theirs'] / seconds['ours']:.1f} |")
+        print(
+            f"| {label} | {seconds['theirs']:.2f} | {seconds['ours']:.2f} | {seconds['theirs'] / seconds['ours']:.1f} |"
+        )
 
 
 def clock(work: Callable[[], Any]) -> tuple[float, Any]:
