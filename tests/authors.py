@@ -4,8 +4,8 @@
 
 `WORK` holds `unlearn.yaml`, `learned.yaml`, `full.safetensors`, `forget.safetensors` (`images [N, 3, 32, 32]` and
 `labels`) and `weights.safetensors`, and gets `svd.safetensors` (`full|retain.LAYER.U|S`, `projection.LAYER`) and the
-weights after each epoch, `epoch_N.safetensors`. Their data sets, torchvision and easydict are replaced by stand-ins, and
-`.cuda()` does nothing; no line of their code is touched.
+weights after each epoch, `epoch_N.safetensors`. Their data sets, torchvision and easydict are replaced by stand-ins,
+and `.cuda()` does nothing; no line of their code is touched.
 """
 
 import os

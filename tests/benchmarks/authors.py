@@ -4,8 +4,8 @@
     python tests/benchmarks/authors.py CODE --net smallvgg   # minutes: theirs decompose an 8192 x 8192 Gram twice
 
 `CODE` is a checkout of github.com/hnanhtuan/projected_gradient_unlearning. Theirs: `compute_svd` of the full set once,
-and `compute_retain_svd` at a request. Ours: `collect_statistics` once, and at a request collecting on the forget rows, the
-subtraction, and the decompositions that bind the constraint. Each runs in a process of its own, one after the other.
+and `compute_retain_svd` at a request. Ours: `collect_statistics` once, and at a request collecting on the forget rows,
+the subtraction, and the decompositions that bind the constraint. Each runs in a process of its own, in turn.
 """
 
 import argparse
