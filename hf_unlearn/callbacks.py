@@ -138,7 +138,7 @@ class DriftBudgetCallback(TrainerCallback):
 
 
 class RetainDropCallback(TrainerCallback):
-    """Stop before retain rows lose more of a metric than a budget; the weights of the last evaluation within it stay.
+    """Stop before retain rows lose more of a metric than a budget; the last weights seen within it are kept.
 
     The rule of PGU's authors for whole classes (`unlearn_class.py`: 5 points of accuracy), who keep the epoch that
     broke it. It reads retain rows. Needs evaluations of `retain`.

@@ -312,7 +312,7 @@ class Collector:
 
     def _watch_output(self, name: str, output: Tensor) -> Tensor:
         if not output.requires_grad:  # the first layer: everything before it is frozen
-            output = output.detach().requires_grad_()
+            output = output.detach().requires_grad_().clone()  # no leaf: an activation may work in place
         self._sums_of(self.fisher_sums, name, output.device)  # zero where no gradient comes
         mask = self._input_masks[name]
         output.register_hook(lambda gradient: self._add_gradient(name, gradient, mask))

@@ -131,3 +131,25 @@ def test_a_convolution_with_a_forward_pass_of_its_own_is_not_taken_for_one() -> 
             return nn.functional.conv2d(x, self.weight - self.weight.mean(), self.bias)
 
     assert describe_layer(Standardised(1, 2, 3)) is None
+
+
+def test_activations_that_work_in_place_change_no_fisher() -> None:
+    def layers(inplace: bool) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.ReLU(inplace), nn.Conv2d(4, 4, 3), nn.ReLU(inplace), nn.Flatten(), nn.Linear(64, 5)
+        )
+
+    class Named(nn.Module):
+        def __init__(self, inplace: bool) -> None:
+            super().__init__()
+            self.net = layers(inplace)
+
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            return self.net(pixel_values)
+
+    rows = [{"pixel_values": torch.randn(3, 8, 8), "labels": i % 5} for i in range(6)]
+    plain, inplace = (collect_statistics(Named(kind), rows, fisher=True, progress=False) for kind in (False, True))
+    for name, fisher_OO in plain.fisher_sums.items():
+        assert fisher_OO.abs().max() > 1e-6 and torch.equal(inplace.fisher_sums[name], fisher_OO)
+        assert torch.equal(inplace.gram(name), plain.gram(name))

@@ -465,3 +465,39 @@ def test_bf16_weights_are_anchored(tmp_path: Path) -> None:
 
     short, long = drift(5, "energy"), drift(60, "energy")
     assert short < 5e-3 and long < 5e-3 and drift(60, "none") > 20 * long
+
+
+def test_the_learning_rate_falls_exponentially_to_the_final_one(tmp_path: Path) -> None:
+    args = settings(tmp_path, max_steps=8, learning_rate=0.04, final_learning_rate=0.01, logging_steps=1)
+    trainer = UnlearningTrainer(tiny_gpt2(), args, FORGET, RETAIN)
+    trainer.train()
+    rates = [line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line]
+    assert len(rates) == 8 and rates == sorted(rates, reverse=True)
+    ratios = [rates[k + 1] / rates[k] for k in range(7)]
+    assert ratios == pytest.approx([0.25 ** (1 / 8)] * 7)
+    assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(0.01)
+    with pytest.raises(SettingsError, match="never reaches 0"):
+        settings(tmp_path, final_learning_rate=0.0)
+
+
+def test_a_retain_drop_is_never_exceeded(tmp_path: Path) -> None:
+    """With the budget the weights of the last evaluation within it are kept; without it the same run loses more."""
+
+    def run(budget: float | None) -> tuple[float, UnlearningTrainer]:
+        model = tiny_gpt2()
+        before = score_rows(model, FORGET, PaddingCollator()).loss.mean()  # rows that are sure to get worse
+        args = settings(
+            tmp_path, constraint="none", constraint_settings=None, loss="grad_ascent", learning_rate=1e-2, max_steps=12,
+            eval_strategy="steps", eval_steps=1, forget_metric="loss", max_retain_drop=budget,
+        )  # fmt: skip
+        trainer = UnlearningTrainer(model, args, FORGET, RETAIN, eval_dataset={"retain": FORGET})
+        trainer.train()
+        return float(score_rows(model, FORGET, PaddingCollator()).loss.mean() - before), trainer
+
+    free, _ = run(None)
+    assert free > 0.1
+    lost, trainer = run(free / 2)
+    assert lost <= free / 2 and "max_retain_drop" in trainer.stop_reason
+    assert 1 < trainer.state.global_step < 12
+    with pytest.raises(SettingsError, match="split `retain`"):
+        UnlearningTrainer(tiny_gpt2(), settings(tmp_path, max_retain_drop=0.1), FORGET, RETAIN)
