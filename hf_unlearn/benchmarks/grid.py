@@ -28,6 +28,7 @@ from hf_unlearn.report import Metric, UnlearningReport, plain
 from hf_unlearn.requests import Request
 from hf_unlearn.runs import prepare
 from hf_unlearn.sharding import gather, is_main, wait_for_all
+from hf_unlearn.sketch import SKETCH_ABOVE, SKETCH_RANK
 from hf_unlearn.trainer import UnlearningTrainer
 
 CELLS = "cells"
@@ -36,6 +37,9 @@ _ELSEWHERE = {
     "output_dir", "overwrite_output_dir", "cache_dir", "methods", "constraints", "seeds", "cell_settings",
     "disable_tqdm", "report_to", "logging_dir", "run_name", "hub_model_id", "hub_token", "local_rank",
 }  # fmt: skip
+
+# Defaults of settings that came after the first grids, whose cells they must not make anew.
+_LATER = {"sketch_above": SKETCH_ABOVE, "sketch_rank": SKETCH_RANK}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +67,7 @@ class Cell:
     def file(self) -> str:
         settings = {**plain(self.config.to_dict()), **plain(asdict(self.args))}
         # what is off is left out: a setting that a later version adds, off by default, makes no other cells
-        kept = {name: value for name, value in settings.items() if value and name not in _ELSEWHERE}
+        kept = {n: value for n, value in settings.items() if value and n not in _ELSEWHERE and _LATER.get(n) != value}
         digest = sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
         return f"{self.method}-{self.constraint}-{self.seed}-{digest[:12]}.json".replace(":", ".")
 

@@ -5,8 +5,8 @@
 
 `CODE` is a checkout of github.com/hnanhtuan/projected_gradient_unlearning. Theirs: `compute_svd` of the full set once,
 and `compute_retain_svd` at a request. Ours: `collect_statistics` once, and at a request collecting on the forget rows,
-the subtraction, and the decompositions that bind the constraint. Each runs in a process of its own, in turn. CPU seconds
-of all threads are counted: with OMP_NUM_THREADS=1 other work on the machine does not change them.
+the subtraction, and the decompositions that bind the constraint. Each runs in a process of its own, in turn.
+CPU seconds of all threads are counted: with OMP_NUM_THREADS=1 other work on the machine does not change them.
 """
 
 import argparse
