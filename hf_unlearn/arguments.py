@@ -12,7 +12,9 @@ class DataArguments:
 
     model_name_or_path: str = setting("", "Folder or Hub id of a model.")
     dataset_name: str = setting("", "Folder of JSON lines or Parquet, a file a split, or Hub id of a data set.")
-    max_rows: int | None = setting(None, "Use at most so many rows of each split for judging.")
+    max_rows: int | None = setting(
+        None, "Use at most so many rows of each split for judging; run and benchmark judge all forget rows."
+    )
     cache_dir: str | None = setting(None, "Where prepared models and statistics are kept; default HF_HOME/hf_unlearn.")
     task: Task = setting("language-model", "What the model does.")
 

@@ -12,7 +12,7 @@ from hf_unlearn.card import check_template
 from hf_unlearn.constraints import CONSTRAINTS, ConstraintLike, build_constraint
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.losses import LOSSES, UnlearningLoss, build_loss
-from hf_unlearn.presets import preset
+from hf_unlearn.presets import overridden, preset
 from hf_unlearn.sketch import SKETCH_ABOVE, SKETCH_RANK, Sketching
 from hf_unlearn.storage import PLACES, Storage
 
@@ -178,7 +178,7 @@ class UnlearningConfig(TrainingArguments):
         Raises:
             SettingsError: No preset of this name, or a setting with a wrong value.
         """
-        return cls(**({"output_dir": output_dir} | preset(name) | settings))
+        return cls(**({"output_dir": output_dir} | overridden(preset(name), settings)))
 
     def but(self, **changes: Any) -> "UnlearningConfig":
         """A copy with some settings changed."""

@@ -1,6 +1,7 @@
 """Presets: settings that belong together, by name. They stand in for defaults, and whatever is given besides wins."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 from hf_unlearn.errors import SettingsError
@@ -23,9 +24,19 @@ PRESETS: dict[str, Mapping[str, Any]] = {
     },
 }
 
+CHOICES = {"loss": ("loss_settings",), "constraint": ("constraint_settings", "layer_constraints")}
+"""What is chosen by name, and the settings that belong to the choice."""
+
 
 def preset(name: str) -> dict[str, Any]:
     """The settings of a preset; raises `SettingsError` where there is none of this name."""
     if name not in PRESETS:
         raise SettingsError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
-    return dict(PRESETS[name])
+    return deepcopy(dict(PRESETS[name]))
+
+
+def overridden(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with `given` in their place: with another loss or constraint go the settings of the one before."""
+    changed = [choice for choice in CHOICES if given.get(choice, settings.get(choice)) != settings.get(choice)]
+    gone = {name for choice in changed for name in CHOICES[choice]}
+    return {name: value for name, value in settings.items() if name not in gone} | dict(given)

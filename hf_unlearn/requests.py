@@ -36,7 +36,7 @@ class Request:
         model: The original model; it holds the original weights again after `fulfil`.
         forget: Rows to forget.
         splits: Rows to judge on: `forget`, `retain`, `holdout`, ...; none of them is read while unlearning, except by
-            the stopping rule (`forget` and `holdout`).
+            the stopping rules (`forget` and `holdout`; `retain` with `max_retain_drop`).
         statistics: Of the full training set, or of the retain set alone.
         subtract_forget: The statistics cover the forget rows: subtract theirs first.
         retain: Retain rows for the loss, if it has a retain term.
@@ -192,9 +192,12 @@ class Request:
 
     def _trainer(self, args: UnlearningConfig, statistics: RetainStatistics | None) -> UnlearningTrainer:
         forget = [*self.forget, *self.again] if self.again else self.forget
+        watched = None
+        if args.max_retain_drop is not None and "retain" in self.splits:
+            watched = {"retain": self.splits["retain"]}
         trainer = UnlearningTrainer(
             self.model, args, forget, self.retain, statistics=statistics,
-            holdout_dataset=self.splits.get("holdout"), data_collator=self.collator,
+            holdout_dataset=self.splits.get("holdout"), data_collator=self.collator, eval_dataset=watched,
             processing_class=self.processing_class, peft_config=self.peft_config,
         )  # fmt: skip
         if self.sequence is not None:

@@ -329,7 +329,9 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
             self.add_callback(DriftBudgetCallback(self.constrainer, args.max_retain_drift))
         if args.max_retain_drop is not None:
             if self._stopping_rows["retain"] is None:
-                raise SettingsError("max_retain_drop needs a split `retain` in eval_dataset")
+                raise SettingsError(
+                    "max_retain_drop needs retain rows: a split `retain` in eval_dataset (--retain or --train)"
+                )
             self.add_callback(
                 RetainDropCallback(self.constrainer, args.forget_metric, self._stopping_score, args.max_retain_drop)
             )

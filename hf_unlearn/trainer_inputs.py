@@ -14,7 +14,7 @@ from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.coverage import Coverage, freeze_all_but, freeze_unprotected
 from hf_unlearn.data import encode_dataset
-from hf_unlearn.errors import SettingsError, StatisticsError
+from hf_unlearn.errors import ModelError, SettingsError, StatisticsError
 from hf_unlearn.layers import find_layers
 from hf_unlearn.losses import UnlearningLoss
 from hf_unlearn.sharding import gather, loaded_whole
@@ -25,13 +25,19 @@ def load_named(name: str | os.PathLike, processing_class: Any) -> tuple[nn.Modul
     """A model in float32, of the class that its configuration names, and its tokenizer or image processor.
 
     Without a class with a head it is loaded as a causal language model.
+
+    Raises:
+        ModelError: One of them cannot be loaded.
     """
-    architecture = (AutoConfig.from_pretrained(name).architectures or [""])[0]
-    has_head = "For" in architecture or "LMHead" in architecture
-    kind = getattr(transformers, architecture, AutoModelForCausalLM) if has_head else AutoModelForCausalLM
-    with loaded_whole():
-        model = kind.from_pretrained(name, dtype=torch.float32)
-    return model, processing_class or AutoProcessor.from_pretrained(name)
+    try:
+        architecture = (AutoConfig.from_pretrained(name).architectures or [""])[0]
+        has_head = "For" in architecture or "LMHead" in architecture
+        kind = getattr(transformers, architecture, AutoModelForCausalLM) if has_head else AutoModelForCausalLM
+        with loaded_whole():
+            model = kind.from_pretrained(name, dtype=torch.float32)
+        return model, processing_class or AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load {str(name)!r} and its processor: {str(error).splitlines()[0]}") from error
 
 
 def encoder(

@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from hf_unlearn.errors import DataError
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -28,8 +30,14 @@ def main() -> int:
     parser.add_argument("--flip", type=int, default=0, metavar="N", help="give N training rows a wrong label")
     parser.add_argument("--seed", type=int, default=0, help="of the order of rows and of the wrong labels")
     args = parser.parse_args()
-    splits = sst2(args.source) if args.kind == "sst2" else images(args.source)
     generator = np.random.default_rng(args.seed)
+    try:
+        splits = sst2(args.source) if args.kind == "sst2" else images(args.source)
+        if not 0 <= args.flip <= len(splits["train"]):
+            raise DataError(f"--flip must be 0 to {len(splits['train'])}, the training rows, got {args.flip}")
+    except DataError as error:
+        print(f"local_data.py: {error}", file=sys.stderr)
+        return 2
     order = generator.permutation(len(splits["train"]))
     splits["train"] = splits["train"].select(order)
     if args.flip:
@@ -44,16 +52,33 @@ def sst2(folder: Path) -> dict[str, datasets.Dataset]:
     """`train`, `validation` and `test` from tab-separated `train`, `dev` and `test`."""
     found = {}
     for name, file in (("train", "train"), ("validation", "dev"), ("test", "test")):
-        with (folder / f"{file}.tsv").open(newline="", encoding="utf-8") as lines:
-            rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+        try:
+            with (folder / f"{file}.tsv").open(newline="", encoding="utf-8") as lines:
+                rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+        except OSError as error:
+            raise DataError(f"cannot read {folder / file}.tsv: {error.strerror}") from error
         found[name] = datasets.Dataset.from_dict({"text": [r[0] for r in rows], "label": [int(r[1]) for r in rows]})
     return found
 
 
 def images(path: Path) -> dict[str, datasets.Dataset]:
     """`train` and `test` from arrays of pixels."""
-    arrays = np.load(path)
+    arrays = read_arrays(path)
     return {name: _pictures(arrays[f"x_{name}"], arrays[f"y_{name}"]) for name in ("train", "test")}
+
+
+def read_arrays(path: Path) -> dict[str, NDArray]:
+    """`x_train [N, H, W, C]` or `[N, H, W]`, `y_train [N]`, `x_test` and `y_test` of an npz file.
+
+    Raises:
+        DataError: No such file, another format, or an array is missing.
+    """
+    names = [f"{kind}_{part}" for part in ("train", "test") for kind in "xy"]
+    try:
+        with np.load(path) as found:
+            return {name: found[name] for name in names}
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} is no npz file with {', '.join(names)}: {error}") from error
 
 
 def _pictures(pixels: NDArray, labels: NDArray) -> datasets.Dataset:

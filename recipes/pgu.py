@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from local_data import read_arrays
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from scipy.stats import wasserstein_distance
@@ -147,7 +148,7 @@ def main() -> int:
 
 def load(path: Path, count: int, seed: int) -> tuple[Images, Images, Images]:
     """`count` training images, held-out and test images of a tenth of that each, all class-balanced."""
-    data, generator = np.load(path), np.random.default_rng(seed)
+    data, generator = read_arrays(path), np.random.default_rng(seed)
 
     def part(name: str, size: int) -> Images:
         order = generator.permutation(len(data[f"y_{name}"]))

@@ -28,6 +28,18 @@ def test_what_is_given_wins(tmp_path: Path) -> None:
     assert UnlearningConfig(str(tmp_path), use_cpu=True).loss != "pgu"  # presets leave the defaults alone
 
 
+def test_settings_of_another_choice_go_with_it(tmp_path: Path) -> None:
+    ridge = UnlearningConfig.from_preset("paper", str(tmp_path), use_cpu=True, constraint="ridge")
+    assert ridge.constraint_settings is None and ridge.loss_settings == PRESETS["paper"]["loss_settings"]
+    own = {"strength": 0.5}
+    given = UnlearningConfig.from_preset(
+        "paper", str(tmp_path), use_cpu=True, constraint="ridge", constraint_settings=own
+    )
+    assert given.constraint_settings == own
+    same = UnlearningConfig.from_preset("paper", str(tmp_path), use_cpu=True, constraint="energy")
+    assert same.constraint_settings == PRESETS["paper"]["constraint_settings"]
+
+
 def test_an_unknown_preset_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SettingsError, match="unknown preset 'best'; choose from default, paper"):
         UnlearningConfig.from_preset("best")
@@ -55,6 +67,7 @@ def test_defaults_yield_to_the_preset_it_to_the_file_and_that_to_flags(
         ["--preset", "default", str(file)],
         [str(file), "--preset=paper", "--learning_rate", "0.25"],
         ["--preset", "paper", "--use_cpu", "True", "--num_train_epochs", "3"],
+        ["--preset", "paper", "--use_cpu", "True", "--constraint", "kronecker", "--loss=npo"],
     )
     for argv in calls:
         with pytest.raises(Stop):
@@ -63,4 +76,6 @@ def test_defaults_yield_to_the_preset_it_to_the_file_and_that_to_flags(
     usual = UnlearningConfig(str(tmp_path), use_cpu=True)
     assert found == [
         ("pgu", 0.5, 100), (usual.loss, 0.5, usual.num_train_epochs), ("pgu", 0.25, 100), ("pgu", 0.05, 3),
+        ("npo", 0.05, 100),
     ]  # fmt: skip
+    assert (seen[-1].constraint_settings, seen[-1].loss_settings) == (None, None)

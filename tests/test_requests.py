@@ -123,6 +123,16 @@ def test_forget_rows_are_sketched_as_the_statistics_were(constraint: str, tmp_pa
     assert asking().fulfil(settings(tmp_path / "exact")).method["sketched"] is None
 
 
+def test_a_budget_of_lost_retain_accuracy_ends_a_run(tmp_path: Path) -> None:
+    loose = asking().fulfil(settings(tmp_path / "loose", learning_rate=0.05, num_train_epochs=3))
+    tight = asking().fulfil(
+        settings(tmp_path / "tight", learning_rate=0.05, num_train_epochs=3, max_retain_drop=1e-6, forget_metric="loss")
+    )
+    assert "above max_retain_drop" in tight.method["stopped"] and "max_retain_drop" not in str(loose.method["stopped"])
+    before, after = (tight.get("loss", "retain", model) for model in ("original", "unlearned"))
+    assert before is not None and after is not None and after.value <= before.value + 1e-5
+
+
 @pytest.mark.parametrize("constraint", ["energy", "kronecker"])
 def test_retain_rows_are_not_read_before_the_evaluation(
     constraint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -120,6 +120,9 @@ def test_a_missing_processor_is_named(tmp_path: Path) -> None:
     tiny_vit().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="cannot load the image processor of"):
         load_processor(str(tmp_path), "image-classification")
+    args = UnlearningConfig(str(tmp_path / "out"), use_cpu=True)
+    with pytest.raises(ModelError, match=r"cannot load .* and its processor"):
+        UnlearningTrainer(str(tmp_path), args, image_rows(2), retain_dataset=image_rows(2))
     images = [{"image": object(), "label": 0}]
     with pytest.raises(DataError, match="pass the model's image processor"):
         encode_dataset(images, None, model=tiny_vit())

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from hf_unlearn.presets import PRESETS, preset
+from hf_unlearn.presets import CHOICES, PRESETS, overridden, preset
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
@@ -86,9 +86,11 @@ def parse(parser: "HfArgumentParser", argv: list[str]) -> Any:
         argv, file = _settings_file(argv)
     known = {f.name for kind in parser.dataclass_types for f in fields(kind)} | ({"preset"} if has_presets else set())
     settings = {} if file is None else _read(file, known)
-    base = settings.pop("preset", "default")
-    settings = preset(named or base) | settings
-    parser.set_defaults(**settings)
+    base = preset(named or settings.pop("preset", "default"))
+    settings.pop("preset", None)
+    usual = {name: parser.get_default(name) for name in CHOICES if name in known}
+    chosen = {name: value for name in usual if (value := _taken(argv, f"--{name}")[1])}
+    parser.set_defaults(**overridden(overridden(usual | base, settings), chosen))
     try:
         return parser.parse_args_into_dataclasses(argv)[: len(parser.dataclass_types)]
     except SettingsError:

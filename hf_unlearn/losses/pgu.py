@@ -13,7 +13,8 @@ def pgu(predictions: Predictions, original: None, *, offset: float = 0.05, entro
 
     The argument of the logarithm is kept in (0, 1]: below `offset` the first term is zero and pushes no further.
     """
-    return _away(predictions, offset) - entropy_weight * _entropy(predictions.logits_LV)
+    log_p_LV = predictions.logits_LV.float().log_softmax(-1)
+    return _away(log_p_LV, predictions.labels_L, offset) - entropy_weight * _entropy(log_p_LV)
 
 
 @register_loss("pgu_poison")
@@ -23,15 +24,15 @@ def pgu_poison(predictions: Predictions, original: None, *, offset: float = 0.1,
     What is left without the label is renormalised and made sharper, not flatter: the likeliest other label, which is
     the clean one if the model knows better, is to take over (`depoisoning.py` of PGU's authors).
     """
-    others_LV = predictions.logits_LV.float().scatter(1, predictions.labels_L.unsqueeze(1), -1e4)
-    return _away(predictions, offset) + entropy_weight * _entropy(others_LV)
+    log_p_LV = predictions.logits_LV.float().log_softmax(-1)
+    others_LV = log_p_LV.scatter(1, predictions.labels_L.unsqueeze(1), -1e4).log_softmax(-1)
+    return _away(log_p_LV, predictions.labels_L, offset) + entropy_weight * _entropy(others_LV)
 
 
-def _away(predictions: Predictions, offset: float) -> Tensor:
-    p_L = predictions.logits_LV.float().softmax(-1).gather(1, predictions.labels_L.unsqueeze(1)).squeeze(1)
+def _away(log_p_LV: Tensor, labels_L: Tensor, offset: float) -> Tensor:
+    p_L = log_p_LV.gather(1, labels_L.unsqueeze(1)).squeeze(1).exp()
     return -(1 - (p_L - offset)).clamp(min=torch.finfo(p_L.dtype).tiny, max=1).log()
 
 
-def _entropy(logits_LV: Tensor) -> Tensor:
-    log_p_LV = logits_LV.float().log_softmax(-1)
+def _entropy(log_p_LV: Tensor) -> Tensor:
     return -(log_p_LV.exp() * log_p_LV).sum(-1)
