@@ -18,7 +18,7 @@ from hf_unlearn.errors import ModelError, SettingsError
 from hf_unlearn.fingerprint import pair_hashes, row_hashes, rows_to_text, weights_fingerprint
 from hf_unlearn.layers import BlockRows, layer_at
 from hf_unlearn.linalg import add_products, mirror
-from hf_unlearn.predictions import IGNORED, decoder_mask, label_positions, output_logits, shifts_labels
+from hf_unlearn.predictions import IGNORED, decoder_mask, eval_mode, label_positions, output_logits, shifts_labels
 from hf_unlearn.sharding import gather, gather_rows, sum_over_processes, whole, world
 from hf_unlearn.sketch import EXACT, Sketching, add_sketch, is_sketch
 from hf_unlearn.statistics import LayerSums, RetainStatistics
@@ -90,21 +90,18 @@ class Collector:
 
         At its end their sums are complete, over all processes, and in the place where statistics are kept.
         """
-        modes = {module: module.training for module in self.model.modules()}
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         gradients = [p.grad for p in trainable]
         outputs = self._watch_output if self.fisher and self._summing else None
         hooked = {name: self.layers[name] for name in names}
         try:
-            self.model.eval()
             for parameter in trainable:  # only gradients of activations are needed
                 parameter.requires_grad_(False)
             recording = record_inputs(hooked, self._add_inputs, outputs)
-            with recording, self._following_encoder(), torch.set_grad_enabled(outputs is not None):
-                yield
+            with eval_mode(self.model), torch.set_grad_enabled(outputs is not None), recording:
+                with self._following_encoder():
+                    yield
         finally:
-            for module, mode in modes.items():
-                module.training = mode
             for parameter, gradient in zip(trainable, gradients, strict=True):
                 parameter.requires_grad_(True)
                 parameter.grad = gradient  # weights that FSDP has sharded get one all the same

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from hf_unlearn.errors import SettingsError
+from hf_unlearn.predictions import eval_mode
 from hf_unlearn.report import Metric
 from hf_unlearn.sharding import world
 
@@ -50,17 +51,15 @@ def harness_metrics(
     manager = TaskManager(include_path=include_path)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise SettingsError(f"lm-evaluation-harness knows no task {', '.join(unknown)}; see lm_eval ls tasks")
-    training = model.training
     try:
-        wrapped = HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=batch_size)
-        found = simple_evaluate(
-            wrapped, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=1000, log_samples=False,
-            verbosity="ERROR",
-        )  # fmt: skip
+        with eval_mode(model):
+            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            found = simple_evaluate(
+                wrapped, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=1000, log_samples=False,
+                verbosity="ERROR",
+            )  # fmt: skip
     except (OSError, ConnectionError) as error:  # its data sets come from the Hub
         raise SettingsError(f"lm-evaluation-harness cannot load a task's data: {str(error).splitlines()[0]}") from error
-    finally:
-        model.train(training)
     return [metric for task, numbers in found["results"].items() for metric in _metrics(task, numbers, found, name)]
 
 

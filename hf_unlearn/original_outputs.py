@@ -27,7 +27,7 @@ from hf_unlearn.files import replace_folder, write_json
 from hf_unlearn.fingerprint import row_hashes, rows_to_text, weights_fingerprint
 from hf_unlearn.losses import UnlearningLoss
 from hf_unlearn.losses.base import OriginalModel
-from hf_unlearn.predictions import IGNORED, Batch, Collator, Hidden, Predictions, label_positions, predict
+from hf_unlearn.predictions import IGNORED, Batch, Collator, Hidden, Predictions, eval_mode, label_positions, predict
 from hf_unlearn.sharding import gather, is_main, wait_for_all
 
 FORMAT = 1
@@ -119,23 +119,19 @@ def _write(
     batch_size: int,
     scope: Callable[[], AbstractContextManager],
 ) -> None:
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
+    device = next(model.parameters()).device
     place: AbstractContextManager[Path | None] = replace_folder(target) if is_main() else nullcontext()
-    try:
-        with torch.no_grad(), place as new:
-            shards = _Shards(new)
-            for part, content in about["contents"].items():
-                for batch in _loader(rows[part], collator, batch_size):
-                    inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
-                    with scope():
-                        found = predict(model, inputs, False, loss.layer if content == "hidden" else None)
-                    shards.add(batch_keys(inputs), found, content)
-            shards.flush()
-            if new is not None:
-                write_json(new / INDEX, about)
-    finally:
-        model.train(training)
+    with eval_mode(model), torch.no_grad(), place as new:
+        shards = _Shards(new)
+        for part, content in about["contents"].items():
+            for batch in _loader(rows[part], collator, batch_size):
+                inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
+                with scope():
+                    found = predict(model, inputs, False, loss.layer if content == "hidden" else None)
+                shards.add(batch_keys(inputs), found, content)
+        shards.flush()
+        if new is not None:
+            write_json(new / INDEX, about)
     wait_for_all()
 
 

@@ -162,6 +162,22 @@ def _check_channels(model: nn.Module, inputs: Batch) -> None:
         )
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Scope in which all of the model is in eval mode; each module gets its own mode back.
+
+    `model.train(model.training)` would not do: it puts batch norms that are held in eval mode (PGU, WACV 2024, section
+    3.4 freezes their statistics) into training mode with the rest.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def output_logits(model: nn.Module, inputs: Batch, **forward_options: Any) -> Tensor:
     """Forward pass without labels; returns the logits, `[B, V]` or `[B, T, V]`.
 

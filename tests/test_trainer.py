@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import kinds
 import pytest
 import torch
 from cases import CLASSES, collate, image_rows, text_rows, tiny_gpt2, tiny_llama, tiny_vit, vector_rows
@@ -501,3 +502,16 @@ def test_a_retain_drop_is_never_exceeded(tmp_path: Path) -> None:
     assert 1 < trainer.state.global_step < 12
     with pytest.raises(SettingsError, match="split `retain`"):
         UnlearningTrainer(tiny_gpt2(), settings(tmp_path, max_retain_drop=0.1), FORGET, RETAIN)
+
+
+@pytest.mark.parametrize("loss", ["next_best", "npo", "pgu"])
+def test_no_forget_batch_enters_the_statistics_of_batch_norms(loss: str, tmp_path: Path) -> None:
+    model, rows = kinds.drawn(kinds.resnet, 1.5)(), image_rows(12)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    args = UnlearningConfig(str(tmp_path), loss=loss, constraint="none", max_steps=2, use_cpu=True, disable_tqdm=True)
+    trainer = UnlearningTrainer(model, args, rows[:6], holdout_dataset=rows[6:])
+    trainer.train()
+    assert len(before) > 3 and all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    model.train()
+    model(**PaddingCollator()(rows[:6]))  # the control: a pass in training mode does enter
+    assert not all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())

@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_unlearn.measures import Tools
 from hf_unlearn.metrics import Estimate, score_rows
+from hf_unlearn.predictions import eval_mode
 
 Memory = Literal["more", "less", "either", "none"]
 
@@ -114,12 +115,11 @@ def restored(model: nn.Module) -> Iterator[None]:
     tensors = [*model.parameters(), *model.buffers()]
     values = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
     devices = [tensor.device for tensor in tensors[:1] if tensor.is_cuda]
     for parameter in model.parameters():
         parameter.grad = None  # what is accumulated meanwhile is not the owner's
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), eval_mode(model):
             yield
     finally:
         with torch.no_grad():
@@ -129,5 +129,3 @@ def restored(model: nn.Module) -> Iterator[None]:
             parameter.grad = None
             parameter.requires_grad_(required)
             parameter.grad = grad
-        for module, training in modes:
-            module.training = training

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.losses.dual import DualWeight
-from hf_unlearn.predictions import Batch, Predictions, label_positions, predict
+from hf_unlearn.predictions import Batch, Predictions, eval_mode, label_positions, predict
 
 ForgetTerm = Callable[..., Tensor]
 Predict = Callable[..., Predictions]
@@ -211,13 +211,8 @@ class UnlearningLoss:
         """How to predict as the original model does, in eval mode and without gradients."""
         if original is None:
             raise SettingsError(f"loss {self.name!r} reads the original model's predictions; pass `original`")
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad(), original() as how:
-                yield how or predict
-        finally:
-            model.train(training)
+        with eval_mode(model), torch.no_grad(), original() as how:
+            yield how or predict
 
     def _retain_sum(self, model: nn.Module, inputs: Batch, original: OriginalModel | None) -> Tensor:
         layer = self.layer if self.retain == "hidden" else None

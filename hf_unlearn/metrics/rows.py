@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hf_unlearn.errors import DataError
-from hf_unlearn.predictions import Collator, Predictions, predict
+from hf_unlearn.predictions import Collator, Predictions, eval_mode, predict
 from hf_unlearn.sharding import gather, own_indices, world
 
 MIN_K = 0.4  # share of a row's labels that the min-k attacks look at (MUSE, 2.2; OpenUnlearning)
@@ -182,15 +182,11 @@ def map_rows(function: Callable[[Sequence[Any]], list], model: nn.Module, datase
     results are dropped where they have none left: a sharded model needs every process at every forward pass.
     """
     own, size = own_indices(len(dataset)), world()[1]
-    training = model.training
-    model.eval()
-    try:
-        found: list = []
+    found: list = []
+    with eval_mode(model):
         for start in range(0, len(own_indices(len(dataset), 0)), batch_size):
             mine = own[start : start + batch_size]
             found += function([dataset[i] for i in mine or range(1)])[: len(mine)]
-    finally:
-        model.train(training)
     results: list = [None] * len(dataset)
     for rank, part in enumerate(gather(found)):
         results[rank::size] = part
