@@ -13,7 +13,7 @@ from hf_unlearn.attacks.subject import NotRun, Outcome, Subject, restored
 from hf_unlearn.layers import find_layers, layer_at, parameter_of
 from hf_unlearn.metrics import Estimate, bootstrap_mean, undefined
 from hf_unlearn.metrics.classification import relearn_steps
-from hf_unlearn.predictions import output_logits, predict
+from hf_unlearn.predictions import eval_mode, output_logits, predict
 
 BLOCK = 64  # weights that share a scale at 4 bits
 
@@ -138,17 +138,17 @@ def recalibration(subject: Subject) -> Iterator[Outcome]:
 def recalibrate(subject: Subject, norms: Sequence[_BatchNorm], rows: Any) -> None:
     """Cumulative means over batches of `rows`; nothing else of the model is in training mode."""
     device, size = next(subject.model.parameters()).device, subject.tools.batch_size
-    subject.model.eval()
     momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
     try:
-        for start in range(0, len(rows), size):
-            part = [rows[i] for i in range(start, min(start + size, len(rows)))]
-            if len(part) > 1 or len(rows) == 1:  # a single value has no variance
-                output_logits(subject.model, {k: v.to(device) for k, v in subject.tools.collator(part).items()})
+        with eval_mode(subject.model):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None
+                norm.train()
+            for start in range(0, len(rows), size):
+                part = [rows[i] for i in range(start, min(start + size, len(rows)))]
+                if len(part) > 1 or len(rows) == 1:  # a single value has no variance
+                    output_logits(subject.model, {k: v.to(device) for k, v in subject.tools.collator(part).items()})
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
