@@ -39,15 +39,21 @@ class OverUnlearningCallback(TrainerCallback):
         metric: `loss` rises to the mark, the others fall to it.
         score: Value of the metric on the split `forget` or `holdout` under the weights of the moment.
         target: A fixed mark.
+        relearned: Go by the forget rows after an attacker's relearning (`relearn_steps`); so does `score`.
     """
 
     HALVINGS, TOLERANCE = 6, 0.02
 
     def __init__(
-        self, constrainer: StepConstrainer, metric: str, score: Callable[[str], float], target: float | None = None
+        self,
+        constrainer: StepConstrainer,
+        metric: str,
+        score: Callable[[str], float],
+        target: float | None = None,
+        relearned: bool = False,
     ):
         self.constrainer, self.metric, self.score, self.target = constrainer, metric, score, target
-        self.mark = target
+        self.mark, self.watched = target, f"relearned_{metric}" if relearned else metric
         self.reason: str | None = None
         self.previous: tuple[int, list[Tensor]] | None = None
 
@@ -63,7 +69,7 @@ class OverUnlearningCallback(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs: Any
     ) -> None:
-        forget = metrics.get(f"eval_forget_{self.metric}")
+        forget = metrics.get(f"eval_forget_{self.watched}")
         if forget is None or self.mark is None:
             return
         step: float = state.global_step
@@ -74,7 +80,7 @@ class OverUnlearningCallback(TrainerCallback):
             forget, step = self._shorten(forget, *self.previous, state.global_step)
         control.should_training_stop = True
         mark = "the target" if self.target is not None else "what held-out rows had before,"
-        self.reason = f"forget {self.metric} {forget:.4f} reached {mark} {self.mark:.4f} at step {step:g}"
+        self.reason = f"forget {self.watched} {forget:.4f} reached {mark} {self.mark:.4f} at step {step:g}"
 
     def _reached(self, forget: float) -> bool:
         assert self.mark is not None

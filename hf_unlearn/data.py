@@ -266,14 +266,27 @@ class PairedDataset(Dataset):
 
 @dataclass(frozen=True)
 class PairedCollator:
-    """Collate `PairedDataset` rows to `{"forget": batch, "retain": batch}`, plain rows (evaluation) to a batch."""
+    """Collate `PairedDataset` rows to `{"forget": batch, "retain": batch}`, plain rows (evaluation) to a batch.
+
+    With an `attacker`, its part of the forget rows is a batch of its own, `relearn`, and is in no other.
+    """
 
     collator: Callable[[Sequence[Row]], Mapping[str, Tensor]]
+    attacker: bool = False
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         if "forget" not in rows[0]:
             return dict(self.collator(rows))
-        return {part: self.collator([row[part] for row in rows]) for part in rows[0]}
+        if not self.attacker:
+            return {part: self.collator([row[part] for row in rows]) for part in rows[0]}
+        few, others = attackers_rows(rows)
+        return {"relearn": self.collator([row["forget"] for row in few])} | PairedCollator(self.collator)(others)
+
+
+def attackers_rows(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Every third row, which an attacker has, and the others; of a single row the same one twice."""
+    rows = list(rows)
+    return (rows[::3], [row for index, row in enumerate(rows) if index % 3]) if len(rows) > 1 else (rows, rows)
 
 
 def row_key(row: Row) -> bytes:

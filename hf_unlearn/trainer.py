@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import (
+    EvalLoopOutput,
     EvalPrediction,
     IntervalStrategy,
 )
@@ -30,6 +31,7 @@ from hf_unlearn.coverage import hold_norm_statistics
 from hf_unlearn.data import (
     PairedCollator,
     PairedDataset,
+    attackers_rows,
     default_collator,
     encode_dataset,
     require_alternates,
@@ -43,6 +45,7 @@ from hf_unlearn.metrics import RowScores, row_scores
 from hf_unlearn.optimizer import StepConstrainer
 from hf_unlearn.original_outputs import frozen_copy, original_outputs
 from hf_unlearn.predictions import predict
+from hf_unlearn.relearning import relearned
 from hf_unlearn.sharding import check_sharding, shard_on_cpu
 from hf_unlearn.statistics import RetainStatistics
 from hf_unlearn.trainer_hub import HubMixin
@@ -140,7 +143,7 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=PairedCollator(collator),
+            data_collator=PairedCollator(collator, attacker=args.relearn_steps > 0),
             train_dataset=PairedDataset(
                 forget, retain if self.loss.has_retain_term else None, args.seed, bool(self.loss.kind.alternates)
             ),
@@ -168,6 +171,8 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
         shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
         self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
         check_sharding(self.accelerator, self.model)
+        if self.args.relearn_steps and self.is_sharded:
+            raise SettingsError("relearn_steps needs whole weights on each process (DDP); they are sharded here")
 
     @contextmanager
     def original_model(self) -> Iterator[nn.Module]:
@@ -224,13 +229,22 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward pass; the gradient is constrained before it is clipped."""
         self.constrainer.measure_leak = (self.state.global_step + 1) % max(self.state.logging_steps or 1, 1) == 0
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        inputs = self._prepare_inputs(inputs)
+        with self._relearned(inputs.pop("relearn", None)):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self._unfinished_loss += loss.detach()
         if self.accelerator.sync_gradients:
             self._check_finite()
             if not self.is_deepspeed_enabled:  # its step was a part of the backward pass
                 self.constrainer.constrain_gradients()
         return loss
+
+    def _relearned(self, batch: Any) -> AbstractContextManager[None]:
+        """The weights that an attacker who has these rows would come to; without any, those of the moment."""
+        if batch is None:
+            return nullcontext()
+        args = self.args
+        return relearned(self.model, self.constrainer, batch, args.relearn_steps, args.relearn_learning_rate)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -283,6 +297,13 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
             metrics |= judged
         return metrics
 
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
+        """As Trainer; where an attacker is trained against, forget rows are judged after relearning as well."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+        if self.args.relearn_steps and metric_key_prefix == "eval_forget" and self._stopping_callback() is not None:
+            output.metrics[f"eval_forget_relearned_{self.args.forget_metric}"] = self._stopping_score("forget")
+        return output
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """As Trainer, among the evaluations that keep to `utility_floor`."""
         for name, floor in (self.args.utility_floor or {}).items():
@@ -320,9 +341,8 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
         if self.is_deepspeed_enabled:
             self.add_callback(EngineCallback(lambda: self._attach(self.model_wrapped)))
         if self._stopping_rows["holdout"] is not None or args.forget_target is not None:
-            self.add_callback(
-                OverUnlearningCallback(self.constrainer, args.forget_metric, self._stopping_score, args.forget_target)
-            )
+            how = (args.forget_metric, self._stopping_score, args.forget_target, args.relearn_steps > 0)
+            self.add_callback(OverUnlearningCallback(self.constrainer, *how))
         if args.max_retain_drift is not None:
             if self.constrainer.statistics is None:
                 raise SettingsError("max_retain_drift needs statistics; pass `statistics` or `retain_dataset`")
@@ -351,9 +371,17 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
             stopping.mark = mark
 
     def _stopping_score(self, split: str) -> float:
-        """The forget metric on `forget`, `holdout` or `retain` rows as `evaluate` has it, without a log line."""
-        loader = self.get_eval_dataloader(self._stopping_rows[split])
-        return self.evaluation_loop(loader, f"Comparing {split}").metrics[f"eval_{self.args.forget_metric}"]
+        """The forget metric on `forget`, `holdout` or `retain` rows as `evaluate` has it, without a log line.
+
+        Under attack a third of the forget rows is relearned, and the others are judged.
+        """
+        rows, few = self._stopping_rows[split], None
+        if self.args.relearn_steps and split == "forget":
+            few, rows = attackers_rows(rows)
+        batch = None if few is None else self._prepare_inputs(self.data_collator(few))
+        with self._relearned(batch):
+            loop = self.evaluation_loop(self.get_eval_dataloader(rows), f"Comparing {split}")
+        return loop.metrics[f"eval_{self.args.forget_metric}"]
 
     def _check_finite(self) -> None:
         """Raise, on all processes at once, where a loss since the last step was not finite on any of them."""

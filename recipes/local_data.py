@@ -4,9 +4,11 @@
     python recipes/local_data.py sst2 FOLDER_OF_TSV outputs/sst2 --flip 346  # and poisoned, clean: see below
     python recipes/local_data.py images cifar10.npz outputs/cifar10          # x_train, y_train, x_test, y_test
     python recipes/local_data.py images mnist.npz outputs/mnist
+    python recipes/local_data.py digits - outputs/digits                     # those of scikit-learn; nothing is read
 
 With `--flip N` the first N rows of the split `poisoned` are those of `train` with a wrong label, and the split `clean`
-has the same rows with the right one: where `poisoned[0:N]` is forgotten, accuracy on `clean` comes back.
+has the same rows with the right one: where `poisoned[0:N]` is forgotten, accuracy on `clean` comes back. The digits are
+split 80:20 by class; `test_without_3` is `test` without one class, to judge by where that class is forgotten.
 """
 
 import argparse
@@ -18,13 +20,15 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 from hf_unlearn.errors import DataError
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("sst2", "images"))
+    parser.add_argument("kind", choices=("sst2", "images", "digits"))
     parser.add_argument("source", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--flip", type=int, default=0, metavar="N", help="give N training rows a wrong label")
@@ -32,7 +36,7 @@ def main() -> int:
     args = parser.parse_args()
     generator = np.random.default_rng(args.seed)
     try:
-        splits = sst2(args.source) if args.kind == "sst2" else images(args.source)
+        splits = {"sst2": sst2, "images": images, "digits": digits}[args.kind](args.source)
         if not 0 <= args.flip <= len(splits["train"]):
             raise DataError(f"--flip must be 0 to {len(splits['train'])}, the training rows, got {args.flip}")
     except DataError as error:
@@ -65,6 +69,15 @@ def images(path: Path) -> dict[str, datasets.Dataset]:
     """`train` and `test` from arrays of pixels."""
     arrays = read_arrays(path)
     return {name: _pictures(arrays[f"x_{name}"], arrays[f"y_{name}"]) for name in ("train", "test")}
+
+
+def digits(ignored: Path) -> dict[str, datasets.Dataset]:
+    """`train`, `test` and `test_without_3` of scikit-learn's digits, 8 x 8 grey levels of 0 to 16 as 0 to 255."""
+    pixels, labels = load_digits(return_X_y=True)
+    pixels = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    parts = {"train": train, "test": test, "test_without_3": test[labels[test] != 3]}
+    return {name: _pictures(pixels[part], labels[part]) for name, part in parts.items()}
 
 
 def read_arrays(path: Path) -> dict[str, NDArray]:

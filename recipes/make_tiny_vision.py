@@ -1,6 +1,7 @@
 """Make an untrained small vision model with its image processor: a transformers folder.
 
     python recipes/make_tiny_vision.py vit outputs/tiny_vit_mnist --channels 1 --image_size 28
+    python recipes/make_tiny_vision.py vit outputs/tiny_vit_digits --channels 1 --image_size 8
     python recipes/make_tiny_vision.py resnet outputs/tiny_resnet --channels 3 --image_size 32
 
 The same arguments give the same files, so that models fine-tuned from it are found again in the cache.
@@ -24,11 +25,15 @@ from hf_unlearn.files import check_output, replace_folder
 
 
 def make_vit(size: int, channels: int, classes: int) -> PreTrainedModel:
-    """Four blocks of width 96 on patches of 4 x 4; no dropout, steps of fixed size are to see the true gradient."""
+    """Four blocks of width 96 on patches of 4 x 4, for 8 pixels a side of width 64 on 2 x 2.
+
+    No dropout: steps of fixed size are to see the true gradient.
+    """
+    patch, width = (4, 96) if size > 8 else (2, 64)
     return ViTForImageClassification(
         ViTConfig(
-            image_size=size, patch_size=4, num_channels=channels, hidden_size=96, num_hidden_layers=4,
-            num_attention_heads=4, intermediate_size=192, num_labels=classes, hidden_dropout_prob=0.0,
+            image_size=size, patch_size=patch, num_channels=channels, hidden_size=width, num_hidden_layers=4,
+            num_attention_heads=4, intermediate_size=2 * width, num_labels=classes, hidden_dropout_prob=0.0,
         )
     )  # fmt: skip
 

@@ -56,7 +56,7 @@ LEVELS = (
         "publish",
     ),
     ("collector", "convergence", "collect", "constraints"),
-    ("parts", "optimizer", "coverage", "ledger", "sequence"),
+    ("parts", "optimizer", "relearning", "coverage", "ledger", "sequence"),
     (
         "config",
         "callbacks",
