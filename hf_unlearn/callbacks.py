@@ -39,7 +39,7 @@ class OverUnlearningCallback(TrainerCallback):
         metric: `loss` rises to the mark, the others fall to it.
         score: Value of the metric on the split `forget` or `holdout` under the weights of the moment.
         target: A fixed mark.
-        relearned: Go by the forget rows after an attacker's relearning (`relearn_steps`); so does `score`.
+        relearned: Go by the forget rows after an attacker's relearning (`adversary_steps`); so does `score`.
     """
 
     HALVINGS, TOLERANCE = 6, 0.02

@@ -84,12 +84,12 @@ class UnlearningConfig(TrainingArguments):
         "Stop before the forget metric of the `retain` split has become worse by more than this; PGU's rule for whole "
         "classes is 0.05 of accuracy.",
     )
-    relearn_steps: int = setting(
+    adversary_steps: int = setting(
         0,
         "Forget against an attacker: take each gradient, and judge by early stopping, where so many steps of "
         "relearning on a third of the rows lead; the others count. 0: at the weights themselves.",
     )
-    relearn_learning_rate: float = setting(4e-5, "How far each of those steps moves every weight.")
+    adversary_learning_rate: float = setting(4e-5, "How far each of those steps moves every weight.")
     utility_floor: dict | str | None = setting(
         None,
         "Lowest values that metrics of an evaluation may have for its checkpoint to be the best, as JSON such as "
@@ -147,10 +147,10 @@ class UnlearningConfig(TrainingArguments):
         self.build_constraint()
         Storage(self.keep_statistics_on)
         Sketching(self.sketch_above, self.sketch_rank)
-        if self.relearn_steps < 0 or not self.relearn_learning_rate > 0:
+        if self.adversary_steps < 0 or not self.adversary_learning_rate > 0:
             raise SettingsError(
-                f"relearn_steps must not be negative and relearn_learning_rate above 0, got {self.relearn_steps} and "
-                f"{self.relearn_learning_rate}"
+                "adversary_steps must not be negative and adversary_learning_rate above 0, got "
+                f"{self.adversary_steps} and {self.adversary_learning_rate}"
             )
         _mapping("utility_floor", self.utility_floor)
         if self.utility_floor and not (self.load_best_model_at_end and self.metric_for_best_model):

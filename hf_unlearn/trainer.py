@@ -143,7 +143,7 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=PairedCollator(collator, attacker=args.relearn_steps > 0),
+            data_collator=PairedCollator(collator, attacker=args.adversary_steps > 0),
             train_dataset=PairedDataset(
                 forget, retain if self.loss.has_retain_term else None, args.seed, bool(self.loss.kind.alternates)
             ),
@@ -171,8 +171,8 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
         shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
         self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
         check_sharding(self.accelerator, self.model)
-        if self.args.relearn_steps and self.is_sharded:
-            raise SettingsError("relearn_steps needs whole weights on each process (DDP); they are sharded here")
+        if self.args.adversary_steps and self.is_sharded:
+            raise SettingsError("adversary_steps needs whole weights on each process (DDP); they are sharded here")
 
     @contextmanager
     def original_model(self) -> Iterator[nn.Module]:
@@ -244,7 +244,7 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
         if batch is None:
             return nullcontext()
         args = self.args
-        return relearned(self.model, self.constrainer, batch, args.relearn_steps, args.relearn_learning_rate)
+        return relearned(self.model, self.constrainer, batch, args.adversary_steps, args.adversary_learning_rate)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -300,7 +300,7 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
         """As Trainer; where an attacker is trained against, forget rows are judged after relearning as well."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
-        if self.args.relearn_steps and metric_key_prefix == "eval_forget" and self._stopping_callback() is not None:
+        if self.args.adversary_steps and metric_key_prefix == "eval_forget" and self._stopping_callback() is not None:
             output.metrics[f"eval_forget_relearned_{self.args.forget_metric}"] = self._stopping_score("forget")
         return output
 
@@ -341,7 +341,7 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
         if self.is_deepspeed_enabled:
             self.add_callback(EngineCallback(lambda: self._attach(self.model_wrapped)))
         if self._stopping_rows["holdout"] is not None or args.forget_target is not None:
-            how = (args.forget_metric, self._stopping_score, args.forget_target, args.relearn_steps > 0)
+            how = (args.forget_metric, self._stopping_score, args.forget_target, args.adversary_steps > 0)
             self.add_callback(OverUnlearningCallback(self.constrainer, *how))
         if args.max_retain_drift is not None:
             if self.constrainer.statistics is None:
@@ -376,7 +376,7 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
         Under attack a third of the forget rows is relearned, and the others are judged.
         """
         rows, few = self._stopping_rows[split], None
-        if self.args.relearn_steps and split == "forget":
+        if self.args.adversary_steps and split == "forget":
             few, rows = attackers_rows(rows)
         batch = None if few is None else self._prepare_inputs(self.data_collator(few))
         with self._relearned(batch):

@@ -92,8 +92,8 @@ def test_a_step_has_the_gradient_at_relearned_weights_on_the_other_rows(steps: i
     model, twin = tiny_llama(), tiny_llama()
     args = settings(
         tmp_path, max_steps=1, loss="grad_ascent", constraint="none", relative_step=False, learning_rate=0.1,
-        momentum=0.0, max_grad_norm=0.0, per_device_train_batch_size=len(FORGET), relearn_steps=steps,
-        relearn_learning_rate=RATE, train_only=["*mlp*"],
+        momentum=0.0, max_grad_norm=0.0, per_device_train_batch_size=len(FORGET), adversary_steps=steps,
+        adversary_learning_rate=RATE, train_only=["*mlp*"],
     )  # fmt: skip
     trainer = UnlearningTrainer(model, args, FORGET)
     order = next(iter(trainer.get_train_dataloader()))["relearn" if steps else "forget"]["input_ids"]
@@ -119,7 +119,7 @@ def _by_first(rows: list[dict[str, Any]], chosen: Tensor) -> tuple[list[dict[str
 def test_retain_logits_stay_under_energy_one(tmp_path: Path) -> None:
     model = tiny_llama()
     before, forget = logits(model, RETAIN), logits(model, FORGET)
-    args = settings(tmp_path, relearn_steps=2, relearn_learning_rate=RATE, per_device_train_batch_size=4)
+    args = settings(tmp_path, adversary_steps=2, adversary_learning_rate=RATE, per_device_train_batch_size=4)
     UnlearningTrainer(model, args, FORGET, RETAIN).train()
     assert (logits(model, RETAIN) - before).abs().max() < 1e-4
     assert (logits(model, FORGET) - forget).abs().max() > 1e-2
@@ -145,7 +145,7 @@ def test_less_comes_back_where_training_was_against_an_attacker(tmp_path: Path) 
     for steps in (0, 3):
         model = memorised()
         args = attacked(tmp_path, max_steps=60, eval_strategy="steps", eval_steps=1, forget_target=0.1)
-        args = args.but(relearn_steps=steps)
+        args = args.but(adversary_steps=steps)
         statistics = collect_statistics(model, RETAIN, progress=False)
         UnlearningTrainer(model, args, MEMORISED, statistics=statistics).train()
         how = AuditSettings(relearn_rows=4, relearn_steps=8, relearn_learning_rate=2e-3)
@@ -170,20 +170,29 @@ def memorised() -> Any:
 
 
 def attacked(folder: Path, **changes: Any) -> UnlearningConfig:
-    base = {"relearn_steps": 3, "relearn_learning_rate": 3e-3, "per_device_train_batch_size": 12, "learning_rate": 5e-3}
+    base = {
+        "adversary_steps": 3,
+        "adversary_learning_rate": 3e-3,
+        "per_device_train_batch_size": 12,
+        "learning_rate": 5e-3,
+    }
     return settings(folder, **{**base, "loss": "ce_u", "constraint_settings": {"energy": 0.9}, **changes})
 
 
-@pytest.mark.parametrize(("name", "value"), [("relearn_steps", -1), ("relearn_learning_rate", 0.0)])
+@pytest.mark.parametrize(("name", "value"), [("adversary_steps", -1), ("adversary_learning_rate", 0.0)])
 def test_settings_out_of_range_are_refused(name: str, value: float, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="relearn_steps must not be negative and relearn_learning_rate above 0"):
+    with pytest.raises(SettingsError, match="adversary_steps must not be negative and adversary_learning_rate above 0"):
         settings(tmp_path, **{name: value})
 
 
 def test_holdout_is_judged_without_an_attack(tmp_path: Path) -> None:
     model = tiny_gpt2()
     trainer = UnlearningTrainer(
-        model, settings(tmp_path, relearn_steps=2, relearn_learning_rate=RATE), FORGET, RETAIN, holdout_dataset=HOLDOUT
+        model,
+        settings(tmp_path, adversary_steps=2, adversary_learning_rate=RATE),
+        FORGET,
+        RETAIN,
+        holdout_dataset=HOLDOUT,
     )
     plain = UnlearningTrainer(tiny_gpt2(), settings(tmp_path), FORGET, RETAIN, holdout_dataset=HOLDOUT)
     assert trainer._stopping_score("holdout") == plain._stopping_score("holdout")
