@@ -50,7 +50,7 @@ class Remove:
 
     def __call__(self, step_OI: Tensor) -> Tensor:
         basis_IK = fetch(self.basis_IK, step_OI.device).to(step_OI)
-        return step_OI - (step_OI @ basis_IK) @ basis_IK.T
+        return torch.addmm(step_OI, step_OI @ basis_IK, basis_IK.T, alpha=-1)
 
     def root(self) -> Factor:
         return self
@@ -104,7 +104,7 @@ class ShrinkThin:
     def __call__(self, step_OI: Tensor) -> Tensor:
         basis_IK = fetch(self.basis_IK, step_OI.device).to(step_OI)
         scale_K = self.scale_K.to(step_OI) - self.outside
-        return self.outside * step_OI + ((step_OI @ basis_IK) * scale_K) @ basis_IK.T
+        return torch.addmm(step_OI, (step_OI @ basis_IK) * scale_K, basis_IK.T, beta=self.outside)
 
     def root(self) -> Factor:
         return ShrinkThin(self.basis_IK, self.scale_K.sqrt(), self.outside**0.5)
