@@ -136,6 +136,16 @@ def test_few_rows_make_thin_factors_that_equal_the_twin(constraint: Any, wide: i
     assert close(rooted(rooted(torch.from_numpy(step_OI))).numpy(), step_OI @ twin_II, 1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "least", "most"), [(torch.float32, 0, 3e-7), (torch.bfloat16, 5e-4, 1e-2)])
+def test_bases_are_kept_in_float32_because_half_precision_leaks(dtype: torch.dtype, least: float, most: float) -> None:
+    """Share of a step that is left in the core space by a basis that was rounded for storage."""
+    rows_NI, step_OI = random_array(200, 512), torch.from_numpy(random_array(64, 512, seed=1)).float()
+    basis_IK = torch.linalg.qr(torch.from_numpy(rows_NI.T)).Q
+    allowed_OI = Remove(basis_IK.to(dtype))(step_OI).double()
+    leak = float((allowed_OI @ basis_IK).norm() / allowed_OI.norm())
+    assert least <= leak < most
+
+
 def test_many_rows_make_a_dense_shrinkage() -> None:
     assert isinstance(bind(random_array(30, 40), RidgeConstraint()).right, Shrink)
 

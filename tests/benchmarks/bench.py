@@ -178,13 +178,17 @@ def trainer_step(width: int, layers: int, rounds: int) -> list[Figure]:
 
 
 def decomposing(rounds: int) -> list[Figure]:
-    """The eigen-decomposition of a Gram against the product that makes it of four times as many rows."""
+    """The eigen-decomposition of a Gram against the product that makes it of four times as many rows; and that of a
+    quarter as many rows as features, in their span, against the full one."""
     found = []
     for width in (256, 512, 1024, 2048):
         rows = torch.randn(4 * width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         gram = rows.T @ rows
         times = in_turn(lambda gram=gram: eigen(gram), lambda rows=rows: rows.T @ rows, rounds)
         found.append(Figure("decomposition", f"eigh in float64, width {width}", "its product", *times))
+        few = rows[: width // 4].T @ rows[: width // 4]
+        times = in_turn(lambda few=few: eigen(few, len(few) // 4), lambda few=few: eigen(few), rounds)
+        found.append(Figure("decomposition", f"of {width // 4} rows, width {width}", "eigh in float64", *times))
     return found
 
 
