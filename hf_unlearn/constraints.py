@@ -24,6 +24,8 @@ from hf_unlearn.storage import Storage, fetch
 NEGATIVE_ENERGY_WARNING = 1e-6
 HELD_ENERGY_WARNING = 0.9
 """Share of the trace that a sketch must hold under a soft constraint."""
+UNSEEN = 2.0**-25
+"""Share that a step may lose in a direction without any number in float32 being another."""
 
 
 class Factor(Protocol):
@@ -48,7 +50,7 @@ class Remove:
 
     def __call__(self, step_OI: Tensor) -> Tensor:
         basis_IK = fetch(self.basis_IK, step_OI.device).to(step_OI)
-        return step_OI - (step_OI @ basis_IK) @ basis_IK.T
+        return torch.addmm(step_OI, step_OI @ basis_IK, basis_IK.T, alpha=-1)
 
     def root(self) -> Factor:
         return self
@@ -93,7 +95,7 @@ class Shrink:
 
 @dataclass(frozen=True, eq=False)
 class ShrinkThin:
-    """`outside I + U diag(scale - outside) U^T` with a thin U: `4 O I K` multiply-adds, and no `I x I` matrix."""
+    """`outside I + U diag(scale - outside) U^T` with a thin U: `2 O I K` multiply-adds, and no `I x I` matrix."""
 
     basis_IK: Tensor
     scale_K: Tensor
@@ -102,7 +104,7 @@ class ShrinkThin:
     def __call__(self, step_OI: Tensor) -> Tensor:
         basis_IK = fetch(self.basis_IK, step_OI.device).to(step_OI)
         scale_K = self.scale_K.to(step_OI) - self.outside
-        return self.outside * step_OI + ((step_OI @ basis_IK) * scale_K) @ basis_IK.T
+        return torch.addmm(step_OI, (step_OI @ basis_IK) * scale_K, basis_IK.T, beta=self.outside)
 
     def root(self) -> Factor:
         return ShrinkThin(self.basis_IK, self.scale_K.sqrt(), self.outside**0.5)
@@ -366,6 +368,9 @@ def _shrink(parts: Eigen, strength: float) -> Factor:
         return ShrinkThin(parts.vectors_II.float(), (1 / (1 + scaled_I)).float(), outside.item())
     if parts.diagonal:
         return Scale(scaled_I.scatter(0, parts.vectors_II, 1 / (1 + scaled_I)).float())
+    shrunk = int((scaled_I > UNSEEN).sum())
+    if 2 * shrunk < len(scaled_I):
+        return ShrinkThin(parts.vectors_II[:, :shrunk].float().contiguous(), (1 / (1 + scaled_I[:shrunk])).float(), 1.0)
     vectors_II = parts.vectors_II.double()
     matrix_II = (vectors_II / (1 + scaled_I)) @ vectors_II.T
     return Shrink(matrix_II.float())

@@ -146,6 +146,7 @@ def decomposition_peak(
 
     A process first has all its own matrices (float64), then replaces one after the other by its vectors (float32);
     LAPACK's `dsyevd` takes the matrix, its copy and twice its size, four matrices in all; the SVD of a sketch as many.
+    Of a layer that sees fewer positions than half its features it takes less (`linalg.eigen`): this is an upper bound.
 
     Args:
         kept: Share of the finished vectors that stays on the device.

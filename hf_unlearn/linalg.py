@@ -11,9 +11,12 @@ from torch import Tensor
 
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.sharding import whole
-from hf_unlearn.sketch import is_sketch, reconstruct
+from hf_unlearn.sketch import is_sketch, reconstruct, sketch_map
 
 Spectrum = Literal["eigenvalues", "singular_values"]
+
+FEW_ROWS, SPARE = 0.5, 16
+"""Rows per feature up to which a decomposition is thin (below 256 features none is), and what it looks for beyond."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Eigen:
 
     Of a sketch it is thin: `[R]` values, `[I, R]` vectors, and `missed`, the share in each direction of what the sketch
     has missed (`sketch.reconstruct`), which is in the values and is the eigenvalue of all directions outside of the
-    vectors. No `I x I` matrix is ever made of a thin one.
+    vectors. Thin it is, too, where few rows were seen; `missed` is zero then. No `I x I` matrix is made of a thin one.
     """
 
     values_I: Tensor
@@ -44,7 +47,7 @@ class Eigen:
 
     @property
     def spectrum_I(self) -> Tensor:
-        """All I eigenvalues, those outside of the vectors of a sketch last."""
+        """All I eigenvalues, those outside of the vectors of a thin one last."""
         if self.missed is None:
             return self.values_I
         others = self.vectors_II.shape[-2] - self.values_I.shape[-1]
@@ -121,10 +124,15 @@ def _bands(size: int) -> list[slice]:
     return [slice(start, min(start + width, size)) for start in range(0, size, width)]
 
 
-def eigen(gram_II: Tensor) -> Eigen:
+def eigen(gram_II: Tensor, rows: int | None = None) -> Eigen:
     """Decompose a symmetric matrix in float64 (float32 spectra turn negative on the steep Grams of real networks).
 
     Also a stack of them `[G, I, I]`, a diagonal one as a vector `[I]`, and a sketch `[I, R + 1]` or a stack of those.
+
+    Args:
+        gram_II: What to decompose.
+        rows: How many rows it is the Gram of, where that is known. Far fewer than I make a thin decomposition, which
+            takes `2 I^2 N` multiply-adds in place of an `eigh`; a Gram of a higher rank is noticed and done in full.
     """
     if is_sketch(gram_II.shape):
         blocks = [reconstruct(block) for block in (gram_II if gram_II.ndim == 3 else [gram_II])]
@@ -132,15 +140,43 @@ def eigen(gram_II: Tensor) -> Eigen:
         if gram_II.ndim == 2:
             values_R, vectors_IR, missed = values_R[0], vectors_IR[0], missed[0]
         return Eigen(values_R, vectors_IR, negative.max().item(), missed)
+    if rows is not None and gram_II.ndim == 2 and len(gram_II) >= 256 and rows <= FEW_ROWS * len(gram_II):
+        thin = _eigen_of_few_rows(gram_II.double(), rows)
+        if thin is not None:
+            return thin
     if gram_II.ndim == 1:
         values_I, vectors_II = gram_II.double().sort(descending=True, stable=True)
     else:
         values_I, vectors_II = torch.linalg.eigh(gram_II.double())
         values_I, vectors_II = values_I.flip(-1), vectors_II.flip(-1)
+    return Eigen(values_I.clamp(min=0), vectors_II, _negative_share(values_I))
+
+
+def _eigen_of_few_rows(gram_II: Tensor, rows: int) -> Eigen | None:
+    """The eigenvalues above float64 rounding and their vectors, of a Gram of rank `rows` at most; None if it has more.
+
+    Halko, Martinsson, Tropp, Finding structure with randomness, SIAM Review 2011, algorithms 4.1 and 5.3: the image of
+    a random map with a few columns more than the rank is the range itself, up to rounding, and the Gram is decomposed
+    there. Two checks, as `rows` may be wrong (rows that were never added have been subtracted): the eigenvalue after
+    the `rows` largest is zero, and the trace is complete.
+    """
+    size, eps = len(gram_II), torch.finfo(torch.float64).eps
+    image_IR = torch.sparse.mm(sketch_map(size, rows + SPARE, gram_II.device), gram_II).t()  # the Gram is symmetric
+    basis_IR = torch.linalg.qr(image_IR).Q
+    core_RR = basis_IR.t() @ (gram_II @ basis_IR)
+    values_R, turn_RR = torch.linalg.eigh((core_RR + core_RR.t()) / 2)
+    values_R, sizes_R = values_R.flip(0), values_R.abs().sort(descending=True).values
+    zero = size * eps * sizes_R[0]
+    if sizes_R[rows] > zero or (gram_II.trace() - values_R.sum()).abs() > 1e-10 * sizes_R.sum():
+        return None
+    held = max(int((values_R > zero).sum()), 1)
+    vectors_IK = basis_IR @ turn_RR.flip(1)[:, :held]
+    return Eigen(values_R[:held].clamp(min=0), vectors_IK, _negative_share(values_R), values_R.new_zeros(()))
+
+
+def _negative_share(values_I: Tensor) -> float:
     total = values_I.abs().sum()
-    negative = values_I.clamp(max=0).abs().sum()
-    share = (negative / total).item() if total > 0 else 0.0
-    return Eigen(values_I.clamp(min=0), vectors_II, share)
+    return (values_I.clamp(max=0).abs().sum() / total).item() if total > 0 else 0.0
 
 
 def numerical_rank(values_I: Tensor) -> int:

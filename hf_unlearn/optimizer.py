@@ -151,7 +151,7 @@ class StepConstrainer:
         """Project the gradients of anchored constraints: before clipping and before the optimizer's moments.
 
         What the step would remove anyway must not eat the clipping budget or fill the moments. Called by the step hook
-        if nobody called it before.
+        if nobody called it before, unless the constrained move is the same without.
         """
         for part in self.parts:
             if part.bound is not None and part.bound.anchored:
@@ -250,7 +250,7 @@ class StepConstrainer:
     @torch.no_grad()
     def _before_step(self, optimizer: Any, *hook: Any) -> None:
         self._settle()
-        if not self._gradients_constrained:
+        if not self._gradients_constrained and not self._is_linear(optimizer):
             self.constrain_gradients()
         self._gradients_constrained = False
         if self.relative_step:
@@ -258,6 +258,10 @@ class StepConstrainer:
         for part in self.parts:
             if self.relative_step or self.measure_leak or (part.bound is not None and not part.bound.anchored):
                 part.before = part.place.read().clone()
+
+    def _is_linear(self, optimizer: Any) -> bool:
+        """Whether moves are linear in the gradients: SGD, with or without momentum and weight decay, unclipped."""
+        return type(optimizer) is torch.optim.SGD and self._zero_optimizer is None and not self.relative_step
 
     @torch.no_grad()
     def _after_step(self, optimizer: Any, *hook: Any) -> None:

@@ -56,22 +56,22 @@ class Part:
             self.anchor = place.local(self.anchor).to(own, copy=True)
             self.laid_out = type(place)
 
-    def matrix(self, local: Tensor) -> Tensor:
-        """Local values as `[O, I]` (of blocks `[G, O, I]`), of all processes together."""
-        matrix = self.place.matrix(local)
+    def matrix(self, local: Tensor, place: Whole | None = None) -> Tensor:
+        """Local values as `[O, I]` (of blocks `[G, O, I]`), of all processes together; `place` saves asking for it."""
+        matrix = (place or self.place).matrix(local)
         return matrix if self.layer is None else self.layer.weight_OI(matrix)
 
-    def local(self, matrix_OI: Tensor) -> Tensor:
+    def local(self, matrix_OI: Tensor, place: Whole | None = None) -> Tensor:
         """The inverse of `matrix`."""
-        return self.place.local(matrix_OI if self.layer is None else self.layer.stored(matrix_OI))
+        return (place or self.place).local(matrix_OI if self.layer is None else self.layer.stored(matrix_OI))
 
     def constrain(self) -> None:
         """Bring the weight to where its constraint lets it be: the whole move of an anchored one, else the step."""
         assert self.bound is not None
         place, reference = self.place, self.anchor if self.bound.anchored else self.before
         assert reference is not None
-        step_OI = self.matrix(_wide(place.read()) - _wide(reference))
-        place.write(reference + self.local(self.bound(step_OI)))
+        step_OI = self.matrix(_wide(place.read()) - _wide(reference), place)
+        place.write(self.local(self.bound(step_OI), place).add_(reference))
 
     def constrain_gradient(self) -> None:
         """Project the gradient, if there is one."""
@@ -79,7 +79,7 @@ class Part:
         place = self.place
         gradient = place.gradient()
         if gradient is not None:
-            place.set_gradient(self.local(self.bound(self.matrix(gradient))))
+            place.set_gradient(self.local(self.bound(self.matrix(gradient, place)), place))
 
     @property
     def original_OI(self) -> Tensor:

@@ -120,7 +120,7 @@ class RetainStatistics:
             matrix = fetch(matrix, device or matrix.device)
             if owners[kind, key] == world()[0]:
                 own[kind, key] = matrix
-        found = {job: eigen(own.pop(job)).rounded() for job in list(own)}
+        found = {job: eigen(own.pop(job), self.positions[self.layers[jobs[job]].inputs]).rounded() for job in list(own)}
         for job in jobs:
             parts = found.pop(job, None)
             parts = self._from_owner(job, parts, owners[job])
@@ -131,8 +131,10 @@ class RetainStatistics:
         if world()[1] == 1:
             assert parts is not None
             return parts
+        form = torch.tensor([0, 0] if parts is None else [parts.values_I.shape[-1], parts.missed is not None])
+        from_owner([form], owner)
         if parts is None:
-            parts = _like_eigen(self._sums(*job).shape)
+            parts = _like_eigen(self._sums(*job).shape, *form.tolist())
         share = torch.tensor(parts.negative_share, dtype=torch.float64)
         missed = [] if parts.missed is None else [parts.missed]
         from_owner([parts.values_I, parts.vectors_II, share, *missed], owner)
@@ -149,7 +151,7 @@ class RetainStatistics:
 
     def _decomposed(self, kind: str, key: str, matrix: Callable[[str], Tensor], layer: str) -> Eigen:
         if (kind, key) not in self._eigen:
-            parts = eigen(whole(matrix(layer))).rounded()
+            parts = eigen(whole(matrix(layer)), self.positions[self.layers[layer].inputs]).rounded()
             self._eigen[kind, key] = replace(parts, vectors_II=self.storage.keep(parts.vectors_II))
         return self._eigen[kind, key]
 
@@ -398,10 +400,9 @@ def _kind(shape: tuple[int, ...]) -> str:
     return f"a sketch of rank {shape[-1] - 1}" if is_sketch(shape) else "exact"
 
 
-def _like_eigen(shape: tuple[int, ...]) -> Eigen:
-    """Room for the decomposition of sums of this shape."""
-    thin = is_sketch(shape)
-    vectors = (*shape[:-1], shape[-1] - 1) if thin else shape
+def _like_eigen(shape: tuple[int, ...], count: int, thin: int) -> Eigen:
+    """Room for the decomposition of sums of this shape into `count` vectors (each block's)."""
+    vectors = (*shape[:-1], count)
     values_I = torch.empty((*vectors[:-2], vectors[-1]), dtype=torch.float64, device=communication_device())
     kind = torch.int64 if len(shape) == 1 else torch.float32
     missed = values_I.new_empty(shape[:-2]) if thin else None

@@ -235,7 +235,7 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
         self._unfinished_loss += loss.detach()
         if self.accelerator.sync_gradients:
             self._check_finite()
-            if not self.is_deepspeed_enabled:  # its step was a part of the backward pass
+            if self.args.max_grad_norm and not self.is_deepspeed_enabled:  # its step was a part of the backward pass
                 self.constrainer.constrain_gradients()
         return loss
 

@@ -19,7 +19,7 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, ViTConfig
 from hf_unlearn import UnlearningConfig, UnlearningTrainer, collect_statistics
 from hf_unlearn.loading import MODELS
 
-ROWS, LENGTH, BATCH = 8, 64, 4
+ROWS, LENGTH, BATCH = 24, 64, 4  # more positions than half of the widest layer: what is estimated is decomposed in full
 COMMON: dict[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 8, "hidden_size": 640}
 BIG: dict[str, tuple[Any, str]] = {
     "llama": (LlamaConfig(vocab_size=2000, intermediate_size=1792, num_key_value_heads=4, **COMMON), "language-model"),

@@ -23,6 +23,7 @@ from hf_unlearn.constraints import (
     Remove,
     RidgeConstraint,
     Shrink,
+    ShrinkThin,
     bind_constraints,
     build_constraint,
     constraint_for,
@@ -113,6 +114,40 @@ def test_ridge_equals_the_explicit_inverse(seed: int, n: int, strength: float) -
     rows_NI, step_OI = random_array(n, I, seed=seed), random_array(O, I, seed=seed + 1)
     twin_OI = step_OI @ reference.shrinkage(rows_NI.T @ rows_NI / n, strength)
     assert close(apply(bind(rows_NI, RidgeConstraint(strength)), step_OI), twin_OI, 1e-5)
+
+
+@pytest.mark.parametrize("wide", [40, 600])
+@pytest.mark.parametrize("constraint", [EnergyConstraint(0.9), EnergyConstraint(1.0), RidgeConstraint(0.01)])
+def test_few_rows_make_thin_factors_that_equal_the_twin(constraint: Any, wide: int) -> None:
+    """600 features are decomposed in the span of the rows, 40 in full."""
+    rows_NI, step_OI = random_array(12, wide), random_array(O, wide, seed=1)
+    statistics = make_statistics(rows_NI)
+    right: Any = bind_constraints(statistics, constraint)["a"].right
+    assert (statistics.gram_eigen("a").missed is None) == (wide == 40)
+    assert isinstance(right, ShrinkThin if isinstance(constraint, RidgeConstraint) else Remove)
+    assert right.basis_IK.shape[1] <= 12
+    if isinstance(constraint, RidgeConstraint):
+        twin_II = reference.shrinkage(rows_NI.T @ rows_NI / 12, constraint.strength)
+    else:
+        twin_II = reference.energy_projector(rows_NI, constraint.energy, constraint.spectrum)
+    assert close(right(torch.from_numpy(step_OI)).numpy(), step_OI @ twin_II, 1e-5)
+    assert not close(step_OI, step_OI @ twin_II, 1e-3)
+    rooted = right.root()
+    assert close(rooted(rooted(torch.from_numpy(step_OI))).numpy(), step_OI @ twin_II, 1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "least", "most"), [(torch.float32, 0, 3e-7), (torch.bfloat16, 5e-4, 1e-2)])
+def test_bases_are_kept_in_float32_because_half_precision_leaks(dtype: torch.dtype, least: float, most: float) -> None:
+    """Share of a step that is left in the core space by a basis that was rounded for storage."""
+    rows_NI, step_OI = random_array(200, 512), torch.from_numpy(random_array(64, 512, seed=1)).float()
+    basis_IK = torch.linalg.qr(torch.from_numpy(rows_NI.T)).Q
+    allowed_OI = Remove(basis_IK.to(dtype))(step_OI).double()
+    leak = float((allowed_OI @ basis_IK).norm() / allowed_OI.norm())
+    assert least <= leak < most
+
+
+def test_many_rows_make_a_dense_shrinkage() -> None:
+    assert isinstance(bind(random_array(30, 40), RidgeConstraint()).right, Shrink)
 
 
 def test_ridge_solves_its_minimisation() -> None:

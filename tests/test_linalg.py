@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.linalg import add_products, eigen, leading_basis, mirror, numerical_rank, rank_for_energy
+from hf_unlearn.linalg import Eigen, add_products, eigen, leading_basis, mirror, numerical_rank, rank_for_energy
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(0, 2**20))
@@ -166,3 +166,82 @@ def test_products_by_blocks_are_the_whole_product(size: int) -> None:
     torch.testing.assert_close(sums, whole.T @ whole, rtol=1e-13, atol=1e-12)
     assert torch.equal(unfinished.triu(), sums.triu())
     assert torch.equal(unfinished, sums) == (size < 256)  # the control: blocks below the diagonal were left out
+
+
+WIDE = 300
+
+
+def few_rows(kind: str, n: int = 40) -> tuple[Tensor, Tensor]:
+    """Rows of 300 features, and the sign each has in the Gram."""
+    generator = torch.Generator().manual_seed(0)
+    rows_NI = torch.randn(n, WIDE, dtype=torch.float64, generator=generator)
+    signs_N = torch.ones(n, dtype=torch.float64)
+    if kind == "steep":
+        rows_NI *= 10 ** torch.linspace(0, -5, n, dtype=torch.float64).unsqueeze(1)
+    elif kind == "single features":
+        rows_NI = torch.eye(WIDE, dtype=torch.float64)[torch.randperm(WIDE, generator=generator)[:n]] * rows_NI[:, :1]
+    elif kind == "duplicates":
+        rows_NI[n // 2 :] = rows_NI[: n - n // 2]
+    elif kind == "indefinite":
+        signs_N[-5:] = -1
+    elif kind == "zero":
+        rows_NI.zero_()
+    return rows_NI, signs_N
+
+
+def signed_gram(rows_NI: Tensor, signs_N: Tensor) -> Tensor:
+    return (rows_NI.T * signs_N) @ rows_NI / len(rows_NI)
+
+
+def assert_same(thin: Eigen, full: Eigen) -> None:
+    """Equal spectra to float64 rounding, and equal spans of the eigenvectors above it."""
+    scale = max(full.values_I[0].item(), 1e-300)
+    torch.testing.assert_close(thin.spectrum_I / scale, full.spectrum_I / scale, rtol=0, atol=1e-13)
+    assert thin.negative_share == pytest.approx(full.negative_share, abs=1e-13)
+    assert thin.missed_share == 0
+    for energy in (0.5, 0.99, 1.0):
+        rank = full.rank(energy)
+        assert thin.rank(energy) == rank
+        thin_IK, full_IK = thin.vectors_II[:, :rank], full.vectors_II[:, :rank]
+        torch.testing.assert_close(thin_IK.T @ thin_IK, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-12)
+        outside_IK = thin_IK - full_IK @ (full_IK.T @ thin_IK)
+        assert rank == 0 or torch.linalg.matrix_norm(outside_IK, 2) < 1e-5  # as far as 1e-10 of the largest is resolved
+    step_OI = make_rows(5, WIDE, 7)
+    torch.testing.assert_close(thin.times_root(step_OI).norm(), full.times_root(step_OI).norm())
+
+
+@pytest.mark.parametrize("kind", ["random", "steep", "single features", "duplicates", "indefinite", "zero"])
+def test_a_gram_of_few_rows_is_decomposed_in_their_span(kind: str) -> None:
+    """Twin: the same in full."""
+    rows_NI, signs_N = few_rows(kind)
+    gram_II = signed_gram(rows_NI, signs_N)
+    thin, full = eigen(gram_II, len(rows_NI)), eigen(gram_II)
+    assert thin.vectors_II.shape[1] <= len(rows_NI) and full.vectors_II.shape[1] == WIDE
+    assert (thin.negative_share > 0.01) == (kind == "indefinite")
+    assert_same(thin, full)
+
+
+@pytest.mark.parametrize("kind", ["random", "steep", "single features", "indefinite"])
+@pytest.mark.parametrize("claimed", [1, 20, 39])
+def test_a_gram_of_more_rows_than_said_is_noticed(kind: str, claimed: int) -> None:
+    gram_II = signed_gram(*few_rows(kind))
+    assert eigen(gram_II, claimed).missed is None  # in full
+    assert eigen(gram_II, 40).missed is not None
+    assert eigen(gram_II + 1e-9 * gram_II.trace() / WIDE * torch.eye(WIDE), 40).missed is None
+
+
+def test_what_a_subtraction_leaves_is_decomposed_thin_and_one_of_foreign_rows_in_full() -> None:
+    rows_NI, _ = few_rows("random", 80)
+    kept, foreign = rows_NI[40:], make_rows(40, WIDE, 5)
+    left_II = rows_NI.T @ rows_NI - rows_NI[:40].T @ rows_NI[:40]
+    thin = eigen(left_II, 40)
+    assert thin.missed is not None
+    assert_same(thin, eigen(kept.T @ kept))
+    odd = eigen(rows_NI.T @ rows_NI - foreign.T @ foreign, 40)
+    assert odd.missed is None and odd.negative_share > 1e-3
+
+
+def test_many_rows_and_small_grams_are_decomposed_in_full() -> None:
+    gram_II = signed_gram(*few_rows("random"))
+    assert eigen(gram_II, WIDE // 2 + 1).missed is None
+    assert eigen(gram_II[:255, :255], 40).missed is None

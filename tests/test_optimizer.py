@@ -109,6 +109,40 @@ def test_without_the_constraint_moves_enter_the_span(name: str) -> None:
     assert (setting.logits(setting.retain) - before).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.9, "weight_decay": 0.1}, {"momentum": 0.9, "nesterov": True}])
+def test_constrained_moves_of_sgd_are_the_same_whether_or_not_gradients_are_projected_first(settings: dict) -> None:
+    """So that the step hook saves itself half of the work; a caller who clips projects them. The control: AdamW."""
+
+    def moves(make: Any, project: bool) -> dict[str, np.ndarray]:
+        setting = Setting()
+        optimizer = make(setting.parameters)
+        constrain_optimizer(optimizer, setting.model, setting.statistics, EnergyConstraint(0.9))
+        constrainer: Any = optimizer.constrainer  # type: ignore[attr-defined]
+        calls = []
+        constrainer.constrain_gradients = lambda: (calls.append(1), type(constrainer).constrain_gradients(constrainer))
+        if make is adamw:
+            constrainer._is_linear = lambda optimizer: True
+        for _ in range(20):
+            setting.gradients()
+            if project:
+                constrainer.constrain_gradients()
+            optimizer.step()
+        assert len(calls) == 20 * project
+        return setting.moves()
+
+    def sgd(parameters: Any) -> Optimizer:
+        return torch.optim.SGD(parameters, lr=0.1, **settings)
+
+    def adamw(parameters: Any) -> Optimizer:
+        return torch.optim.AdamW(parameters, lr=0.01)
+
+    first, second = moves(sgd, True), moves(sgd, False)
+    for layer, move_OI in first.items():
+        assert np.linalg.norm(second[layer] - move_OI) < 1e-5 * np.linalg.norm(move_OI)
+    first, second = moves(adamw, True), moves(adamw, False)
+    assert max(np.linalg.norm(second[n] - move) / np.linalg.norm(move) for n, move in first.items()) > 1e-2
+
+
 def test_projecting_the_gradient_alone_is_not_enough_for_adamw() -> None:
     setting = Setting()
     optimizer = OPTIMIZERS["adamw"](setting.parameters)

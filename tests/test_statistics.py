@@ -12,13 +12,14 @@ from typing import Any
 import cases
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_unlearn import statistics as module
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.errors import OutputError, StatisticsError
 from hf_unlearn.fingerprint import row_hashes, weights_fingerprint
-from hf_unlearn.statistics import METADATA, TENSORS, RetainStatistics
+from hf_unlearn.linalg import eigen
+from hf_unlearn.statistics import METADATA, TENSORS, LayerSums, RetainStatistics
 
 
 def collect(model: nn.Module, rows: Sequence[cases.Row], **settings: Any) -> RetainStatistics:
@@ -318,3 +319,30 @@ def test_the_summary_shows_what_a_subtraction_of_foreign_rows_leaves(
     assert min(shares(full - foreign)) > 1e-3
     assert max(shares(full - forget)) < 1e-12
     assert max(shares(full)) < 1e-12
+
+
+@pytest.mark.parametrize("wide", [40, 300])
+def test_a_process_that_made_no_decomposition_has_room_for_the_one_that_it_is_sent(
+    wide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thin or whole: process 1 is handed, tensor by tensor, what process 0 has sent."""
+    rows_NI = torch.randn(9, wide, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    statistics = RetainStatistics(
+        {"a": rows_NI.T @ rows_NI}, {}, {"a": LayerSums("a", 4, False)}, {"a": 9}, 9, 0, weights="0", data="0"
+    )
+    sent: list[Tensor] = []
+    own = eigen(statistics.gram("a"), 9).rounded()
+    monkeypatch.setattr("hf_unlearn.statistics.world", lambda: (0, 2))
+    monkeypatch.setattr("hf_unlearn.statistics.from_owner", lambda tensors, owner: sent.extend(tensors))
+    statistics._from_owner(("gram", "a"), own, 0)
+
+    def receive(tensors: list[Tensor], owner: int) -> None:
+        for tensor in tensors:
+            assert tensor.shape == sent[0].shape and tensor.dtype == sent[0].dtype
+            tensor.copy_(sent.pop(0))
+
+    monkeypatch.setattr("hf_unlearn.statistics.from_owner", receive)
+    found = statistics._from_owner(("gram", "a"), None, 0)
+    assert sent == []
+    assert torch.equal(found.values_I, own.values_I) and torch.equal(found.vectors_II, own.vectors_II)
+    assert (found.missed is None) == (own.missed is None) == (wide == 40)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from math import isnan
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from hf_unlearn.collect import collect_statistics
 from hf_unlearn.constraints import Constraint, EnergyConstraint, RidgeConstraint
 from hf_unlearn.convergence import lost_energy
 from hf_unlearn.data import PaddingCollator
-from hf_unlearn.linalg import Eigen, add_products, eigen
+from hf_unlearn.linalg import Eigen, add_products, eigen, mirror
 from hf_unlearn.sketch import add_sketch, sketch_of
 
 SHARES = (16, 8, 4, 2)
@@ -101,7 +102,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def times() -> None:
-    """Collecting one batch of rows, and decomposing; the exact decomposition at a quarter of the width."""
+    """Collecting one batch of rows, and decomposing: in their span, and in full at a quarter of the width."""
     rows_NI = torch.randn(ROWS, WIDE, dtype=torch.float64)
     print(f"{WIDE} features, {ROWS} rows, {torch.get_num_threads()} thread, seconds of the processor\n")
     print("| | bytes of the sums | sums of the rows, s | decomposition, s |\n|---|---:|---:|---:|")
@@ -111,11 +112,19 @@ def times() -> None:
     small = seconds(lambda: eigen(corner_II))
     cubed = small * (WIDE / EXACT) ** 3
     print(f"| exact | {8 * WIDE**2 / 1e9:.2f} GB | {took:.1f} | {cubed:.0f} ({small:.1f} at {EXACT}, cubed) |")
+    mirror(sums_II)
+    found: list[Eigen] = []
+    thin = seconds(lambda: found.append(eigen(sums_II, ROWS)))
+    probe_I8 = torch.randn(WIDE, 8, dtype=torch.float64)
+    seen, held = sums_II @ probe_I8, (found[0].vectors_II * found[0].values_I) @ (found[0].vectors_II.T @ probe_I8)
+    error, peak = float((held - seen).norm() / seen.norm()), getrusage(RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"| exact, in the span of the rows | {8 * WIDE**2 / 1e9:.2f} GB | {took:.1f} | {thin:.1f} |")
     for rank in (1024, 2048):
         sums_IS = torch.zeros(WIDE, rank + 1, dtype=torch.float64)
         took = seconds(lambda sums_IS=sums_IS: add_sketch(sums_IS, rows_NI))  # type: ignore[misc]
         decomposed = seconds(lambda sums_IS=sums_IS: eigen(sums_IS))  # type: ignore[misc]
         print(f"| sketch of rank {rank} | {8 * sums_IS.numel() / 1e9:.2f} GB | {took:.1f} | {decomposed:.1f} |")
+    print(f"\nIn the span: {len(found[0].values_I)} vectors, error of a product {error:.0e}, peak memory {peak:.1f} GB")
 
 
 def main() -> None:
