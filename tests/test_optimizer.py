@@ -321,11 +321,12 @@ def test_the_drift_of_a_fully_constrained_move_is_not_drowned_in_rounding() -> N
     setting, constrainer = moved(EnergyConstraint(1.0))
     for layer, move_OI in setting.moves().items():
         twin = reference.relative_drift(setting.rows_NI[layer], move_OI, setting.original[layer])
-        assert twin < 1e-6 and constrainer.drift().by_layer[layer] == pytest.approx(twin, rel=0.1)
+        # the twin's 3e-8 are themselves what rounding has left of the move: how much depends on the CPU's products
+        assert twin < 1e-6 and constrainer.drift().by_layer[layer] == pytest.approx(twin, rel=0.5)
         gram_II = setting.statistics.gram(layer).float()  # control: the same trace in float32
         move32_OI, original32_OI = torch.tensor(move_OI).float(), torch.tensor(setting.original[layer]).float()
         squares = [((m @ gram_II) * m).sum().item() for m in (move32_OI, original32_OI)]
-        assert abs(max(squares[0], 0.0) / squares[1]) ** 0.5 != pytest.approx(twin, rel=0.1)
+        assert abs(max(squares[0], 0.0) / squares[1]) ** 0.5 != pytest.approx(twin, rel=0.5)
 
 
 def test_the_kl_counts_positions_per_label() -> None:
