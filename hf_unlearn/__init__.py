@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "EnergyConstraint": "constraints",
+    "EnergyRidgeConstraint": "constraints",
     "KroneckerConstraint": "constraints",
     "Layer": "layers",
     "RetainStatistics": "statistics",
@@ -30,6 +31,7 @@ _HOME = {
 
 __all__ = [
     "EnergyConstraint",
+    "EnergyRidgeConstraint",
     "KroneckerConstraint",
     "Layer",
     "RetainStatistics",
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
     from hf_unlearn.attacks import audit
     from hf_unlearn.collect import collect_statistics
     from hf_unlearn.config import UnlearningConfig
-    from hf_unlearn.constraints import EnergyConstraint, KroneckerConstraint, RidgeConstraint
+    from hf_unlearn.constraints import EnergyConstraint, EnergyRidgeConstraint, KroneckerConstraint, RidgeConstraint
     from hf_unlearn.coverage import freeze_unprotected
     from hf_unlearn.errors import UnlearningError
     from hf_unlearn.evaluation import evaluate_unlearning

@@ -53,7 +53,7 @@ class UnlearningConfig(TrainingArguments):
         "Folder of what the loss reads of the original model, on disk instead of by a second forward pass at each "
         "step; made at the first run.",
     )
-    constraint: str = setting("energy", f"Constraint on every step: {', '.join(CONSTRAINTS)}.")
+    constraint: str = setting("energy_ridge", f"Constraint on every step: {', '.join(CONSTRAINTS)}.")
     constraint_settings: dict | str | None = setting(
         None, 'Settings of the constraint as JSON, such as {"energy": 0.95}.'
     )
@@ -121,12 +121,13 @@ class UnlearningConfig(TrainingArguments):
     # Defaults of TrainingArguments that do not fit unlearning: few, large-norm, unscheduled steps.
     optim: str = setting("sgd", "Optimizer; any of TrainingArguments.")
     momentum: float = setting(0.9, "Momentum of optim=sgd.")
-    learning_rate: float = setting(1e-3, "Learning rate; with relative_step the relative norm of a step.")
+    learning_rate: float = setting(2e-3, "Learning rate; with relative_step the relative norm of a step.")
+    per_device_train_batch_size: int = setting(16, "Forget rows of a step, on each device.")
     lr_scheduler_type: str = setting("constant", "Learning rate schedule.")
     final_learning_rate: float | None = setting(
         None, "Let the learning rate fall (or rise) exponentially to this at the end; replaces lr_scheduler_type."
     )
-    num_train_epochs: float = setting(20.0, "Passes over the forget set at most; early stopping ends a run before.")
+    num_train_epochs: float = setting(30.0, "Passes over the forget set at most; early stopping ends a run before.")
     eval_strategy: str = setting("epoch", "When to evaluate, and to decide on stopping.")
     logging_steps: float = setting(1, "Log every so many steps.")
     save_strategy: str = setting("no", "When to write checkpoints to resume from.")

@@ -185,13 +185,16 @@ class EnergyConstraint:
     def right(self, gram: Eigen) -> Factor:
         return _by_block(gram, self._projection)
 
+    def _rank(self, gram: Eigen) -> int:
+        return gram.rank(self.energy, self.spectrum, self.min_rank_share)
+
     def _projection(self, gram: Eigen) -> Factor:
         """The thinner of the two forms of the projection; of a diagonal Gram the columns that are kept.
 
         Of a sketch the energy is counted against the whole trace. What it has missed is spread evenly, the most that
         singular values can sum to: the rank is rather too large than too small, unless the sketch has no more.
         """
-        rank = gram.rank(self.energy, self.spectrum, self.min_rank_share)
+        rank = self._rank(gram)
         if gram.diagonal:
             kept_I = torch.ones_like(gram.values_I, dtype=torch.float32)
             return Scale(kept_I.index_fill(0, gram.vectors_II[:rank], 0.0))
@@ -227,6 +230,28 @@ class RidgeConstraint:
 
 
 @dataclass(frozen=True)
+class EnergyRidgeConstraint(EnergyConstraint):
+    """Energy's cut, and ridge's price on what it leaves: `(I - U U^T) D (I + gram / (strength * mean_eig(gram)))^-1`.
+
+    The two make up for each other. A few huge eigenvalues, as pretrained networks have them, raise the mean so that
+    ridge spares little else: there the cut protects. Where the spectrum is flatter, what the cut leaves still carries
+    drift: there ridge does.
+    """
+
+    strength: float = 0.003
+    """Price of drift in the directions that are left: smaller protects more."""
+
+    anchored: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive("strength", self.strength)
+
+    def right(self, gram: Eigen) -> Factor:
+        return _by_block(gram, lambda parts: _shrink(parts, self.strength, self._rank(parts)))
+
+
+@dataclass(frozen=True)
 class KroneckerConstraint:
     """Ridge on both sides: also spares the output directions that the retain predictions depend on.
 
@@ -255,6 +280,7 @@ class KroneckerConstraint:
 CONSTRAINTS: dict[str, type | None] = {
     "energy": EnergyConstraint,
     "ridge": RidgeConstraint,
+    "energy_ridge": EnergyRidgeConstraint,
     "kronecker": KroneckerConstraint,
     "none": None,
 }
@@ -353,26 +379,29 @@ def bind_constraints(
     return bound
 
 
-def _shrink(parts: Eigen, strength: float) -> Factor:
+def _shrink(parts: Eigen, strength: float, removed: int = 0) -> Factor:
     """`(I + A / (strength * mean_eig(A)))^-1` from the eigen-decomposition of A; the identity where A is zero.
 
-    Directions outside of a sketch's vectors are shrunk by what has been missed in the mean. To let them pass instead
-    would make them the bulk of every step: with 5% of the trace there and strength 0.003, the true factor is of the
-    order of 0.003 / 0.05 and not 1. The mean of their true factors is at least this one (`1 / (1 + x)` is convex).
+    The `removed` leading directions are set to zero. Those outside of a sketch's vectors are shrunk by what has been
+    missed in the mean. To let them pass instead would make them the bulk of every step: with 5% of the trace there and
+    strength 0.003, the true factor is of the order of 0.003 / 0.05 and not 1. The mean of their true factors is at
+    least this one (`1 / (1 + x)` is convex).
     """
     mean = parts.spectrum_I.mean()
     scale = strength * mean if mean > 0 else torch.inf
     scaled_I = parts.values_I / scale
+    kept_I = 1 / (1 + scaled_I)
+    kept_I[:removed] = 0.0
     if parts.missed is not None:
         outside = 1 / (1 + parts.missed / scale)
-        return ShrinkThin(parts.vectors_II.float(), (1 / (1 + scaled_I)).float(), outside.item())
+        return ShrinkThin(parts.vectors_II.float(), kept_I.float(), outside.item())
     if parts.diagonal:
-        return Scale(scaled_I.scatter(0, parts.vectors_II, 1 / (1 + scaled_I)).float())
-    shrunk = int((scaled_I > UNSEEN).sum())
+        return Scale(kept_I.scatter(0, parts.vectors_II, kept_I).float())
+    shrunk = max(int((scaled_I > UNSEEN).sum()), removed)
     if 2 * shrunk < len(scaled_I):
-        return ShrinkThin(parts.vectors_II[:, :shrunk].float().contiguous(), (1 / (1 + scaled_I[:shrunk])).float(), 1.0)
+        return ShrinkThin(parts.vectors_II[:, :shrunk].float().contiguous(), kept_I[:shrunk].float(), 1.0)
     vectors_II = parts.vectors_II.double()
-    matrix_II = (vectors_II / (1 + scaled_I)) @ vectors_II.T
+    matrix_II = (vectors_II * kept_I) @ vectors_II.T
     return Shrink(matrix_II.float())
 
 

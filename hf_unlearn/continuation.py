@@ -32,8 +32,10 @@ def continued(args: RunArguments, config: UnlearningConfig, sequence: RequestSeq
     """The settings of the request to come: its energy, and what is left of the drift budget."""
     changes: dict[str, Any] = {}
     if args.energy_step:
-        if config.constraint != "energy":
-            raise SettingsError(f"energy_step is of the energy constraint; the constraint is {config.constraint!r}")
+        if config.constraint not in ("energy", "energy_ridge"):
+            raise SettingsError(
+                f"energy_step is of the constraints energy and energy_ridge; the constraint is {config.constraint!r}"
+            )
         base, by_layer = config.constraint_settings or {}, config.layer_constraints or {}
         assert isinstance(base, dict) and isinstance(by_layer, dict)  # or the configuration would not exist
         changes["constraint_settings"] = stepped(base, args.energy_step, sequence.number)

@@ -55,7 +55,7 @@ class Settings:
         relative_step: As in `UnlearningConfig`.
     """
 
-    constraint: str = "energy"
+    constraint: str = "energy_ridge"
     fisher: bool = False
     optim: str = "sgd"
     processes: int = 1
@@ -110,7 +110,7 @@ def factor_bytes(trace: Trace, constraint: str) -> int:
     basis = sum(_basis_bytes(n, trace.sketching) for n in gram_sizes(trace))
     grams = sum(entries(n, trace.sketching) for n in gram_sizes(trace))
     fishers = sum(entries(n, trace.sketching) for n in fisher_sizes(trace))
-    return {"none": 0, "energy": basis, "ridge": 4 * grams, "kronecker": 4 * (grams + fishers)}[constraint]
+    return {"none": 0, "energy": basis, "kronecker": 4 * (grams + fishers)}.get(constraint, 4 * grams)
 
 
 def _basis_bytes(n: int, sketching: Sketching) -> int:
@@ -291,7 +291,7 @@ def constraint_flops(trace: Trace, constraint: str) -> float:
     for layer in trace.layers.values():
         right = layer.outputs * _applied(layer.inputs, trace.sketching)
         left = layer.inputs * _applied(layer.outputs, trace.sketching)
-        total += {"none": 0, "energy": 2 * right, "ridge": right, "kronecker": right + left}[constraint]
+        total += {"none": 0, "energy": 2 * right, "kronecker": right + left}.get(constraint, right)
     return total
 
 
@@ -358,7 +358,7 @@ def communication(trace: Trace, settings: Settings) -> dict[str, float]:
 def _exchanges(constraint: str, transposed: bool) -> int:
     if constraint == "kronecker":
         return 2
-    return {"energy": 4, "ridge": 2}.get(constraint, 0) if transposed else 0
+    return {"none": 0, "energy": 4}.get(constraint, 2) if transposed else 0
 
 
 def candidates(settings: Settings, processes: int) -> Iterator[Settings]:

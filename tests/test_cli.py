@@ -262,7 +262,7 @@ def test_flags_override_the_settings_file_and_it_the_defaults(tmp_path: Path, mo
     assert changed.constraint_settings == {"energy": 0.75}
     for arguments, settings in seen:
         assert (arguments.model_name_or_path, arguments.samples, settings.loss) == ("a", 3, "npo")
-        assert arguments.fine_tune is RunArguments().fine_tune and settings.constraint == "energy"
+        assert arguments.fine_tune is RunArguments().fine_tune and settings.constraint == "energy_ridge"
 
 
 def test_a_right_run_exits_with_0_and_its_folder_can_be_evaluated(
@@ -326,7 +326,7 @@ def test_json_is_one_document_whatever_the_libraries_print(
     """With the Trainer's own prints on."""
     content = answered(request(places, tmp_path, disable_tqdm="False"), capsys)
     assert content["output_dir"] == str(tmp_path / "out")
-    assert content["reports"]["energy"] == json.loads((tmp_path / "out" / "unlearning_report.json").read_text())
+    assert content["reports"]["energy_ridge"] == json.loads((tmp_path / "out" / "unlearning_report.json").read_text())
     common = ["--model_name_or_path", places["model"], "--dataset_name", places["data"]]
     judged = answered(["evaluate", *common, "--forget", "full[0:2]"], capsys)["report"]
     assert {m["model"] for m in judged["metrics"]} == {"unlearned"}
@@ -346,7 +346,7 @@ def test_json_of_a_process_of_its_own_is_alone_on_standard_output(places: dict[s
     line = [sys.executable, "-m", "hf_unlearn", *request(places, tmp_path, disable_tqdm="False"), "--json"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["reports"]["energy"]["method"]["steps"] == 1
+    assert json.loads(done.stdout)["reports"]["energy_ridge"]["method"]["steps"] == 1
     assert done.stderr  # the bars are elsewhere
 
 
@@ -414,7 +414,7 @@ def test_requests_in_a_row_by_flags_alone_and_their_ledger(
         more = {"forget": split, "output_dir": str(tmp_path / f"out-{number}"), "energy_step": "0.02"}
         more |= {"constraint_settings": '{"energy": 0.8}', "max_retain_drift": "9"}
         content = answered(request(places, tmp_path, **flags, **more), capsys)
-        reports.append(content["reports"]["energy"])
+        reports.append(content["reports"]["energy_ridge"])
         assert reports[-1] == UnlearningReport.load(tmp_path / f"out-{number}").content()
     assert [r["request"]["number"] for r in reports] == [1, 2, 3]
     assert [r["method"]["constraint_settings"]["energy"] for r in reports] == pytest.approx([0.8, 0.82, 0.84])
@@ -473,7 +473,7 @@ def test_a_moved_model_and_statistics_collected_afresh_go_on(
     assert main(["collect", *collected, "--rows", "full[2:6]", "--output_dir", str(tmp_path / "fresh")]) == 0
     capsys.readouterr()
     report = answered(request(places, tmp_path, **more, statistics=str(tmp_path / "fresh")), capsys)["reports"][
-        "energy"
+        "energy_ridge"
     ]
     assert report["sequence"]["statistics_carried_from"] == [] and report["method"]["statistics"]["rows"] == 2
 

@@ -18,6 +18,7 @@ from hf_unlearn.collect import collect_statistics
 from hf_unlearn.constraints import (
     BoundConstraint,
     EnergyConstraint,
+    EnergyRidgeConstraint,
     Keep,
     KroneckerConstraint,
     Remove,
@@ -146,6 +147,20 @@ def test_bases_are_kept_in_float32_because_half_precision_leaks(dtype: torch.dty
     assert least <= leak < most
 
 
+@pytest.mark.parametrize("n", [4, 40])
+@pytest.mark.parametrize(("energy", "strength"), [(0.5, 0.01), (0.9, 0.003), (0.9, 1.0)])
+def test_energy_ridge_is_the_cut_and_then_ridge(n: int, energy: float, strength: float) -> None:
+    """Both are diagonal in the eigenbasis of the Gram: their product in either order, by the twins of each."""
+    rows_NI, step_OI = random_array(n, I), random_array(O, I)
+    gram_II = rows_NI.T @ rows_NI / n
+    twin_OI = step_OI @ reference.energy_projector(rows_NI, energy) @ reference.shrinkage(gram_II, strength)
+    constraint = EnergyRidgeConstraint(energy=energy, strength=strength)
+    found_OI = apply(bind(rows_NI, constraint), step_OI)
+    assert np.allclose(found_OI, twin_OI, atol=1e-6)
+    assert not close(found_OI, step_OI @ reference.shrinkage(gram_II, strength), 1e-2)  # the control: ridge alone
+    assert constraint.anchored is False and EnergyConstraint.anchored is True
+
+
 def test_many_rows_make_a_dense_shrinkage() -> None:
     assert isinstance(bind(random_array(30, 40), RidgeConstraint()).right, Shrink)
 
@@ -198,14 +213,15 @@ def test_at_the_ends_of_the_strength_all_is_allowed_or_nothing_that_is_seen(name
 
 def test_a_zero_gram_constrains_nothing() -> None:
     step_OI = random_array(O, I)
-    for constraint in (EnergyConstraint(1.0), RidgeConstraint(1e-6), KroneckerConstraint(1e-6, 1e-6)):
+    zero = (EnergyConstraint(1.0), RidgeConstraint(1e-6), EnergyRidgeConstraint(1.0), KroneckerConstraint(1e-6, 1e-6))
+    for constraint in zero:
         bound = bind(np.zeros((3, I)), constraint, np.zeros((3, O)))
         assert close(apply(bound, step_OI), step_OI)
 
 
 def test_a_constraint_does_not_depend_on_the_scale_of_the_statistics() -> None:
     rows_NI, gradients_NO, step_OI = random_array(8, I), random_array(8, O), random_array(O, I, seed=2)
-    for constraint in (EnergyConstraint(), RidgeConstraint(), KroneckerConstraint()):
+    for constraint in (EnergyConstraint(), RidgeConstraint(), EnergyRidgeConstraint(), KroneckerConstraint()):
         small, large = (apply(bind(s * rows_NI, constraint, s * gradients_NO), step_OI) for s in (1e-4, 1e3))
         assert close(small, large, 1e-5)
 
@@ -253,7 +269,7 @@ def test_a_strength_must_be_positive(setting: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("name", "given", "seen"),
     [
-        ("projection", {}, "unknown constraint 'projection'; choose from energy, ridge, kronecker, none"),
+        ("projection", {}, "unknown constraint 'projection'; choose from energy, ridge, energy_ridge, kronecker, none"),
         ("energy", {"strength": 1}, "'energy' has no setting 'strength', only energy, spectrum, min_rank_share"),
         ("energy", {"anchored": False}, "has no setting 'anchored'"),
         ("none", {"energy": 1}, "'none' has no setting 'energy', only none"),

@@ -91,7 +91,7 @@ def test_a_request_from_the_run_to_the_hub_the_audit_and_the_ledger(
         "--learning_rate", "5e-2", "--use_cpu", "True", "--disable_tqdm", "True",
     ])  # fmt: skip
     report = UnlearningReport.load(out)
-    assert content["reports"]["energy"] == report.content() and report.request["rows"] == len(FORGET) == 20
+    assert content["reports"]["energy_ridge"] == report.content() and report.request["rows"] == len(FORGET) == 20
     before, after, kept = (
         report.get("answer_probability", *where)
         for where in (("forget", "original"), ("forget", "unlearned"), ("retain", "unlearned"))

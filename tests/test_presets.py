@@ -41,7 +41,7 @@ def test_settings_of_another_choice_go_with_it(tmp_path: Path) -> None:
 
 
 def test_an_unknown_preset_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SettingsError, match="unknown preset 'best'; choose from default, paper"):
+    with pytest.raises(SettingsError, match="unknown preset 'best'; choose from default, paper, robust"):
         UnlearningConfig.from_preset("best")
     assert main(["run", "--preset", "best"]) == 2
     assert "unknown preset 'best'" in capsys.readouterr().err

@@ -92,7 +92,7 @@ def test_the_report_says_what_was_asked_done_and_measured(tmp_path: Path) -> Non
     report = asking().fulfil(settings(tmp_path / "out"))
     assert report.request["rows"] == 4 and report.request["source"] == "noise" and report.request["date"]
     method = report.method
-    assert (method["loss"], method["constraint"], method["steps"]) == ("next_best", "energy", 4)
+    assert (method["loss"], method["constraint"], method["steps"]) == ("next_best", "energy_ridge", 4)
     assert method["constraint_settings"]["energy"] == 0.9 and method["retain_rows_used"] == 0
     assert method["coverage"]["protected"] > 0 and method["coverage"]["exposed"] == []
     assert method["statistics"]["rows"] == len(RETAIN) and method["stopped"]

@@ -67,7 +67,7 @@ def test_a_run_learns_forgets_and_writes_and_the_next_one_finds_the_model_in_the
 ) -> None:
     args = arguments(places, samples=1)
     (name, report), = run(args, settings(tmp_path / "one")).items()  # fmt: skip
-    assert name == "energy"
+    assert name == "energy_ridge"
     assert probability(report, "forget", "original") > probability(report, "holdout", "original") + 0.1  # it knows them
     assert probability(report, "forget") < probability(report, "forget", "original") - 0.05
     lost = {s: probability(report, s, "original") - probability(report, s) for s in ("forget", "retain")}

@@ -61,7 +61,7 @@ class Chain:
 
     def args(self, number: int, **changes: Any) -> UnlearningConfig:
         few = {"use_cpu": True, "disable_tqdm": True, "max_steps": 3, "per_device_train_batch_size": 2, "seed": 0}
-        more = {"learning_rate": 1e-2, "loss": "next_best", **self.settings, **changes}
+        more = {"learning_rate": 1e-2, "loss": "next_best", "constraint": "energy", **self.settings, **changes}
         return UnlearningConfig(str(self.folder / f"out-{number}"), **{**few, **more})
 
     def fulfil(self, number: int, **changes: Any) -> UnlearningReport:

@@ -35,6 +35,7 @@ MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama}
 def settings(folder: Path, **changes: Any) -> UnlearningConfig:
     """Six quick steps on the CPU."""
     few = {"use_cpu": True, "disable_tqdm": True, "max_steps": 6, "per_device_train_batch_size": 2, "seed": 0}
+    few["constraint"] = "energy"
     exact = {"constraint_settings": {"energy": 1.0}} if changes.get("constraint", "energy") == "energy" else {}
     return UnlearningConfig(str(folder), **{**few, **exact, **changes})
 

@@ -17,7 +17,7 @@ class DemoArguments:
         None, "class:C or rows:N (digits, default class:3); person:P (text, default person:1)."
     )
     constraint: str | None = setting(
-        None, f"{', '.join(CONSTRAINTS)} or all of them; default kronecker (class), ridge (rows), energy (text)."
+        None, f"{', '.join(CONSTRAINTS)} or all of them; default that of UnlearningConfig."
     )
     seed: int = setting(0, "Seed of the splits and of training.")
     model: str | None = setting(None, "Folder or Hub id of the chat model of the text task.")
@@ -44,5 +44,5 @@ def main(argv: list[str]) -> Answer:
     from hf_unlearn.demo.people import DEFAULT_MODEL, run_people
 
     common |= {"model": args.model or DEFAULT_MODEL, "cache_dir": args.cache_dir}
-    reports = run_people(args.output_dir, args.forget or "person:1", args.constraint or "energy", **common)
+    reports = run_people(args.output_dir, args.forget or "person:1", args.constraint, **common)
     return show(reports, args.output_dir, "answer_probability")

@@ -91,10 +91,9 @@ def train_vit(rows: Rows, seed: int, output_dir: str) -> ViTForImageClassificati
 def run_digits(
     output_dir: str, forget: str, constraint: str | None, seed: int, overwrite: bool = False
 ) -> dict[str, UnlearningReport]:
-    """Train, collect, forget, judge against a retrained model; one report for each constraint (`all` runs four).
+    """Train, collect, forget, judge against a retrained model; one report for each constraint (`all` runs each).
 
-    The default constraint is Kronecker for a class, whose forgetting takes long moves that output directions want
-    protection from, and ridge for single rows (chosen on seeds 3 to 6).
+    Settings are the defaults of `UnlearningConfig`; a class is forgotten to 2% accuracy, rows to that of held-out ones.
 
     Raises:
         SettingsError: A request that cannot be read.
@@ -102,8 +101,7 @@ def run_digits(
     """
     splits = digits_splits(forget, seed)
     by_class = forget.startswith("class")
-    constraint = constraint or ("kronecker" if by_class else "ridge")
-    names = list(CONSTRAINTS) if constraint == "all" else [constraint]
+    names = list(CONSTRAINTS) if constraint == "all" else [constraint or UnlearningConfig.constraint]
     configs = {name: _config(output_dir, name, by_class, seed, overwrite, len(names) > 1) for name in names}
     check_output(output_dir, overwrite)
     collator = PaddingCollator()
@@ -131,15 +129,10 @@ def run_digits(
 
 
 def _config(output_dir: str, name: str, by_class: bool, seed: int, overwrite: bool, several: bool) -> UnlearningConfig:
-    """The demonstration's settings: `next_best` in steps of 0.4%; a class to 2% accuracy, rows to held-out ones."""
     return UnlearningConfig(
         str(Path(output_dir) / name) if several else output_dir,
         overwrite_output_dir=overwrite,
-        loss="next_best",
         constraint=name,
-        learning_rate=4e-3,
-        num_train_epochs=60,
-        per_device_train_batch_size=64,
         per_device_eval_batch_size=256,
         eval_on_start=True,
         forget_metric="accuracy",

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[1] / "demo_data"
 def run_people(
     output_dir: str,
     forget: str,
-    constraint: str,
+    constraint: str | None,
     seed: int,
     model: str = DEFAULT_MODEL,
     overwrite: bool = False,
@@ -48,20 +48,7 @@ def run_people(
         fine_tune_batch_size=5,
         fine_tune_seed=seed,
     )
-    return run(arguments, _config(output_dir, constraint, seed, overwrite))
-
-
-def _config(output_dir: str, constraint: str, seed: int, overwrite: bool) -> UnlearningConfig:
-    return UnlearningConfig(
-        output_dir,
-        overwrite_output_dir=overwrite,
-        loss="ce_u",
-        constraint="energy" if constraint == "all" else constraint,
-        learning_rate=2e-3,
-        num_train_epochs=8,
-        per_device_train_batch_size=5,
-        per_device_eval_batch_size=10,
-        eval_strategy="steps",
-        eval_steps=1,
-        seed=seed,
+    return run(
+        arguments,
+        UnlearningConfig(output_dir, overwrite_output_dir=overwrite, per_device_eval_batch_size=10, seed=seed),
     )

@@ -67,6 +67,7 @@ RUNS: dict[str, dict[str, Any]] = {
 def settings(folder: Path, mode: str, processes: int, **changes: Any) -> UnlearningConfig:
     on_cpu = torch.cuda.device_count() < processes  # else every process has a GPU of its own
     few = {"use_cpu": on_cpu, "disable_tqdm": True, "max_steps": 4, "seed": 0, "learning_rate": 2e-3, "ddp_timeout": 60}
+    few["constraint"] = "energy"
     batch = 12 // processes // changes.get("gradient_accumulation_steps", 1)
     sizes = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": 2, "eval_strategy": "no"}
     return UnlearningConfig(str(folder), **{**few, **sizes, "forget_metric": "loss", **MODES[mode], **changes})

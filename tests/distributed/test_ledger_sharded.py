@@ -25,7 +25,7 @@ def test_a_sharded_request_is_followed_by_a_whole_one(config: str, tmp_path: Pat
     first = ["--forget", "people[0:2]", "--output_dir", str(tmp_path / "first")]
     assert main([*run, *first, "--accelerate_config", config, "--num_processes", "2"]) == 0
     second = ["--forget", "people[2:4]", "--output_dir", str(tmp_path / "second"), "--use_cpu", "True"]
-    assert said([*run, *second])["reports"]["energy"]["request"]["number"] == 2
+    assert said([*run, *second])["reports"]["energy_ridge"]["request"]["number"] == 2
     entries = said(["ledger", "show", *ledger])["entries"]
     before, after = (entries[number]["content"]["weights"] for number in (1, 2))
     assert before["after"] == after["before"] != before["before"]

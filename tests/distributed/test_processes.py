@@ -114,7 +114,7 @@ def test_statistics_of_several_processes_are_those_of_one(processes: int, found:
         error = (several[name] - single[name]).norm() / single[name].norm()
         assert error < (1e-12 if name.startswith("one") else 1e-6), name  # other batches: float32 activations differ
     for name in (name for name in single if name.startswith("fisher")):
-        torch.testing.assert_close(several[name], single[name], rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(several[name], single[name], rtol=1e-4, atol=1e-8)
     # a sum over one process's rows alone would be far off
     assert (several[names[0]] / processes - single[names[0]]).norm() > 0.1 * single[names[0]].norm()
 
