@@ -83,3 +83,16 @@ def test_a_settings_file_has_only_settings_that_there_are(name: str, tmp_path: P
     own = {field.name for field in fields(BenchmarkArguments)}
     BenchmarkArguments(**{key: value for key, value in settings.items() if key in own})
     UnlearningConfig(str(tmp_path), use_cpu=True, **{key: value for key, value in settings.items() if key not in own})
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "default").glob("*.yaml")), ids=lambda path: path.stem)
+def test_settings_of_the_default_say_nothing_of_the_method(path: Path) -> None:
+    """Data, model and mark: every key is known, and none is what the preset is to choose."""
+    method = {
+        "preset", "loss", "loss_settings", "constraint", "constraint_settings", "layer_constraints", "learning_rate",
+        "relative_step", "optim", "momentum", "per_device_train_batch_size", "num_train_epochs", "adversary_steps",
+    }  # fmt: skip
+    given = set(read_yaml(path))
+    known = {field.name for kind in (BenchmarkArguments, UnlearningConfig) for field in fields(kind)}
+    assert method - {"preset"} <= known  # the control: these are what the settings are called
+    assert given <= known and not given & method
