@@ -36,7 +36,12 @@ from hf_unlearn.trainer import UnlearningTrainer
 
 HERE = Path(__file__).resolve().parent
 VOCABULARY, LENGTH = 2048, 256
-SETTINGS = {"energy": [{"energy": 0.5}, {"energy": 0.9}, {"energy": 0.99}], "ridge": [{}], "kronecker": [{}]}
+SETTINGS = {
+    "energy": [{"energy": 0.5}, {"energy": 0.9}, {"energy": 0.99}],
+    "ridge": [{}],
+    "energy_ridge": [{}],
+    "kronecker": [{}],
+}
 
 
 @dataclass(frozen=True)
