@@ -1,0 +1,45 @@
+"""What each process of `test_relearning_ddp.py` runs: unlearning against an attacker of its own."""
+
+import faulthandler
+import json
+import sys
+from pathlib import Path
+
+from cases import text_rows, tiny_llama
+
+from hf_unlearn.collect import collect_statistics
+from hf_unlearn.config import UnlearningConfig
+from hf_unlearn.errors import SettingsError
+from hf_unlearn.fingerprint import weights_fingerprint
+from hf_unlearn.sharding import gather, leave
+from hf_unlearn.trainer import UnlearningTrainer
+
+
+def main(folder: Path) -> None:
+    sharded = {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
+    common = {
+        "use_cpu": True, "disable_tqdm": True, "max_steps": 4, "adversary_steps": 2, "adversary_learning_rate": 0.01,
+        "per_device_train_batch_size": 6, "eval_strategy": "steps", "eval_steps": 2, "forget_target": 0.0,
+        "ddp_timeout": 60,
+    }  # fmt: skip
+    model = tiny_llama()
+    before = weights_fingerprint(model)
+    statistics = collect_statistics(model, text_rows(2, seed=1), progress=False)
+    args = UnlearningConfig(str(folder / "run"), **common)
+    trainer = UnlearningTrainer(model, args, text_rows(12, seed=2), statistics=statistics)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "eval_forget_relearned_probability" in log]
+    found = {"weights": gather(weights_fingerprint(model)), "before": before, "judged": gather(logs[-1])}
+    try:
+        args_sharded = UnlearningConfig(str(folder / "run"), **common, **sharded)
+        UnlearningTrainer(tiny_llama(), args_sharded, text_rows(12, seed=2), statistics=statistics)
+    except SettingsError as error:
+        found["sharded"] = str(error)
+    if args.process_index == 0:
+        (folder / "attacked.json").write_text(json.dumps(found | {"processes": args.world_size}))
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(120, exit=True)
+    main(Path(sys.argv[1]))
+    leave()
