@@ -22,7 +22,15 @@ def relearned(
 ) -> Iterator[None]:
     """The model as it is after relearning `batch`, for the duration of the context; every process attacks alone.
 
-    Each step moves every trained weight by `learning_rate` against the sign of its gradient, as Adam's first steps do.
+    Each step moves every trained weight by `learning_rate` against the sign of the gradient of the mean loss per label,
+    as Adam's first steps do. Parameters' `.grad` is left alone, and the weights are back at the end, on errors too.
+
+    Args:
+        model: The model, not a wrapper of it (DDP).
+        constrainer: Knows the trained weights; they must be whole on each process.
+        batch: The attacker's rows as the model takes them, with `labels` `[B, T]` or `[B]`.
+        steps: How many steps; 0 changes nothing.
+        learning_rate: Size of a step in each weight.
     """
     before = constrainer.weights()
     try:

@@ -373,12 +373,12 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
     def _stopping_score(self, split: str) -> float:
         """The forget metric on `forget`, `holdout` or `retain` rows as `evaluate` has it, without a log line.
 
-        Under attack a third of the forget rows is relearned, and the others are judged.
+        Under attack a third of the forget rows, a training batch at most, is relearned, and the others are judged.
         """
-        rows, few = self._stopping_rows[split], None
+        rows, batch = self._stopping_rows[split], None
         if self.args.adversary_steps and split == "forget":
             few, rows = attackers_rows(rows)
-        batch = None if few is None else self._prepare_inputs(self.data_collator(few))
+            batch = self._prepare_inputs(self.data_collator(few[: self.args.per_device_train_batch_size]))
         with self._relearned(batch):
             loop = self.evaluation_loop(self.get_eval_dataloader(rows), f"Comparing {split}")
         return loop.metrics[f"eval_{self.args.forget_metric}"]
