@@ -440,4 +440,4 @@ def _warn_short(short: Mapping[str, str]) -> None:
 
 def _check_positive(name: str, value: float) -> None:
     if not value > 0:
-        raise SettingsError(f"{name} must be above 0, got {value}; 0.003 to 0.3 is the usual range")
+        raise SettingsError(f"{name} must be above 0, got {value}; 1e-4 to 0.3 is the usual range")

@@ -28,7 +28,7 @@ PROCESSES = (1, 2, 4, 8, 16, 32, 64)
 class EstimateArguments:
     model_name_or_path: str = setting("", "Folder or Hub id of a model, also as first argument; its config is read.")
     task: Task = setting("language-model", "What the model does.")
-    constraint: str = setting("energy_ridge", f"Constraint on every step: {', '.join(CONSTRAINTS)}.")
+    constraint: str = setting(estimate.Settings.constraint, f"Constraint on every step: {', '.join(CONSTRAINTS)}.")
     fisher: bool = setting(False, "Also collect Fishers; kronecker needs them anyway.")
     loss: str = setting("ce_u", "Forget loss; one that reads the original model makes a further pass.")
     optim: str = setting("sgd", f"Optimizer: {', '.join(estimate.OPTIMIZERS)}.")
