@@ -5,6 +5,7 @@ complement. Each constraint is a small frozen description; `bind_constraints` tu
 `BoundConstraint` per layer. A further constraint is one class with `right`, `left`, `needs_fisher`, `anchored`.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_unlearn.errors import SettingsError, StatisticsError
-from hf_unlearn.linalg import Eigen, Spectrum, check_energy, eigen, rank_for_energy
+from hf_unlearn.linalg import Eigen, Spectrum, check_energy, eigen, numerical_rank, rank_for_energy, scale_for_share
 from hf_unlearn.placements import apply_right, turned
 from hf_unlearn.sharding import whole
 from hf_unlearn.statistics import RetainStatistics
@@ -223,7 +224,7 @@ class RidgeConstraint:
         _check_positive("strength", self.strength)
 
     def right(self, gram: Eigen) -> Factor:
-        return _by_block(gram, lambda parts: _shrink(parts, self.strength))
+        return _by_block(gram, lambda parts: _shrink(parts, _price(parts, self.strength)))
 
     def left(self, fisher: Eigen) -> Factor:
         raise AssertionError("the ridge constraint is one-sided")
@@ -231,24 +232,35 @@ class RidgeConstraint:
 
 @dataclass(frozen=True)
 class EnergyRidgeConstraint(EnergyConstraint):
-    """Energy's cut, and ridge's price on what it leaves: `(I - U U^T) D (I + gram / (strength * mean_eig(gram)))^-1`.
+    """Energy's cut, and ridge's price on what it leaves: `D (I - U U^T) (I + gram / scale)^-1`.
 
-    The two make up for each other. A few huge eigenvalues, as pretrained networks have them, raise the mean so that
-    ridge spares little else: there the cut protects. Where the spectrum is flatter, what the cut leaves still carries
-    drift: there ridge does.
+    The scale is found from each Gram, so that the mean factor of the directions that the cut leaves is `free_share`:
+    ridge regression's choice by effective degrees of freedom (Hastie, Tibshirani, Friedman, The Elements of Statistical
+    Learning, section 3.4.1). Directions that the retain set has nothing in are free, and count: where they alone are as
+    many, nothing else moves. A price relative to the mean of the whole spectrum would depend on its top: steps would
+    be squeezed into a few directions of one network and be free in those of another.
     """
 
-    strength: float = 0.003
-    """Price of drift in the directions that are left: smaller protects more."""
+    free_share: float = 0.7
+    """Mean share that gets through in the directions that are left, in (0, 1]: less protects more; 1 is energy."""
 
     anchored: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive("strength", self.strength)
+        if not 0 < self.free_share <= 1:
+            raise SettingsError(f"free_share must be in (0, 1], got {self.free_share}; 1 is energy alone")
 
     def right(self, gram: Eigen) -> Factor:
-        return _by_block(gram, lambda parts: _shrink(parts, self.strength, self._rank(parts)))
+        return _by_block(gram, self._shrinkage)
+
+    def _shrinkage(self, gram: Eigen) -> Factor:
+        spectrum_I = gram.spectrum_I
+        removed, seen, every = self._rank(gram), numerical_rank(spectrum_I), spectrum_I.numel()
+        wanted = self.free_share * (every - removed) - (every - seen)  # of the directions that were seen
+        if wanted <= 0:
+            return _shrink(gram, math.inf, seen)
+        return _shrink(gram, scale_for_share(spectrum_I[removed:seen], wanted / max(seen - removed, 1)), removed)
 
 
 @dataclass(frozen=True)
@@ -271,10 +283,10 @@ class KroneckerConstraint:
         _check_positive("strength_out", self.strength_out)
 
     def right(self, gram: Eigen) -> Factor:
-        return _by_block(gram, lambda parts: _shrink(parts, self.strength_in))
+        return _by_block(gram, lambda parts: _shrink(parts, _price(parts, self.strength_in)))
 
     def left(self, fisher: Eigen) -> Factor:
-        return _by_block(fisher, lambda parts: _shrink(parts, self.strength_out))
+        return _by_block(fisher, lambda parts: _shrink(parts, _price(parts, self.strength_out)))
 
 
 CONSTRAINTS: dict[str, type | None] = {
@@ -379,16 +391,19 @@ def bind_constraints(
     return bound
 
 
-def _shrink(parts: Eigen, strength: float, removed: int = 0) -> Factor:
-    """`(I + A / (strength * mean_eig(A)))^-1` from the eigen-decomposition of A; the identity where A is zero.
+def _price(parts: Eigen, strength: float) -> float:
+    """`strength * mean_eig(A)`; infinite where A is zero."""
+    mean = parts.spectrum_I.mean().item()
+    return strength * mean if mean > 0 else math.inf
 
-    The `removed` leading directions are set to zero. Those outside of a sketch's vectors are shrunk by what has been
-    missed in the mean. To let them pass instead would make them the bulk of every step: with 5% of the trace there and
-    strength 0.003, the true factor is of the order of 0.003 / 0.05 and not 1. The mean of their true factors is at
-    least this one (`1 / (1 + x)` is convex).
+
+def _shrink(parts: Eigen, scale: float, removed: int = 0) -> Factor:
+    """`(I + A / scale)^-1` from the eigen-decomposition of A; the `removed` leading directions are set to zero.
+
+    Those outside of a sketch's vectors are shrunk by what has been missed in the mean. To let them pass instead would
+    make them the bulk of every step: with 5% of the trace there and strength 0.003, the true factor is of the order of
+    0.003 / 0.05 and not 1. The mean of their true factors is at least this one (`1 / (1 + x)` is convex).
     """
-    mean = parts.spectrum_I.mean()
-    scale = strength * mean if mean > 0 else torch.inf
     scaled_I = parts.values_I / scale
     kept_I = 1 / (1 + scaled_I)
     kept_I[:removed] = 0.0

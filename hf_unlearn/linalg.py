@@ -3,10 +3,12 @@
 Shapes: I input features, O output features, N rows, K rank of the core gradient space, M = I - K.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 from hf_unlearn.errors import SettingsError
@@ -218,6 +220,25 @@ def check_energy(energy: float, spectrum: str, min_rank_share: float) -> None:
         raise SettingsError(f"spectrum must be 'eigenvalues' or 'singular_values', got {spectrum!r}")
     if not 0 <= min_rank_share <= 1:
         raise SettingsError(f"min_rank_share must be in [0, 1], got {min_rank_share}")
+
+
+def scale_for_share(values_K: Tensor, share: float) -> float:
+    """The scale at which the mean of `1 / (1 + value / scale)` is `share`; infinite for a share of 1, or no values.
+
+    Args:
+        values_K: Eigenvalues above zero, in any order.
+        share: Above 0.
+    """
+    if share >= 1 or not len(values_K):
+        return math.inf
+    values = values_K.double().cpu().numpy()
+    # between twice and half of what the largest and the smallest value alone would need
+    least, most = values.min() * share / (1 - share) / 2, values.max() * share / (1 - share) * 2
+
+    def excess(log_scale: float) -> float:
+        return float((1 / (1 + values / math.exp(log_scale))).mean()) - share
+
+    return math.exp(brentq(excess, math.log(least), math.log(most)))
 
 
 def leading_basis(

@@ -147,18 +147,50 @@ def test_bases_are_kept_in_float32_because_half_precision_leaks(dtype: torch.dty
     assert least <= leak < most
 
 
-@pytest.mark.parametrize("n", [4, 40])
-@pytest.mark.parametrize(("energy", "strength"), [(0.5, 0.01), (0.9, 0.003), (0.9, 1.0)])
-def test_energy_ridge_is_the_cut_and_then_ridge(n: int, energy: float, strength: float) -> None:
-    """Both are diagonal in the eigenbasis of the Gram: their product in either order, by the twins of each."""
-    rows_NI, step_OI = random_array(n, I), random_array(O, I)
-    gram_II = rows_NI.T @ rows_NI / n
-    twin_OI = step_OI @ reference.energy_projector(rows_NI, energy) @ reference.shrinkage(gram_II, strength)
-    constraint = EnergyRidgeConstraint(energy=energy, strength=strength)
-    found_OI = apply(bind(rows_NI, constraint), step_OI)
-    assert np.allclose(found_OI, twin_OI, atol=1e-6)
-    assert not close(found_OI, step_OI @ reference.shrinkage(gram_II, strength), 1e-2)  # the control: ridge alone
-    assert constraint.anchored is False and EnergyConstraint.anchored is True
+WIDE = 24
+
+
+def energy_ridge_factors(rows_NI: np.ndarray, energy: float, free_share: float) -> tuple[np.ndarray, np.ndarray, int]:
+    """Eigenvalues of the Gram (largest first), what of a step along each is let through, and how many are cut."""
+    values_I, vectors_II = np.linalg.eigh(rows_NI.T @ rows_NI / len(rows_NI))
+    bound = bind(rows_NI, EnergyRidgeConstraint(energy, free_share=free_share))
+    map_II = vectors_II.T @ apply(bound, vectors_II.T).T
+    assert np.allclose(map_II, np.diag(np.diag(map_II)), atol=1e-5)
+    cut = round(np.trace(np.eye(WIDE) - reference.energy_projector(rows_NI, energy)))
+    return values_I[::-1], np.diag(map_II)[::-1], cut
+
+
+@pytest.mark.parametrize("n", [WIDE - 6, 80])
+@pytest.mark.parametrize(("energy", "free_share"), [(0.5, 0.5), (0.5, 0.7), (0.3, 0.95)])
+def test_energy_ridge_is_the_cut_and_then_a_ridge_that_lets_a_share_through(
+    n: int, energy: float, free_share: float
+) -> None:
+    """Zero on what is cut, one on what was never seen, and between them `1 / (1 + eigenvalue / scale)` with one scale;
+    `free_share` in the mean over all that is left."""
+    values_I, factors_I, cut = energy_ridge_factors(random_array(n, WIDE), energy, free_share)
+    seen = min(n, WIDE)
+    assert np.allclose(factors_I[:cut], 0, atol=1e-6) and np.allclose(factors_I[seen:], 1, atol=1e-5)
+    assert np.isclose(factors_I[cut:].mean(), free_share, atol=1e-5)
+    between_K = factors_I[cut:seen]
+    scales_K = values_I[cut:seen] * between_K / (1 - between_K)
+    assert len(between_K) > 2 and np.allclose(scales_K, scales_K[0], rtol=1e-3)
+    assert np.ptp(between_K) > 1e-3  # the control: one factor for all would have that mean as well
+
+
+def test_energy_ridge_leaves_what_was_seen_alone_where_enough_was_not() -> None:
+    """8 of 24 directions were seen: the others are more than 0.7 of those that the cut leaves."""
+    rows_NI = random_array(8, WIDE)
+    _, factors_I, cut = energy_ridge_factors(rows_NI, 0.5, 0.7)
+    assert 0 < cut < 8 and (WIDE - 8) / (WIDE - cut) >= 0.7
+    assert np.allclose(factors_I, [0] * 8 + [1] * (WIDE - 8), atol=1e-5)
+    assert not np.allclose(energy_ridge_factors(rows_NI, 0.5, 0.99)[1][cut:8], 0, atol=1e-2)  # the control
+
+
+def test_energy_ridge_ends_at_energy_alone() -> None:
+    rows_NI, step_OI = random_array(40, I), random_array(O, I)
+    ends = [apply(bind(rows_NI, c), step_OI) for c in (EnergyRidgeConstraint(0.7, free_share=1), EnergyConstraint(0.7))]
+    assert np.allclose(*ends, atol=1e-6)
+    assert not np.allclose(ends[0], apply(bind(rows_NI, EnergyRidgeConstraint(0.7)), step_OI), atol=1e-2)
 
 
 def test_many_rows_make_a_dense_shrinkage() -> None:
@@ -275,6 +307,10 @@ def test_a_strength_must_be_positive(setting: str, value: float) -> None:
         ("none", {"energy": 1}, "'none' has no setting 'energy', only none"),
         ("energy", {"spectrum": "both"}, "spectrum must be"),
         ("energy", {"min_rank_share": 2}, "min_rank_share must be in"),
+        ("energy_ridge", {"free_share": 0}, r"free_share must be in \(0, 1\], got 0; 1 is energy alone"),
+        ("energy_ridge", {"free_share": 1.1}, "free_share must be in"),
+        ("energy_ridge", {"free_share": float("nan")}, "free_share must be in"),
+        ("energy_ridge", {"energy": 2}, "energy must be in"),
     ],
 )
 def test_unknown_names_and_settings_are_refused(name: str, given: dict, seen: str) -> None:
