@@ -8,22 +8,34 @@ from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
+import cases
 import numpy as np
 import pytest
+import torch
 
 from hf_unlearn.arguments import BenchmarkArguments
+from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
+from hf_unlearn.constraints import RidgeConstraint, bind_constraints
+from hf_unlearn.data import PaddingCollator
 from hf_unlearn.files import read_yaml
 from hf_unlearn.loading import load_model, load_processor, load_rows
+from hf_unlearn.requests import Request
+from hf_unlearn.trainer import UnlearningTrainer
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
-def start(name: str, monkeypatch: pytest.MonkeyPatch, *argv: object) -> int:
+def recipe(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module: ModuleType = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def start(name: str, monkeypatch: pytest.MonkeyPatch, *argv: object) -> int:
+    module = recipe(name)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
     return module.main()
 
@@ -96,3 +108,75 @@ def test_settings_of_the_default_say_nothing_of_the_method(path: Path) -> None:
     known = {field.name for kind in (BenchmarkArguments, UnlearningConfig) for field in fields(kind)}
     assert method - {"preset"} <= known  # the control: these are what the settings are called
     assert given <= known and not given & method
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options of a benchmark that takes seconds: 32 digits learnt, 8 of them to be forgotten."""
+    folder = tmp_path_factory.mktemp("digits")
+    with pytest.MonkeyPatch.context() as patch:
+        assert start("local_data", patch, "digits", "-", folder / "rows") == 0
+        made = ("vit", folder / "model", "--channels", 1, "--image_size", 8)
+        assert start("make_tiny_vision", patch, *made) == 0
+    return [
+        "images", str(RECIPES / "default" / "digits_rows.yaml"), "--model_name_or_path", str(folder / "model"),
+        "--dataset_name", str(folder / "rows"), "--train", "train[0:32]", "--forget", "train[0:8]", "--holdout",
+        "test[0:32]", "--fine_tune_epochs", "12", "--fine_tune_batch_size", "16", "--cache_dir", str(folder / "cache"),
+        "--num_train_epochs", "10", "--use_cpu", "True",
+    ]  # fmt: skip
+
+
+def test_the_default_is_compared_with_tuned_losses(
+    digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    options = [*digits, "--seeds", "0,1", "--output_dir", tmp_path / "tuned", "--rates", "1e-9,4e-3"]
+    options += ["--losses", "grad_ascent,kl_min", "--under", "none"]
+    assert start("tuned", monkeypatch, *options) == 0
+    table = capsys.readouterr().out
+    table = table[table.index("|") :]
+    lines = {line.split("|")[1].strip(): line for line in table.splitlines() if line.startswith("|")}
+    assert "energy_ridge" in lines["ce_u"]
+    assert "0.004 of 1" in lines["grad_ascent"]  # the other rate does not reach the mark
+    assert "- kl_min, none: loss 'kl_min' needs retain rows" in table
+    cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "tuned" / "cells").iterdir()}
+    assert len(cells) == 2 * 3 and (tmp_path / "tuned" / "frontier.png").is_file()
+    assert start("tuned", monkeypatch, *options) == 0 and capsys.readouterr().out == table
+    assert cells == {path: path.stat().st_mtime_ns for path in (tmp_path / "tuned" / "cells").iterdir()}
+
+    assert start("floor", monkeypatch, tmp_path / "tuned") == 0
+    pair, mean = capsys.readouterr().out.splitlines()
+    assert pair.startswith("seeds 0 and 1: ") and 0 < float(pair.split(": ")[1]) == float(mean.split(": ")[1]) < 1
+    assert start("floor", monkeypatch, tmp_path) == 2 and "retrained models of 0 seeds" in capsys.readouterr().err
+
+
+def test_what_retain_rows_buy_is_compared(
+    digits: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert start("retain_data", monkeypatch, *digits, "--seeds", "0") == 0
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    assert [line[0].removeprefix("| ") for line in lines] == [
+        "original", "retrained", "no retain row", "collected again", "mixed batches", "both", "mixed batches alone"
+    ]  # fmt: skip
+    assert [line[1] for line in lines[2:]] == ["energy_ridge"] * 4 + ["none"]
+    assert start("retain_data", monkeypatch, "images", "nowhere.yaml") == 2
+
+
+def test_statistics_that_are_collected_again_are_those_of_the_moment(tmp_path: Path) -> None:
+    model, rows, collator = cases.tiny_vit(), cases.image_rows(6), PaddingCollator()
+    config = UnlearningConfig(str(tmp_path), use_cpu=True, constraint="ridge")
+    statistics = collect_statistics(model, rows, collator=collator, progress=False)
+    trainer = UnlearningTrainer(model, config, rows[:2], statistics=statistics, data_collator=collator)
+    request = Request(model, rows[:2], {}, statistics, retain=rows, collator=collator)
+    before = [part.bound for part in trainer.constrainer.parts]
+    with torch.no_grad():
+        for part in trainer.constrainer.parts:
+            part.parameter.mul_(1.5)
+    recipe("retain_data").CollectAgain(request, trainer).on_epoch_end(config, None, None)
+    now = bind_constraints(collect_statistics(model, rows, collator=collator, progress=False), RidgeConstraint())
+    changed = []
+    for part, old in zip(trainer.constrainer.parts, before, strict=True):
+        if part.bound is not None and old is not None:
+            step_OI = torch.ones_like(part.original_OI)
+            torch.testing.assert_close(part.bound(step_OI), now[part.owner](step_OI))
+            changed.append(not torch.allclose(old(step_OI), part.bound(step_OI), atol=1e-3))
+    assert any(changed) and not all(changed)  # the first layer's inputs are the same as before

@@ -1,0 +1,144 @@
+"""What retain rows buy, where there are some: mixed batches, and statistics that are collected again on the way.
+
+    python recipes/retain_data.py images recipes/default/digits_rows.yaml --seeds 0,1,2
+
+The first two arguments, and further options, are those of `hf-unlearn benchmark`. Each line is the default with one
+thing changed, from the same models; all stop at the same mark:
+
+- `no retain row`: the default;
+- `collected again`: statistics of the retain rows are collected afresh on the weights of the moment, at every epoch;
+- `mixed batches`: as many retain rows as forget rows in each batch, and their loss (`alpha` 1) beside the forget loss;
+- `both`; and `mixed batches alone`, without a constraint.
+
+A line's numbers are means over seeds, with the range in brackets.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from transformers import PrinterCallback, TrainerCallback
+
+from hf_unlearn.benchmarks import BENCHMARKS, Benchmark, Column, results
+from hf_unlearn.benchmarks.grid import cells
+from hf_unlearn.cli.benchmark import parser as benchmark_parser
+from hf_unlearn.cli.common import check_choice, hush, parse
+from hf_unlearn.collect import collect_statistics
+from hf_unlearn.config import UnlearningConfig
+from hf_unlearn.constraints import bind_constraints
+from hf_unlearn.errors import UnlearningError
+from hf_unlearn.evaluation import evaluate_unlearning
+from hf_unlearn.report import UnlearningReport, spread
+from hf_unlearn.requests import Request
+from hf_unlearn.runs import prepare
+from hf_unlearn.statistics import RetainStatistics
+from hf_unlearn.trainer import UnlearningTrainer
+
+LINES = {  # mixed batches, statistics collected again, constraint
+    "no retain row": (False, False, True),
+    "collected again": (False, True, True),
+    "mixed batches": (True, False, True),
+    "both": (True, True, True),
+    "mixed batches alone": (True, False, False),
+}
+MODELS = ("original", "retrained")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmark")
+    parser.add_argument("file", help="settings of the default's cell")
+    args, options = parser.parse_known_args()
+    hush()
+    try:
+        check_choice("benchmark", args.benchmark, list(BENCHMARKS))
+        print(compare(BENCHMARKS[args.benchmark], [args.file, *options]))
+    except UnlearningError as error:
+        print(f"retain_data.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def compare(benchmark: Benchmark, options: Sequence[str]) -> str:
+    """The table; raises what `hf-unlearn benchmark` does."""
+    made = benchmark_parser()
+    made.set_defaults(**benchmark.defaults)
+    arguments, config = parse(made, options)
+    found: dict[str, list[tuple[UnlearningReport, str]]] = {}
+    for cell in cells(arguments, config):
+        request = prepare(replace(cell.args, constraints=None, use_retain_rows=True), cell.config, fisher=False)
+        for name, (mixed, again, constrained) in LINES.items():
+            changes: dict[str, Any] = {} if constrained else {"constraint": "none", "constraint_settings": None}
+            report = unlearned(request, cell.config.but(**changes, loss_settings={"alpha": float(mixed)}), mixed, again)
+            for model in [m for m in MODELS if name == "no retain row" and m in report.models]:
+                found.setdefault(model, []).append((report, model))
+            found.setdefault(name, []).append((report, "unlearned"))
+    columns = [column for column in benchmark.columns if results.values(next(iter(found.values())), column)]
+    head = ["", "constraint", *(column.title for column in columns), "steps", "unlearning, s"]
+    return results.table([head, *(_row(name, group, columns) for name, group in found.items())])
+
+
+def unlearned(request: Request, config: UnlearningConfig, mixed: bool, again: bool) -> UnlearningReport:
+    """Unlearn, judge, and put the original weights back."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = UnlearningTrainer(
+            request.model, config.but(output_dir=scratch), request.forget, request.retain if mixed else None,
+            statistics=collected(request, config), holdout_dataset=request.splits.get("holdout"),
+            data_collator=request.collator, processing_class=request.processing_class,
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        if again:
+            trainer.add_callback(CollectAgain(request, trainer))
+        try:
+            trainer.train()
+            seconds = time.perf_counter() - start
+            report = evaluate_unlearning(
+                trainer.model, request.splits, original=trainer.original_model, retrained=request.retrained,
+                metrics=request.metrics, processing_class=request.processing_class, collator=request.collator,
+                batch_size=config.per_device_eval_batch_size, seed=config.seed, cache_dir=request.cache_dir,
+            )  # fmt: skip
+        finally:
+            trainer.constrainer.restore()
+    report.method |= {"constraint": config.constraint, "steps": trainer.state.global_step}
+    report.timings["unlearn"] = seconds
+    return report
+
+
+def collected(request: Request, config: UnlearningConfig) -> RetainStatistics:
+    """Statistics of the retain rows on the weights of the moment."""
+    return collect_statistics(
+        request.model, request.retain, collator=request.collator, batch_size=config.per_device_eval_batch_size,
+        progress=False,
+    )  # fmt: skip
+
+
+class CollectAgain(TrainerCallback):
+    """Binds the constraint to new statistics at the end of every epoch; for constraints on steps, not on the move."""
+
+    def __init__(self, request: Request, trainer: UnlearningTrainer):
+        self.request, self.trainer = request, trainer
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        bound = bind_constraints(collected(self.request, args), args.build_constraint())
+        for part in self.trainer.constrainer.parts:
+            if part.bound is not None:
+                part.bound = bound[part.owner]
+
+
+def _row(name: str, group: list[tuple[UnlearningReport, str]], columns: Sequence[Column]) -> list[str]:
+    cells = [spread(results.values(group, column)) for column in columns]
+    if name in MODELS:
+        return [name, "", *cells, "", ""]
+    steps, seconds = ([float(value) for value in values] for values in zip(
+        *((r.method["steps"], r.timings["unlearn"]) for r, _ in group), strict=True
+    ))  # fmt: skip
+    return [name, group[0][0].method["constraint"], *cells, spread(steps, 0), spread(seconds, 1)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
