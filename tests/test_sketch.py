@@ -23,6 +23,7 @@ from hf_unlearn.collect import collect_statistics
 from hf_unlearn.constraints import (
     BoundConstraint,
     EnergyConstraint,
+    EnergyRidgeConstraint,
     KroneckerConstraint,
     RidgeConstraint,
     ShrinkThin,
@@ -214,6 +215,18 @@ def test_energy_of_a_low_rank_gram_is_that_of_the_exact_one(energy: float, spect
     np.testing.assert_allclose(allowed, twin, atol=1e-5)
     again = bound(rows_NI, EnergyConstraint(energy, spectrum))(allowed)
     torch.testing.assert_close(again, allowed, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("free_share", [0.5, 0.95, 1.0])
+def test_energy_ridge_of_a_low_rank_gram_is_that_of_the_exact_one(free_share: float) -> None:
+    """At 0.5 the directions that nobody has seen are enough, at 0.95 some of the others are free too."""
+    rows_NI, constraint = make_rows(15), EnergyRidgeConstraint(0.5, free_share=free_share)
+    dense, thin = (bound(rows_NI, constraint, sketched) for sketched in (False, True))
+    identity = torch.eye(SIZE)
+    assert isinstance(thin.right, ShrinkThin)
+    torch.testing.assert_close(thin(identity), dense(identity), atol=1e-4, rtol=1e-4)
+    other = EnergyRidgeConstraint(0.5, free_share=0.98)
+    assert not torch.allclose(thin(identity), bound(rows_NI, other)(identity), atol=1e-2)
 
 
 def test_ridge_and_kronecker_of_low_rank_are_the_dense_ones() -> None:
