@@ -23,7 +23,7 @@ from hf_unlearn.errors import UnlearningError
 from hf_unlearn.files import replace_file
 from hf_unlearn.report import UnlearningReport, spread
 
-RATES = "5e-4,1e-3,2e-3,4e-3,8e-3"  # norms of a step, relative to the weights'
+RATES = "2.5e-4,5e-4,1e-3,2e-3,4e-3"  # norms of a step, relative to the weights'
 Found = list[tuple[UnlearningReport, str]]
 
 
