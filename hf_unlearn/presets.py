@@ -22,7 +22,7 @@ PRESETS: dict[str, Mapping[str, Any]] = {
         "per_device_train_batch_size": 128,
         "forget_metric": "accuracy",
     },
-    "robust": {"adversary_steps": 3},  # to withstand relearning, at three more small backward passes a step
+    "robust": {"adversary_steps": 5},  # to withstand relearning, at five more small backward passes a step
 }
 
 CHOICES = {"loss": ("loss_settings",), "constraint": ("constraint_settings", "layer_constraints")}
