@@ -134,9 +134,8 @@ def _row(name: str, group: list[tuple[UnlearningReport, str]], columns: Sequence
     cells = [spread(results.values(group, column)) for column in columns]
     if name in MODELS:
         return [name, "", *cells, "", ""]
-    steps, seconds = ([float(value) for value in values] for values in zip(
-        *((r.method["steps"], r.timings["unlearn"]) for r, _ in group), strict=True
-    ))  # fmt: skip
+    steps = [float(report.method["steps"]) for report, _ in group]
+    seconds = [report.timings["unlearn"] for report, _ in group]
     return [name, group[0][0].method["constraint"], *cells, spread(steps, 0), spread(seconds, 1)]
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_unlearn.benchmarks import BENCHMARKS, Benchmark, Column, results
+from hf_unlearn.benchmarks import BENCHMARKS, Column, results
 from hf_unlearn.benchmarks.frontier import PLOT, save_frontier
 from hf_unlearn.benchmarks.grid import Results, run_grid
 from hf_unlearn.cli.benchmark import parser as benchmark_parser
@@ -61,8 +61,12 @@ def compare(args: argparse.Namespace, options: Sequence[str]) -> str:
         float(rate): run("--methods", args.losses, "--constraints", args.under, "--learning_rate", rate)
         for rate in args.rates.split(",")
     }
-    columns = [column for column in benchmark.columns if _values(results.lines_of(default)["original", ""], column)]
-    judged = _utility(benchmark)
+    columns = [
+        column for column in benchmark.columns if results.values(results.lines_of(default)["original", ""], column)
+    ]
+    judged = next(
+        column for column in benchmark.columns if column.title.startswith("retain ")
+    )  # rates are chosen by it
     lines = results.lines_of(default)
     body = [_row(method, constraint, "", found, columns) for (method, constraint), found in lines.items()]
     best, failed = {}, []
@@ -74,7 +78,7 @@ def compare(args: argparse.Namespace, options: Sequence[str]) -> str:
             seen = f"mark reached at none of {len(tried)} rates" if tried else _reason(others.values(), line)
             failed.append(f"- {line[0]}, {line[1]}: {seen}")
             continue
-        rate = max(reached, key=lambda rate: results.mean(_values(reached[rate], judged)))
+        rate = max(reached, key=lambda rate: results.mean(results.values(reached[rate], judged)))
         best[line] = reached[rate]
         body.append(_row(*line, f"{rate:g} of {len(reached)}", reached[rate], columns))
     head = ["loss", "constraint", "rate", *(column.title for column in columns), "steps"]
@@ -85,18 +89,9 @@ def compare(args: argparse.Namespace, options: Sequence[str]) -> str:
     return text
 
 
-def _utility(benchmark: Benchmark) -> Column:
-    """What a rate is chosen by."""
-    return next(column for column in benchmark.columns if column.title.startswith("retain "))
-
-
-def _values(found: Found, column: Column) -> list[float]:
-    return results.values(found, column)
-
-
 def _row(method: str, constraint: str, rate: str, found: Found, columns: Sequence[Column]) -> list[str]:
     steps = [float(report.method["steps"]) for report, model in found if model == "unlearned"]
-    return [method, constraint, rate, *(spread(_values(found, column)) for column in columns), spread(steps, 0)]
+    return [method, constraint, rate, *(spread(results.values(found, column)) for column in columns), spread(steps, 0)]
 
 
 def _reached(report: UnlearningReport) -> bool:
