@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("file", help="settings of the default's cells")
     parser.add_argument("--losses", default="grad_ascent,npo,simnpo,wga,satimp,undial,random_label,pgu,next_best,ce_u")
     parser.add_argument("--under", default="none,energy", help="constraints of the other losses")
-    parser.add_argument("--rates", default=RATES, help="their learning rates")
+    parser.add_argument("--rates", default=RATES, type=rates, help="their learning rates")
     parser.add_argument("--output_dir", type=Path, required=True)
     args, options = parser.parse_known_args()
     hush()
@@ -44,6 +44,11 @@ def main() -> int:
         print(f"tuned.py: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def rates(text: str) -> list[float]:
+    """Numbers with commas; argparse says what is wrong with others."""
+    return [float(rate) for rate in text.split(",")]
 
 
 def compare(args: argparse.Namespace, options: Sequence[str]) -> str:
@@ -58,8 +63,8 @@ def compare(args: argparse.Namespace, options: Sequence[str]) -> str:
 
     default = run()
     others = {
-        float(rate): run("--methods", args.losses, "--constraints", args.under, "--learning_rate", rate)
-        for rate in args.rates.split(",")
+        rate: run("--methods", args.losses, "--constraints", args.under, "--learning_rate", str(rate))
+        for rate in args.rates
     }
     columns = [
         column for column in benchmark.columns if results.values(results.lines_of(default)["original", ""], column)
