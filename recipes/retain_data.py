@@ -17,8 +17,9 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback
@@ -73,27 +74,35 @@ def compare(benchmark: Benchmark, options: Sequence[str]) -> str:
         request = prepare(replace(cell.args, constraints=None, use_retain_rows=True), cell.config, fisher=False)
         for name, (mixed, again, constrained) in LINES.items():
             changes: dict[str, Any] = {} if constrained else {"constraint": "none", "constraint_settings": None}
-            report = unlearned(request, cell.config.but(**changes, loss_settings={"alpha": float(mixed)}), mixed, again)
+            own = cell.config.but(**changes, loss_settings={"alpha": float(mixed)})
+            change = partial(collect_again, request) if again else None
+            report = unlearned(request, own, collected(request, own), request.retain if mixed else None, change)
             for model in [m for m in MODELS if name == "no retain row" and m in report.models]:
                 found.setdefault(model, []).append((report, model))
             found.setdefault(name, []).append((report, "unlearned"))
     columns = [column for column in benchmark.columns if results.values(next(iter(found.values())), column)]
     head = ["", "constraint", *(column.title for column in columns), "steps", "unlearning, s"]
-    return results.table([head, *(_row(name, group, columns) for name, group in found.items())])
+    return results.table([head, *(row(name, group, columns) for name, group in found.items())])
 
 
-def unlearned(request: Request, config: UnlearningConfig, mixed: bool, again: bool) -> UnlearningReport:
-    """Unlearn, judge, and put the original weights back."""
+def unlearned(
+    request: Request,
+    config: UnlearningConfig,
+    statistics: RetainStatistics,
+    retain: Any = None,
+    change: Callable[[UnlearningTrainer], None] | None = None,
+) -> UnlearningReport:
+    """Unlearn, judge, and put the original weights back; `change` is called with the trainer before."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         trainer = UnlearningTrainer(
-            request.model, config.but(output_dir=scratch), request.forget, request.retain if mixed else None,
-            statistics=collected(request, config), holdout_dataset=request.splits.get("holdout"),
+            request.model, config.but(output_dir=scratch), request.forget, retain, statistics=statistics,
+            holdout_dataset=request.splits.get("holdout"),
             data_collator=request.collator, processing_class=request.processing_class,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
-        if again:
-            trainer.add_callback(CollectAgain(request, trainer))
+        if change is not None:
+            change(trainer)
         try:
             trainer.train()
             seconds = time.perf_counter() - start
@@ -109,12 +118,16 @@ def unlearned(request: Request, config: UnlearningConfig, mixed: bool, again: bo
     return report
 
 
-def collected(request: Request, config: UnlearningConfig) -> RetainStatistics:
+def collected(request: Request, config: UnlearningConfig, fisher: bool = False) -> RetainStatistics:
     """Statistics of the retain rows on the weights of the moment."""
     return collect_statistics(
-        request.model, request.retain, collator=request.collator, batch_size=config.per_device_eval_batch_size,
-        progress=False,
+        request.model, request.retain, collator=request.collator, fisher=fisher, progress=False,
+        batch_size=config.per_device_eval_batch_size,
     )  # fmt: skip
+
+
+def collect_again(request: Request, trainer: UnlearningTrainer) -> None:
+    trainer.add_callback(CollectAgain(request, trainer))
 
 
 class CollectAgain(TrainerCallback):
@@ -130,7 +143,7 @@ class CollectAgain(TrainerCallback):
                 part.bound = bound[part.owner]
 
 
-def _row(name: str, group: list[tuple[UnlearningReport, str]], columns: Sequence[Column]) -> list[str]:
+def row(name: str, group: list[tuple[UnlearningReport, str]], columns: Sequence[Column]) -> list[str]:
     cells = [spread(results.values(group, column)) for column in columns]
     if name in MODELS:
         return [name, "", *cells, "", ""]

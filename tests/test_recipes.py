@@ -27,6 +27,8 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
 def recipe(name: str) -> ModuleType:
+    if str(RECIPES) not in sys.path:
+        sys.path.append(str(RECIPES))  # some import others, as scripts of one folder do
     spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module: ModuleType = importlib.util.module_from_spec(spec)
@@ -159,6 +161,58 @@ def test_what_retain_rows_buy_is_compared(
     ]  # fmt: skip
     assert [line[1] for line in lines[2:]] == ["energy_ridge"] * 4 + ["none"]
     assert start("retain_data", monkeypatch, "images", "nowhere.yaml") == 2
+
+
+def test_two_sided_maps_are_compared_from_the_same_models(
+    digits: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start("two_sided", monkeypatch, *digits, "--seeds", "0") == 0
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    names = [line[0].removeprefix("| ") for line in lines]
+    assert names == [
+        "original", "retrained", "energy_ridge", "energy", "ridge", "kronecker", "joint", "ek-fac", "joint, cut",
+        "ek-fac, cut",
+    ]  # fmt: skip
+    assert len({tuple(line[1:-1]) for line in lines[2:]}) > 4, "constraints made no difference"
+    assert start("two_sided", monkeypatch, "images", "nowhere.yaml") == 2
+
+
+def test_moments_are_those_of_single_rows_and_the_joint_map_is_the_minimum(tmp_path: Path) -> None:
+    """A row's gradient by autograd alone; the price of the joint map by its own definition, in float64."""
+    module, model, rows = recipe("two_sided"), cases.tiny_vit(), cases.image_rows(64)
+    collator = PaddingCollator()
+    statistics = collect_statistics(model, rows, collator=collator, fisher=True, progress=False)
+    request = Request(model, rows[:2], {"retain": rows}, statistics, collator=collator)
+    found = module.moments(request, statistics, 16)
+    name = "vit.layers.0.mlp.fc1" if "vit.layers.0.mlp.fc1" in found else next(iter(found))
+    weight = model.get_submodule(name).weight
+    generator, total = torch.Generator().manual_seed(0), torch.zeros_like(weight)
+    gram, fisher = statistics.gram_eigen(name), statistics.fisher_eigen(name)
+    for start_at in range(0, len(rows), 16):
+        logits = model(pixel_values=collator(rows[start_at : start_at + 16])["pixel_values"]).logits
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        for one, label in zip(logits, drawn, strict=True):
+            (gradient,) = torch.autograd.grad(-one.log_softmax(-1)[label], weight, retain_graph=True)
+            total += (fisher.vectors_II.float().T @ gradient @ gram.vectors_II.float()).square()
+    torch.testing.assert_close(found[name], total / len(rows), rtol=1e-3, atol=1e-9)
+
+    trainer = UnlearningTrainer(
+        model, UnlearningConfig(str(tmp_path), use_cpu=True), rows[:2], statistics=statistics, data_collator=collator
+    )
+    module.together(statistics, found, False, False)(trainer)
+    (bound,) = (part.bound for part in trainer.constrainer.parts if part.owner == name and part.bound is not None)
+    assert abs(bound.kept_OI.mean().item() - 0.7) < 1e-3
+    step_OI = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    a_II, s_OO = statistics.gram(name), statistics.fisher(name)
+    kept = bound.kept_OI[0, 0].double()
+    scale = fisher.values_I[0] * gram.values_I[0] * kept / (1 - kept)
+    allowed = bound(step_OI.float()).double().requires_grad_()
+    price = (allowed - step_OI).square().sum() + (s_OO @ allowed @ a_II * allowed).sum() / scale
+    (slope,) = torch.autograd.grad(price, allowed)
+    assert slope.abs().max() < 1e-3 * step_OI.abs().max()  # the control: not so for the step itself
+    step_OI.requires_grad_()
+    (steep,) = torch.autograd.grad((s_OO @ step_OI @ a_II * step_OI).sum() / scale, step_OI)
+    assert steep.abs().max() > 0.1
 
 
 def test_statistics_that_are_collected_again_are_those_of_the_moment(tmp_path: Path) -> None:
