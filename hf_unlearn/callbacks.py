@@ -1,5 +1,6 @@
 """When to stop: forgotten as far as never-seen rows, or what the retain rows may drift or lose is used up."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_unlearn.losses.dual import DualWeight
 from hf_unlearn.optimizer import StepConstrainer
+from hf_unlearn.relearning import Band
 from hf_unlearn.sharding import sum_over_processes
 
 
@@ -32,28 +34,39 @@ class OverUnlearningCallback(TrainerCallback):
     point of a step is as allowed as its end. With a fixed `target` the run stops at the first evaluation that reaches
     it.
 
+    Against an attacker the metric is that after relearning, and without a target rows are held from both sides
+    (`relearning.Band`): the run stops at the first evaluation where they have, without an attack, no less than `LEAST`
+    of the never-seen rows' probability either.
+
     Needs evaluations of `forget`.
 
     Args:
         constrainer: Holds the weights, now and at first.
         metric: `loss` rises to the mark, the others fall to it.
-        score: Value of the metric on the split `forget` or `holdout` under the weights of the moment.
+        score: Value of the metric, or of one that is named, on the split `forget` or `holdout` under the weights of the
+            moment.
         target: A fixed mark.
         relearned: Go by the forget rows after an attacker's relearning (`adversary_steps`); so does `score`.
+
+    Attributes:
+        band: What holds the rows, from the beginning of a run against an attacker on.
     """
 
-    HALVINGS, TOLERANCE = 6, 0.02
+    HALVINGS, TOLERANCE, LEAST = 6, 0.02, 0.5
 
     def __init__(
         self,
         constrainer: StepConstrainer,
         metric: str,
-        score: Callable[[str], float],
+        score: Callable[..., float],
         target: float | None = None,
         relearned: bool = False,
     ):
         self.constrainer, self.metric, self.score, self.target = constrainer, metric, score, target
-        self.mark, self.watched = target, f"relearned_{metric}" if relearned else metric
+        self.mark, self.relearned = target, relearned
+        self.watched = f"relearned_{metric}" if relearned else metric
+        self.least: float | None = None
+        self.band: Band | None = None
         self.reason: str | None = None
         self.previous: tuple[int, list[Tensor]] | None = None
 
@@ -63,6 +76,9 @@ class OverUnlearningCallback(TrainerCallback):
         if self.mark is None:
             with self.constrainer.original():
                 self.mark = self.score("holdout")
+        if self.relearned and self.target is None:
+            level = self._unseen_probability(self.mark)
+            self.band, self.least = Band(self.constrainer, level), self.LEAST * level
         if self.previous is None:  # else of the checkpoint that this run resumes
             self.previous = (state.global_step, self.constrainer.weights())
 
@@ -73,10 +89,16 @@ class OverUnlearningCallback(TrainerCallback):
         if forget is None or self.mark is None:
             return
         step: float = state.global_step
-        if not self._reached(forget):
+        plain = metrics.get("eval_forget_probability", math.inf)
+        if not self._reached(forget) or (self.least is not None and plain < self.least):
             self.previous = (state.global_step, self.constrainer.weights())
             return
-        if self.target is None and self.previous is not None and self.previous[0] < state.global_step:
+        if (
+            self.target is None
+            and self.band is None
+            and self.previous is not None
+            and self.previous[0] < state.global_step
+        ):
             forget, step = self._shorten(forget, *self.previous, state.global_step)
         control.should_training_stop = True
         mark = "the target" if self.target is not None else "what held-out rows had before,"
@@ -85,6 +107,13 @@ class OverUnlearningCallback(TrainerCallback):
     def _reached(self, forget: float) -> bool:
         assert self.mark is not None
         return forget >= self.mark if self.metric == "loss" else forget <= self.mark
+
+    def _unseen_probability(self, mark: float) -> float:
+        """Mean probability of held-out rows under the original model."""
+        if self.metric == "probability":
+            return mark
+        with self.constrainer.original():
+            return self.score("holdout", "probability")
 
     def _shorten(self, forget: float, before: int, start: list[Tensor], after: int) -> tuple[float, float]:
         """Go back from the end of the last stretch to a point that has just reached the mark."""

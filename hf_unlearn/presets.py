@@ -22,7 +22,15 @@ PRESETS: dict[str, Mapping[str, Any]] = {
         "per_device_train_batch_size": 128,
         "forget_metric": "accuracy",
     },
-    "robust": {"adversary_steps": 5},  # to withstand relearning, at five more small backward passes a step
+    "robust": {  # to withstand relearning, at some seven more backward passes a step
+        "adversary_steps": 5,
+        "learning_rate": 1e-3,  # rows are pushed and pulled: more and smaller steps, without momentum
+        "momentum": 0.0,
+        "per_device_train_batch_size": 32,
+        "num_train_epochs": 100,
+        "eval_strategy": "steps",
+        "eval_steps": 5,
+    },
 }
 
 CHOICES = {"loss": ("loss_settings",), "constraint": ("constraint_settings", "layer_constraints")}

@@ -156,6 +156,7 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
         self.loss_is_scaled_for_ga = True
         self._own_metrics = compute_metrics is None
         self._unfinished_loss: Any = 0.0
+        self._pushes = True
         self._attached: Any = None
         self.constrainer = StepConstrainer(self.model, statistics, constraint, relative_step=args.relative_step)
         self._original = self._original_source(original_model, forget, retain, collator)
@@ -230,11 +231,20 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
         """Forward and backward pass; the gradient is constrained before it is clipped."""
         self.constrainer.measure_leak = (self.state.global_step + 1) % max(self.state.logging_steps or 1, 1) == 0
         inputs = self._prepare_inputs(inputs)
-        with self._relearned(inputs.pop("relearn", None)):
+        attackers = inputs.pop("relearn", None)
+        band = getattr(self._stopping_callback(), "band", None)
+        if band is not None:
+            for rows in (inputs["forget"], attackers):
+                band.pull(self.model, rows)
+        with self._relearned(attackers):
+            if band is not None:
+                inputs, self._pushes = band.to_push(self.model, inputs)
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._unfinished_loss += loss.detach()
         if self.accelerator.sync_gradients:
             self._check_finite()
+            if band is not None:
+                band.combine()
             if self.args.max_grad_norm and not self.is_deepspeed_enabled:  # its step was a part of the backward pass
                 self.constrainer.constrain_gradients()
         return loss
@@ -254,7 +264,8 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
             return super().compute_loss(model, inputs, return_outputs, None)
         hold_norm_statistics(model)
         loss = self.loss(model, inputs, self._original, num_items_in_batch)
-        return loss * self.accelerator.num_processes  # gradients are averaged over processes, counts are sums
+        # gradients are averaged over processes, counts are sums; a pass of every process, whether it pushes or not
+        return loss * (self.accelerator.num_processes if self._pushes else 0)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -370,8 +381,8 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
         if stopping is not None and stopping.target is None and mark is not None:
             stopping.mark = mark
 
-    def _stopping_score(self, split: str) -> float:
-        """The forget metric on `forget`, `holdout` or `retain` rows as `evaluate` has it, without a log line.
+    def _stopping_score(self, split: str, metric: str | None = None) -> float:
+        """The forget metric, or another, of `forget`, `holdout` or `retain` rows as `evaluate` has it; no log line.
 
         Under attack a third of the forget rows, a training batch at most, is relearned, and the others are judged.
         """
@@ -381,7 +392,7 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
             batch = self._prepare_inputs(self.data_collator(few[: self.args.per_device_train_batch_size]))
         with self._relearned(batch):
             loop = self.evaluation_loop(self.get_eval_dataloader(rows), f"Comparing {split}")
-        return loop.metrics[f"eval_{self.args.forget_metric}"]
+        return loop.metrics[f"eval_{metric or self.args.forget_metric}"]
 
     def _check_finite(self) -> None:
         """Raise, on all processes at once, where a loss since the last step was not finite on any of them."""

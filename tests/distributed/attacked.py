@@ -19,17 +19,26 @@ def main(folder: Path) -> None:
     sharded = {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
     common = {
         "use_cpu": True, "disable_tqdm": True, "max_steps": 4, "adversary_steps": 2, "adversary_learning_rate": 0.01,
-        "per_device_train_batch_size": 6, "eval_strategy": "steps", "eval_steps": 2, "forget_target": 0.0,
+        "eval_strategy": "steps", "eval_steps": 2, "forget_target": 0.0,
         "ddp_timeout": 60,
     }  # fmt: skip
     model = tiny_llama()
     before = weights_fingerprint(model)
     statistics = collect_statistics(model, text_rows(2, seed=1), progress=False)
-    args = UnlearningConfig(str(folder / "run"), **common)
+    args = UnlearningConfig(str(folder / "run"), **common, per_device_train_batch_size=6)
     trainer = UnlearningTrainer(model, args, text_rows(12, seed=2), statistics=statistics)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "eval_forget_relearned_probability" in log]
     found = {"weights": gather(weights_fingerprint(model)), "before": before, "judged": gather(logs[-1])}
+    model = tiny_llama()
+    held = {k: v for k, v in common.items() if k != "forget_target"}
+    args = UnlearningConfig(str(folder / "run"), **held, per_device_train_batch_size=3, gradient_accumulation_steps=2)
+    rows, holdout = text_rows(12, seed=2), text_rows(4, seed=3)
+    trainer = UnlearningTrainer(model, args, rows, statistics=statistics, holdout_dataset=holdout)
+    trainer.stop_by(rows, 0.9)  # all rows are below the band: they are pulled up, and nothing is pushed
+    trainer.train()
+    logs = [log["eval_forget_probability"] for log in trainer.state.log_history if "eval_forget_probability" in log]
+    found |= {"held": gather(weights_fingerprint(model)), "pulled": logs}
     try:
         args_sharded = UnlearningConfig(str(folder / "run"), **common, **sharded)
         UnlearningTrainer(tiny_llama(), args_sharded, text_rows(12, seed=2), statistics=statistics)

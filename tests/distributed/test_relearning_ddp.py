@@ -15,4 +15,5 @@ def test_two_processes_with_attackers_of_their_own_end_in_one_model(tmp_path: Pa
     assert found["weights"][0] == found["weights"][1] != found["before"]
     first, second = (log["eval_forget_relearned_probability"] for log in found["judged"])
     assert first == second
+    assert found["held"][0] == found["held"][1] != found["before"] and found["pulled"] == sorted(found["pulled"])
     assert "adversary_steps needs whole weights on each process" in found["sharded"]
