@@ -35,8 +35,8 @@ class OverUnlearningCallback(TrainerCallback):
     it.
 
     Against an attacker the metric is that after relearning, and without a target rows are held from both sides
-    (`relearning.Band`): the run stops at the first evaluation where they have, without an attack, no less than `LEAST`
-    of the never-seen rows' probability either.
+    (`relearning.Band`): the run stops at the first evaluation where they are, without an attack, not below the band in
+    the mean either.
 
     Needs evaluations of `forget`.
 
@@ -52,7 +52,7 @@ class OverUnlearningCallback(TrainerCallback):
         band: What holds the rows, from the beginning of a run against an attacker on.
     """
 
-    HALVINGS, TOLERANCE, LEAST = 6, 0.02, 0.5
+    HALVINGS, TOLERANCE = 6, 0.02
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class OverUnlearningCallback(TrainerCallback):
                 self.mark = self.score("holdout")
         if self.relearned and self.target is None:
             level = self._unseen_probability(self.mark)
-            self.band, self.least = Band(self.constrainer, level), self.LEAST * level
+            self.band, self.least = Band(self.constrainer, level), Band.LOWER * level
         if self.previous is None:  # else of the checkpoint that this run resumes
             self.previous = (state.global_step, self.constrainer.weights())
 

@@ -24,8 +24,8 @@ PRESETS: dict[str, Mapping[str, Any]] = {
     },
     "robust": {  # to withstand relearning, at some seven more backward passes a step
         "adversary_steps": 5,
-        "learning_rate": 1e-3,  # rows are pushed and pulled: more and smaller steps, without momentum
-        "momentum": 0.0,
+        "learning_rate": 5e-4,  # rows are pushed and pulled: more and smaller steps, with less momentum
+        "momentum": 0.5,
         "per_device_train_batch_size": 32,
         "num_train_epochs": 100,
         "eval_strategy": "steps",

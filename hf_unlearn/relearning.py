@@ -74,7 +74,7 @@ class Band:
         level: Mean probability of never-seen rows, in (0, 1).
     """
 
-    UPPER, LOWER = 0.9, 0.7
+    UPPER, LOWER = 0.9, 0.5
 
     def __init__(self, constrainer: StepConstrainer, level: float):
         self.weights = [part.parameter for part in constrainer.parts]
