@@ -22,7 +22,7 @@ PRESETS: dict[str, Mapping[str, Any]] = {
         "per_device_train_batch_size": 128,
         "forget_metric": "accuracy",
     },
-    "robust": {  # to withstand relearning, at some seven more backward passes a step
+    "robust": {  # to withstand relearning, at six more backward passes a step
         "adversary_steps": 5,
         "learning_rate": 5e-4,  # rows are pushed and pulled: more and smaller steps, with less momentum
         "momentum": 0.5,
