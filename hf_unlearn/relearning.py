@@ -67,7 +67,8 @@ class Band:
     A row above `UPPER` of it *after* an attack is pushed down by the loss, one below `LOWER` of it *without* one is
     pulled up by its likelihood, and others are left alone. Where both are asked for, their gradients are brought to
     norms in the ratio of the shares of rows that ask: what the two agree on cancels, and what remains changes how much
-    comes back in an attack rather than how much is known without one.
+    comes back in an attack rather than how much is known without one. Our own; measured in recipes/README.md, "Staying
+    forgotten". A row's probability is `exp` of minus its mean loss per label, in nats.
 
     Args:
         constrainer: Knows the trained weights; they must be whole on each process.
@@ -90,7 +91,7 @@ class Band:
         }  # rows that ask, and all, since the last step
 
     def pull(self, model: nn.Module, batch: Batch) -> None:
-        """Add the gradient of the mean loss per label of those rows of `batch` that are too improbable."""
+        """Add the gradient of those rows of `batch` (with `labels` `[B, T]` or `[B]`) that are too improbable."""
         with torch.enable_grad(), eval_mode(model):
             predictions = predict(model, batch)
             low_B = row_scores(predictions)[:, 0] > self.lowest

@@ -25,7 +25,7 @@ from typing import Any
 from transformers import PrinterCallback, TrainerCallback
 
 from hf_unlearn.benchmarks import BENCHMARKS, Benchmark, Column, results
-from hf_unlearn.benchmarks.grid import cells
+from hf_unlearn.benchmarks.grid import Cell, cells
 from hf_unlearn.cli.benchmark import parser as benchmark_parser
 from hf_unlearn.cli.common import check_choice, hush, parse
 from hf_unlearn.collect import collect_statistics
@@ -50,7 +50,12 @@ MODELS = ("original", "retrained")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return start(__doc__, compare)
+
+
+def start(about: str | None, compare: Callable[[Benchmark, Sequence[str]], str]) -> int:
+    """A script that prints the table of a benchmark and a file; returns the exit code."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark")
     parser.add_argument("file", help="settings of the default's cell")
     args, options = parser.parse_known_args()
@@ -59,18 +64,22 @@ def main() -> int:
         check_choice("benchmark", args.benchmark, list(BENCHMARKS))
         print(compare(BENCHMARKS[args.benchmark], [args.file, *options]))
     except UnlearningError as error:
-        print(f"retain_data.py: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def compare(benchmark: Benchmark, options: Sequence[str]) -> str:
-    """The table; raises what `hf-unlearn benchmark` does."""
+def default_cells(benchmark: Benchmark, options: Sequence[str]) -> list[Cell]:
+    """The default's cell of each seed."""
     made = benchmark_parser()
     made.set_defaults(**benchmark.defaults)
-    arguments, config = parse(made, options)
+    return cells(*parse(made, options))
+
+
+def compare(benchmark: Benchmark, options: Sequence[str]) -> str:
+    """The table; raises what `hf-unlearn benchmark` does."""
     found: dict[str, list[tuple[UnlearningReport, str]]] = {}
-    for cell in cells(arguments, config):
+    for cell in default_cells(benchmark, options):
         request = prepare(replace(cell.args, constraints=None, use_retain_rows=True), cell.config, fisher=False)
         for name, (mixed, again, constrained) in LINES.items():
             changes: dict[str, Any] = {} if constrained else {"constraint": "none", "constraint_settings": None}

@@ -15,7 +15,6 @@ Each scale is the default's: a mean share of 0.7 gets through in the directions 
 `Linear` nor `Conv1D`, or saw too few positions for whole bases, keep the default's constraint.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,17 +23,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from retain_data import MODELS, collected, row, unlearned
+from retain_data import MODELS, collected, default_cells, row, start, unlearned
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.pytorch_utils import Conv1D
 
-from hf_unlearn.benchmarks import BENCHMARKS, Benchmark, results
-from hf_unlearn.benchmarks.grid import cells
-from hf_unlearn.cli.benchmark import parser as benchmark_parser
-from hf_unlearn.cli.common import check_choice, hush, parse
+from hf_unlearn.benchmarks import Benchmark, results
 from hf_unlearn.constraints import EnergyRidgeConstraint
-from hf_unlearn.errors import UnlearningError
 from hf_unlearn.linalg import scale_for_share
 from hf_unlearn.predictions import eval_mode, predict
 from hf_unlearn.report import UnlearningReport
@@ -48,27 +43,13 @@ TOGETHER = {"joint": (False, False), "ek-fac": (True, False), "joint, cut": (Fal
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark")
-    parser.add_argument("file", help="settings of the default's cell")
-    args, options = parser.parse_known_args()
-    hush()
-    try:
-        check_choice("benchmark", args.benchmark, list(BENCHMARKS))
-        print(compare(BENCHMARKS[args.benchmark], [args.file, *options]))
-    except UnlearningError as error:
-        print(f"two_sided.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return start(__doc__, compare)
 
 
 def compare(benchmark: Benchmark, options: Sequence[str]) -> str:
     """The table; raises what `hf-unlearn benchmark` does."""
-    made = benchmark_parser()
-    made.set_defaults(**benchmark.defaults)
-    arguments, config = parse(made, options)
     found: dict[str, list[tuple[UnlearningReport, str]]] = {}
-    for cell in cells(arguments, config):
+    for cell in default_cells(benchmark, options):
         request = prepare(replace(cell.args, constraints=None, use_retain_rows=True), cell.config, fisher=False)
         statistics = collected(request, cell.config, fisher=True)
         measured = moments(request, statistics, cell.config.per_device_eval_batch_size)
