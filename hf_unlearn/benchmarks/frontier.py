@@ -36,7 +36,7 @@ def save_frontier(
         return None
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2.2 + 5.2 * len(panels), 4.8), layout="constrained")
-        styles = _Styles(lines)
+        styles = _Styles([line for line in lines if any(line in points for _, points in panels)])
         for axes, (chosen, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             _draw(axes, points, chosen, styles)
         figure.legend(handles=styles.handles(), loc="outside right upper", fontsize=9)
