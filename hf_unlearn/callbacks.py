@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_unlearn.band import Band
 from hf_unlearn.losses.dual import DualWeight
 from hf_unlearn.optimizer import StepConstrainer
-from hf_unlearn.relearning import Band
 from hf_unlearn.sharding import sum_over_processes
 
 
@@ -32,11 +32,11 @@ class OverUnlearningCallback(TrainerCallback):
     the *original* model: a run that harms held-out rows must not go after its own damage. The last step is halved
     until it ends within `TOLERANCE` beyond the mark, `HALVINGS` times at most; constraints are linear, so that every
     point of a step is as allowed as its end. With a fixed `target` the run stops at the first evaluation that reaches
-    it.
+    it. Single rows stop before (`band.Band`): those that have reached the mark are left alone.
 
-    Against an attacker the metric is that after relearning, and without a target rows are held from both sides
-    (`relearning.Band`): the run stops at the first evaluation where they are, without an attack, not below the band in
-    the mean either.
+    Against an attacker the metric is that after relearning. Without a target rows are held from both sides: the run
+    stops at the first evaluation where they are, without an attack, not below the band in the mean either. With one all
+    rows are pushed.
 
     Needs evaluations of `forget`.
 
@@ -47,9 +47,10 @@ class OverUnlearningCallback(TrainerCallback):
             moment.
         target: A fixed mark.
         relearned: Go by the forget rows after an attacker's relearning (`adversary_steps`); so does `score`.
+        by_row: Leave single rows alone that have reached the mark.
 
     Attributes:
-        band: What holds the rows, from the beginning of a run against an attacker on.
+        band: What holds the rows, from the beginning of a run on; None unless `by_row`.
     """
 
     HALVINGS, TOLERANCE = 6, 0.02
@@ -61,11 +62,11 @@ class OverUnlearningCallback(TrainerCallback):
         score: Callable[..., float],
         target: float | None = None,
         relearned: bool = False,
+        by_row: bool = True,
     ):
         self.constrainer, self.metric, self.score, self.target = constrainer, metric, score, target
-        self.mark, self.relearned = target, relearned
+        self.mark, self.relearned, self.by_row = target, relearned, by_row
         self.watched = f"relearned_{metric}" if relearned else metric
-        self.least: float | None = None
         self.band: Band | None = None
         self.reason: str | None = None
         self.previous: tuple[int, list[Tensor]] | None = None
@@ -76,9 +77,10 @@ class OverUnlearningCallback(TrainerCallback):
         if self.mark is None:
             with self.constrainer.original():
                 self.mark = self.score("holdout")
-        if self.relearned and self.target is None:
-            level = self._unseen_probability(self.mark)
-            self.band, self.least = Band(self.constrainer, level), Band.LOWER * level
+        if self.by_row and not self.relearned:
+            self.band = Band(self.constrainer, self.metric, self.mark)
+        elif self.by_row and self.target is None:
+            self.band = self._both_sides()
         if self.previous is None:  # else of the checkpoint that this run resumes
             self.previous = (state.global_step, self.constrainer.weights())
 
@@ -89,16 +91,12 @@ class OverUnlearningCallback(TrainerCallback):
         if forget is None or self.mark is None:
             return
         step: float = state.global_step
-        plain = metrics.get("eval_forget_probability", math.inf)
-        if not self._reached(forget) or (self.least is not None and plain < self.least):
+        least = self.band.lowest if self.band is not None else None
+        too_low = least is not None and metrics.get("eval_forget_probability", math.inf) < least
+        if not self._reached(forget) or too_low:
             self.previous = (state.global_step, self.constrainer.weights())
             return
-        if (
-            self.target is None
-            and self.band is None
-            and self.previous is not None
-            and self.previous[0] < state.global_step
-        ):
+        if self.target is None and least is None and self.previous is not None and self.previous[0] < state.global_step:
             forget, step = self._shorten(forget, *self.previous, state.global_step)
         control.should_training_stop = True
         mark = "the target" if self.target is not None else "what held-out rows had before,"
@@ -108,12 +106,13 @@ class OverUnlearningCallback(TrainerCallback):
         assert self.mark is not None
         return forget >= self.mark if self.metric == "loss" else forget <= self.mark
 
-    def _unseen_probability(self, mark: float) -> float:
-        """Mean probability of held-out rows under the original model."""
+    def _both_sides(self) -> Band:
+        """A band around the mean probability of held-out rows under the original model."""
         if self.metric == "probability":
-            return mark
+            assert self.mark is not None
+            return Band.against_relearning(self.constrainer, self.mark)
         with self.constrainer.original():
-            return self.score("holdout", "probability")
+            return Band.against_relearning(self.constrainer, self.score("holdout", "probability"))
 
     def _shorten(self, forget: float, before: int, start: list[Tensor], after: int) -> tuple[float, float]:
         """Go back from the end of the last stretch to a point that has just reached the mark."""

@@ -76,6 +76,9 @@ class UnlearningConfig(TrainingArguments):
     forget_target: float | None = setting(
         None, "Stop once the forget metric has reached this; default: its value on held-out rows before unlearning."
     )
+    row_stopping: bool = setting(
+        True, "Leave single forget rows alone that have reached the mark; otherwise all are pushed until the mean has."
+    )
     max_retain_drift: float | None = setting(
         None, "Stop once the predicted retain drift (root mean square over layers, relative) exceeds this."
     )

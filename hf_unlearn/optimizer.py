@@ -100,6 +100,9 @@ class StepConstrainer:
     `B = L^(1/2) B'` in A' and B': the merged move always is `L^(1/2) X R^(1/2)` with X of rank r (exact), and a small
     step of it is the one that the same optimizer would make without constraint, with L and R on the part through B
     and on that through A (approximate: a full-weight step has both on the whole).
+
+    Attributes:
+        still: Set, the next optimizer step changes the optimizer's state alone.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class StepConstrainer:
             raise SettingsError("a constraint needs statistics; collect them, or choose constraint none")
         self.statistics, self.relative_step = statistics, relative_step
         self.measure_leak = False
+        self.still = False
         self.leak: float | None = None
         device = next(model.parameters()).device
         bound = bind_constraints(statistics, constraint, device) if statistics is not None else {}
@@ -256,7 +260,8 @@ class StepConstrainer:
         if self.relative_step:
             self._normalise_gradients()
         for part in self.parts:
-            if self.relative_step or self.measure_leak or (part.bound is not None and not part.bound.anchored):
+            bound_step = part.bound is not None and not part.bound.anchored
+            if self.still or self.relative_step or self.measure_leak or bound_step:
                 part.before = part.place.read().clone()
 
     def _is_linear(self, optimizer: Any) -> bool:
@@ -268,15 +273,18 @@ class StepConstrainer:
         if not any(group["lr"] for group in optimizer.param_groups):
             return  # nothing has moved: torch's checkpoints make such steps to have an optimizer's state
         for part in self.parts:
-            if part.bound is not None:
+            if self.still and part.before is not None:
+                part.place.write(part.before)
+            elif part.bound is not None:
                 part.constrain()
-        if self.relative_step:
+        if self.relative_step and not self.still:
             self._rescale_step(optimizer.param_groups[0]["lr"])
         self._show_written()
         if self.measure_leak:
             self.leak = self._leak()
         for part in self.parts:
             part.before = None
+        self.still = False
 
     def _normalise_gradients(self) -> None:
         """Bring the gradients to the norm of the trained weights, so that `lr` times them is not lost in rounding."""

@@ -21,6 +21,7 @@ PRESETS: dict[str, Mapping[str, Any]] = {
         "num_train_epochs": 100,
         "per_device_train_batch_size": 128,
         "forget_metric": "accuracy",
+        "row_stopping": False,
     },
     "robust": {  # to withstand relearning, at six more backward passes a step
         "adversary_steps": 5,

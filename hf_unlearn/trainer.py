@@ -235,10 +235,13 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
         band = getattr(self._stopping_callback(), "band", None)
         if band is not None:
             for rows in (inputs["forget"], attackers):
-                band.pull(self.model, rows)
+                if rows is not None:
+                    band.pull(self.model, rows)
         with self._relearned(attackers):
             if band is not None:
-                inputs, self._pushes = band.to_push(self.model, inputs)
+                inputs, self._pushes = band.to_push(model, inputs)
+                if self.accelerator.sync_gradients:
+                    band.end_step()
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._unfinished_loss += loss.detach()
         if self.accelerator.sync_gradients:
@@ -352,8 +355,12 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
         if self.is_deepspeed_enabled:
             self.add_callback(EngineCallback(lambda: self._attach(self.model_wrapped)))
         if self._stopping_rows["holdout"] is not None or args.forget_target is not None:
-            how = (args.forget_metric, self._stopping_score, args.forget_target, args.adversary_steps > 0)
-            self.add_callback(OverUnlearningCallback(self.constrainer, *how))
+            self.add_callback(
+                OverUnlearningCallback(
+                    self.constrainer, args.forget_metric, self._stopping_score, args.forget_target,
+                    relearned=args.adversary_steps > 0, by_row=args.row_stopping,
+                )
+            )  # fmt: skip
         if args.max_retain_drift is not None:
             if self.constrainer.statistics is None:
                 raise SettingsError("max_retain_drift needs statistics; pass `statistics` or `retain_dataset`")

@@ -4,9 +4,9 @@
 
 The first two arguments are those of `hf-unlearn benchmark`; so are further options, such as `--seeds 0,1`. The cells of
 the file itself are the default; beside them every loss of `--losses` runs under each of `--under` at each of `--rates`,
-down to the same mark. Of its rates each loss is given the one that kept most of the retain split in the mean over
-seeds, among those at which every seed reached the mark. Cells are files, so that a grid that was cut off goes on. It
-prints a Markdown table, and writes it and a plot to the output folder.
+down to the same mark, as published: rows are not stopped one by one. Of its rates each loss is given the one that kept
+most of the retain split in the mean over seeds, among those at which every seed reached the mark. Cells are files, so
+that a grid that was cut off goes on. It prints a Markdown table, and writes it and a plot to the output folder.
 """
 
 import argparse
@@ -62,10 +62,8 @@ def compare(args: argparse.Namespace, options: Sequence[str]) -> str:
         return run_grid(*parse(made, given), args.output_dir)
 
     default = run()
-    others = {
-        rate: run("--methods", args.losses, "--constraints", args.under, "--learning_rate", str(rate))
-        for rate in args.rates
-    }
+    published = ("--methods", args.losses, "--constraints", args.under, "--row_stopping", "False")
+    others = {rate: run(*published, "--learning_rate", str(rate)) for rate in args.rates}
     columns = [
         column for column in benchmark.columns if results.values(results.lines_of(default)["original", ""], column)
     ]

@@ -56,7 +56,7 @@ LEVELS = (
         "publish",
     ),
     ("collector", "convergence", "collect", "constraints"),
-    ("parts", "optimizer", "relearning", "coverage", "ledger", "sequence"),
+    ("parts", "optimizer", "relearning", "band", "coverage", "ledger", "sequence"),
     (
         "config",
         "callbacks",
