@@ -18,10 +18,11 @@ from hf_unlearn.sketch import is_sketch
 from hf_unlearn.statistics import RetainStatistics
 
 _REPORTED = frozenset(
-    "learning_rate momentum optim optim_args adam_beta1 adam_beta2 adam_epsilon lr_scheduler_type lr_scheduler_kwargs "
-    "warmup_steps num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps max_grad_norm "
-    "weight_decay relative_step seed bf16 fp16 eval_strategy eval_steps forget_metric forget_target max_retain_drift "
-    "layer_constraints allow_exposed freeze train_only max_length".split()
+    "learning_rate final_learning_rate momentum optim optim_args adam_beta1 adam_beta2 adam_epsilon "
+    "lr_scheduler_type lr_scheduler_kwargs warmup_steps num_train_epochs max_steps per_device_train_batch_size "
+    "gradient_accumulation_steps max_grad_norm weight_decay relative_step seed bf16 fp16 eval_strategy eval_steps "
+    "forget_metric forget_target row_stopping adversary_steps adversary_learning_rate max_retain_drift "
+    "max_retain_drop layer_constraints allow_exposed freeze train_only max_length".split()
 )
 
 

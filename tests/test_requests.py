@@ -19,6 +19,7 @@ from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.data import PaddingCollator
 from hf_unlearn.errors import DataError, NonFiniteLossError, OutputError
 from hf_unlearn.metrics import score_rows
+from hf_unlearn.presets import PRESETS
 from hf_unlearn.report import UnlearningReport
 from hf_unlearn.requests import Request
 
@@ -96,6 +97,8 @@ def test_the_report_says_what_was_asked_done_and_measured(tmp_path: Path) -> Non
     assert method["constraint_settings"]["energy"] == 0.9 and method["retain_rows_used"] == 0
     assert method["coverage"]["protected"] > 0 and method["coverage"]["exposed"] == []
     assert method["statistics"]["rows"] == len(RETAIN) and method["stopped"]
+    chosen = {name for values in PRESETS.values() for name in values} - {"optim"}
+    assert chosen <= {*report.settings, *report.method}, "whatever a preset sets, a report says"
     assert report.settings["learning_rate"] == 1e-2 and report.settings["seed"] == 0
     assert report.timings["train"] == 1.5 and {"subtract", "unlearn", "evaluate"} <= set(report.timings)
     assert all(seconds >= 0 for seconds in report.timings.values())
