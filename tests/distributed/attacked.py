@@ -1,17 +1,21 @@
-"""What each process of `test_relearning_ddp.py` runs: unlearning against an attacker of its own."""
+"""What each process of `test_relearning_ddp.py` runs: unlearning against an attacker of its own, and row by row."""
 
 import faulthandler
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from cases import text_rows, tiny_llama
 
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
+from hf_unlearn.data import PaddingCollator
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.fingerprint import weights_fingerprint
+from hf_unlearn.metrics import score_rows
 from hf_unlearn.sharding import gather, leave
+from hf_unlearn.statistics import RetainStatistics
 from hf_unlearn.trainer import UnlearningTrainer
 
 
@@ -38,7 +42,7 @@ def main(folder: Path) -> None:
     trainer.stop_by(rows, 0.9)  # all rows are below the band: they are pulled up, and nothing is pushed
     trainer.train()
     logs = [log["eval_forget_probability"] for log in trainer.state.log_history if "eval_forget_probability" in log]
-    found |= {"held": gather(weights_fingerprint(model)), "pulled": logs}
+    found |= {"held": gather(weights_fingerprint(model)), "pulled": logs} | by_row(folder, statistics, holdout)
     try:
         args_sharded = UnlearningConfig(str(folder / "run"), **common, **sharded)
         UnlearningTrainer(tiny_llama(), args_sharded, text_rows(12, seed=2), statistics=statistics)
@@ -46,6 +50,23 @@ def main(folder: Path) -> None:
         found["sharded"] = str(error)
     if args.process_index == 0:
         (folder / "attacked.json").write_text(json.dumps(found | {"processes": args.world_size}))
+
+
+def by_row(folder: Path, statistics: RetainStatistics, holdout: list[dict[str, Any]]) -> dict[str, Any]:
+    """Steps on a row for each process, of which both, one or none has not reached the mark."""
+    rows, found = text_rows(2, seed=2), {}
+    scores = sorted(score_rows(tiny_llama(), rows, PaddingCollator()).probability)
+    for name, mark in (("both", 0.0), ("one", sum(scores) / 2), ("none", 1.0)):
+        model = tiny_llama()
+        args = UnlearningConfig(
+            str(folder / "run"), use_cpu=True, disable_tqdm=True, max_steps=1, per_device_train_batch_size=1,
+            ddp_timeout=60,
+        )  # fmt: skip
+        trainer = UnlearningTrainer(model, args, rows, statistics=statistics, holdout_dataset=holdout)
+        trainer.stop_by(rows, mark)
+        trainer.train()
+        found[name] = gather(weights_fingerprint(model))
+    return found
 
 
 if __name__ == "__main__":
