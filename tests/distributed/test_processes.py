@@ -25,7 +25,7 @@ PLACEMENT = {"ddp": "Whole", "fsdp2": "Rows", "zero1": "Stretches", "zero2": "St
 # Three processes divide neither the rows of the data nor those of most weights.
 LAUNCHES = [("ddp", 2), ("ddp", 3), ("fsdp2", 2), ("fsdp2", 3), ("zero1", 2), ("zero2", 3), ("zero3", 2), ("zero3", 3)]
 launches = pytest.mark.parametrize(("mode", "processes"), LAUNCHES, ids=[f"{mode} x{n}" for mode, n in LAUNCHES])
-RUNS = ("shards", "sketch", "kronecker", "conv1d", "signature", "signature, conv1d", "lora", "bf16")
+RUNS = ("shards", "sketch", "kronecker", "conv1d", "row by row", "signature", "signature, conv1d", "lora", "bf16")
 Found = tuple[dict[str, Any], dict[str, Tensor]]
 
 
