@@ -85,7 +85,9 @@ class Band:
         """
         with torch.no_grad(), eval_mode(model):
             score_B = row_scores(predict(model, inputs["forget"]))[:, COLUMNS[self.metric]]
-        asks_B = score_B < self.mark if self.metric == "loss" else score_B > self.mark
+        asks_B = ~(
+            score_B >= self.mark if self.metric == "loss" else score_B <= self.mark
+        )  # NaN asks: it is to be told
         self._count("push", asks_B)
         if not asks_B.any():
             return inputs, False

@@ -50,7 +50,7 @@ class OverUnlearningCallback(TrainerCallback):
         by_row: Leave single rows alone that have reached the mark.
 
     Attributes:
-        band: What holds the rows, from the beginning of a run on; None unless `by_row`.
+        band: What holds the rows, from the beginning of a run on; None where all are pushed.
     """
 
     HALVINGS, TOLERANCE = 6, 0.02

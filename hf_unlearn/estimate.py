@@ -300,7 +300,10 @@ def _applied(n: int, sketching: Sketching) -> float:
 
 
 def times(trace: Trace, settings: Settings, work: Work) -> dict[str, Phase]:
-    """Operations and seconds of collecting, decomposing, one step, and the whole request."""
+    """Operations and seconds of collecting, decomposing, one step, and the whole request.
+
+    Without evaluations, and without the forward pass by which single rows stop.
+    """
     P = settings.processes
     fisher = settings.fisher or settings.constraint == "kronecker"
     batches = -(-work.rows // work.batch_size) + -(-work.forget_rows // work.batch_size)

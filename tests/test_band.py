@@ -147,6 +147,18 @@ def test_retain_rows_of_a_batch_are_whole_and_other_columns_stay() -> None:
     assert found["forget"]["name"] == "forget"
 
 
+@pytest.mark.parametrize("metric", ["probability", "loss"])
+def test_a_row_without_a_number_is_not_left_alone(metric: str) -> None:
+    """Or a broken model would go on with the other rows; where all have reached the mark, the control, none is left."""
+    model, rows = tiny_llama(), text_rows(3, seed=5)
+    band = Band(StepConstrainer(model, None, None), metric, 0.0 if metric == "loss" else 1.0)
+    assert band.to_push(model, {"forget": collate(rows)})[1] is False
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    inputs, pushes = band.to_push(model, {"forget": collate(rows)})
+    assert pushes and len(inputs["forget"]["labels"]) == 3
+
+
 def test_the_seed_pushes_all_rows() -> None:
     assert preset("paper")["row_stopping"] is False
     assert "row_stopping" not in preset("default")

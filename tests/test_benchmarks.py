@@ -209,6 +209,7 @@ def test_the_table_has_means_and_ranges_over_seeds() -> None:
 
 def test_the_frontier_has_a_line_for_each_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     drawn: list[Any] = []
     plot = Axes.plot
@@ -222,6 +223,10 @@ def test_the_frontier_has_a_line_for_each_method(tmp_path: Path, monkeypatch: py
     lines = [[*map(list, xy)] for xy, how in drawn if "linewidth" in how]
     assert lines == [[[pytest.approx(0.85), 0.7], [pytest.approx(0.3), 0.1]], [[0.6, 0.9], [0.3, 0.2]]]
     assert sum(how.get("marker") == "*" for _, how in drawn) == 2
+    named: list[str] = []
+    monkeypatch.setattr(Figure, "legend", lambda self, handles, **how: named.extend(h.get_label() for h in handles))
+    save_frontier(PLAIN, {**lines_of(found), ("idk", "none"): []}, tmp_path / "frontier.png")
+    assert "rmu" in named and "idk" not in named, "what has no point is not named"
     assert save_frontier(PLAIN, lines_of(Results({}, {})), tmp_path / "none.png") is None
     assert not (tmp_path / "none.png").exists()
 
