@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from hf_unlearn.errors import SettingsError, StatisticsError
-from hf_unlearn.linalg import Eigen, Spectrum, check_energy, eigen, numerical_rank, rank_for_energy, scale_for_share
+from hf_unlearn.linalg import (
+    Eigen,
+    Spectrum,
+    check_energy,
+    eigen,
+    numerical_rank,
+    participation_share,
+    rank_for_energy,
+    scale_for_share,
+)
 from hf_unlearn.placements import apply_right, turned
 from hf_unlearn.sharding import whole
 from hf_unlearn.statistics import RetainStatistics
@@ -186,7 +195,12 @@ class EnergyConstraint:
     def right(self, gram: Eigen) -> Factor:
         return _by_block(gram, self._projection)
 
-    def _rank(self, gram: Eigen) -> int:
+    def cuts(self, gram: Eigen) -> bool:
+        """Whether leading directions of this Gram are protected wholly."""
+        return True
+
+    def rank(self, gram: Eigen) -> int:
+        """How many of them."""
         return gram.rank(self.energy, self.spectrum, self.min_rank_share)
 
     def _projection(self, gram: Eigen) -> Factor:
@@ -195,7 +209,7 @@ class EnergyConstraint:
         Of a sketch the energy is counted against the whole trace. What it has missed is spread evenly, the most that
         singular values can sum to: the rank is rather too large than too small, unless the sketch has no more.
         """
-        rank = self._rank(gram)
+        rank = self.rank(gram)
         if gram.diagonal:
             kept_I = torch.ones_like(gram.values_I, dtype=torch.float32)
             return Scale(kept_I.index_fill(0, gram.vectors_II[:rank], 0.0))
@@ -239,10 +253,17 @@ class EnergyRidgeConstraint(EnergyConstraint):
     Learning, section 3.4.1). Directions that the retain set has nothing in are free, and count: where they alone are as
     many, nothing else moves. A price relative to the mean of the whole spectrum would depend on its top: steps would
     be squeezed into a few directions of one network and be free in those of another.
+
+    A Gram without leading directions is not cut but has ridge's price, at its default strength: where inputs use many
+    directions alike, the cut takes most of them, and what it leaves is the retain rows' as much as the forget rows'. So
+    it is in a small language model trained from scratch (participation ratios of 0.05 to 0.4 of the width), and not in
+    a pretrained one with a few very large features (SmolLM2-135M: at most 0.06).
     """
 
     free_share: float = 0.7
     """Mean share that gets through in the directions that are left, in (0, 1]: less protects more; 1 is energy."""
+    max_participation: float = 0.1
+    """Grams are cut up to this participation ratio, as a share of the width, in (0, 1]; 1 cuts every one."""
 
     anchored: ClassVar[bool] = False
 
@@ -250,13 +271,23 @@ class EnergyRidgeConstraint(EnergyConstraint):
         super().__post_init__()
         if not 0 < self.free_share <= 1:
             raise SettingsError(f"free_share must be in (0, 1], got {self.free_share}; 1 is energy alone")
+        if not 0 < self.max_participation <= 1:
+            raise SettingsError(f"max_participation must be in (0, 1], got {self.max_participation}; 1 cuts every Gram")
 
     def right(self, gram: Eigen) -> Factor:
         return _by_block(gram, self._shrinkage)
 
+    def rank(self, gram: Eigen) -> int:
+        return super().rank(gram) if self.cuts(gram) else 0
+
+    def cuts(self, gram: Eigen) -> bool:
+        return participation_share(gram.spectrum_I) <= self.max_participation
+
     def _shrinkage(self, gram: Eigen) -> Factor:
+        if not self.cuts(gram):
+            return _shrink(gram, _price(gram, RidgeConstraint.strength))
         spectrum_I = gram.spectrum_I
-        removed, seen, every = self._rank(gram), numerical_rank(spectrum_I), spectrum_I.numel()
+        removed, seen, every = self.rank(gram), numerical_rank(spectrum_I), spectrum_I.numel()
         wanted = self.free_share * (every - removed) - (every - seen)  # of the directions that were seen
         if wanted <= 0:
             return _shrink(gram, math.inf, seen)
@@ -433,7 +464,7 @@ def _warn_negative(shares: Mapping[str, float]) -> None:
 def _shortfall(name: str, gram: Eigen, kind: Constraint) -> dict[str, str]:
     """By name what is wrong with a sketch under a constraint: nothing, or in words how much it holds."""
     held = min((1 - block.missed_share for block in gram.blocks()), default=1.0)
-    if isinstance(kind, EnergyConstraint):
+    if isinstance(kind, EnergyConstraint) and all(kind.cuts(block) for block in gram.blocks()):
         asked = (kind.energy, kind.spectrum, kind.min_rank_share)
         reached = all(rank_for_energy(block.spectrum_I, *asked) <= len(block.values_I) for block in gram.blocks())
         asked_for = f"energy {kind.energy} ({kind.spectrum}) may need more directions than it has: all are protected"

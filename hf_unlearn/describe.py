@@ -82,7 +82,7 @@ def _retained(args: UnlearningConfig, statistics: RetainStatistics | None) -> di
         kind = constraint_for(layer, built)
         if isinstance(kind, EnergyConstraint) and statistics is not None:
             for gram in statistics.gram_eigen(layer).blocks():
-                values_I, rank = gram.spectrum_I, gram.rank(kind.energy, kind.spectrum, kind.min_rank_share)
+                values_I, rank = gram.spectrum_I, kind.rank(gram)
                 energies.append((values_I[:rank].sum() / values_I.sum()).item() if rank else 0.0)
                 ranks.append(rank / len(values_I))
     if not ranks:

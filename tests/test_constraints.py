@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import cases
@@ -153,7 +154,7 @@ WIDE = 24
 def energy_ridge_factors(rows_NI: np.ndarray, energy: float, free_share: float) -> tuple[np.ndarray, np.ndarray, int]:
     """Eigenvalues of the Gram (largest first), what of a step along each is let through, and how many are cut."""
     values_I, vectors_II = np.linalg.eigh(rows_NI.T @ rows_NI / len(rows_NI))
-    bound = bind(rows_NI, EnergyRidgeConstraint(energy, free_share=free_share))
+    bound = bind(rows_NI, EnergyRidgeConstraint(energy, free_share=free_share, max_participation=1))
     map_II = vectors_II.T @ apply(bound, vectors_II.T).T
     assert np.allclose(map_II, np.diag(np.diag(map_II)), atol=1e-5)
     cut = round(np.trace(np.eye(WIDE) - reference.energy_projector(rows_NI, energy)))
@@ -188,9 +189,27 @@ def test_energy_ridge_leaves_what_was_seen_alone_where_enough_was_not() -> None:
 
 def test_energy_ridge_ends_at_energy_alone() -> None:
     rows_NI, step_OI = random_array(40, I), random_array(O, I)
-    ends = [apply(bind(rows_NI, c), step_OI) for c in (EnergyRidgeConstraint(0.7, free_share=1), EnergyConstraint(0.7))]
+    cut, other = (EnergyRidgeConstraint(0.7, free_share=share, max_participation=1) for share in (1, 0.7))
+    ends = [apply(bind(rows_NI, constraint), step_OI) for constraint in (cut, EnergyConstraint(0.7))]
     assert np.allclose(*ends, atol=1e-6)
-    assert not np.allclose(ends[0], apply(bind(rows_NI, EnergyRidgeConstraint(0.7)), step_OI), atol=1e-2)
+    assert not np.allclose(ends[0], apply(bind(rows_NI, other), step_OI), atol=1e-2)
+
+
+@pytest.mark.parametrize("steepness", [0.0, 0.02, 0.5, 2.0])
+def test_energy_ridge_does_not_cut_a_gram_without_leading_directions(steepness: float) -> None:
+    """Where the participation ratio is above a tenth of the width the map is ridge's; where it is below, the cut's."""
+    rows_NI = random_array(80, WIDE) * np.exp(-steepness * np.arange(WIDE))
+    values_I = np.linalg.eigvalsh(gram_II := rows_NI.T @ rows_NI / 80)
+    flat = values_I.sum() ** 2 / (values_I**2).sum() / WIDE > 0.1
+    assert flat == (steepness < 0.5)
+    step_OI = random_array(O, WIDE, seed=1)
+    found_OI = apply(bind(rows_NI, constraint := EnergyRidgeConstraint()), step_OI)
+    twins = (
+        step_OI @ reference.shrinkage(gram_II, 0.003),
+        apply(bind(rows_NI, replace(constraint, max_participation=1)), step_OI),
+    )
+    assert [close(found_OI, twin_OI, 1e-4) for twin_OI in twins] == [flat, not flat]
+    assert (constraint.rank(eigen(torch.from_numpy(gram_II))) == 0) == flat
 
 
 def test_many_rows_make_a_dense_shrinkage() -> None:
@@ -311,6 +330,7 @@ def test_a_strength_must_be_positive(setting: str, value: float) -> None:
         ("energy_ridge", {"free_share": 1.1}, "free_share must be in"),
         ("energy_ridge", {"free_share": float("nan")}, "free_share must be in"),
         ("energy_ridge", {"energy": 2}, "energy must be in"),
+        ("energy_ridge", {"max_participation": 0}, r"max_participation must be in \(0, 1\], got 0; 1 cuts every Gram"),
     ],
 )
 def test_unknown_names_and_settings_are_refused(name: str, given: dict, seen: str) -> None:

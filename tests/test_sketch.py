@@ -220,12 +220,12 @@ def test_energy_of_a_low_rank_gram_is_that_of_the_exact_one(energy: float, spect
 @pytest.mark.parametrize("free_share", [0.5, 0.95, 1.0])
 def test_energy_ridge_of_a_low_rank_gram_is_that_of_the_exact_one(free_share: float) -> None:
     """At 0.5 the directions that nobody has seen are enough, at 0.95 some of the others are free too."""
-    rows_NI, constraint = make_rows(15), EnergyRidgeConstraint(0.5, free_share=free_share)
+    rows_NI, constraint = make_rows(15), EnergyRidgeConstraint(0.5, free_share=free_share, max_participation=1)
     dense, thin = (bound(rows_NI, constraint, sketched) for sketched in (False, True))
     identity = torch.eye(SIZE)
     assert isinstance(thin.right, ShrinkThin)
     torch.testing.assert_close(thin(identity), dense(identity), atol=1e-4, rtol=1e-4)
-    other = EnergyRidgeConstraint(0.5, free_share=0.98)
+    other = EnergyRidgeConstraint(0.5, free_share=0.98, max_participation=1)
     assert not torch.allclose(thin(identity), bound(rows_NI, other)(identity), atol=1e-2)
 
 
@@ -318,6 +318,8 @@ def test_what_a_sketch_cannot_hold_is_warned_of() -> None:
             bind_constraints(make_statistics(wide, False), constraint)
     with pytest.warns(UserWarning, match="energy 1.0"):
         bind_constraints(make_statistics(wide, True), EnergyConstraint(1.0))
+    with pytest.warns(UserWarning, match="shrunk evenly"):  # without leading directions it is not cut
+        bind_constraints(make_statistics(make_rows(200, fall=1.0), True), EnergyRidgeConstraint())
 
 
 def collect(model: nn.Module, rows: Any, **options: Any) -> RetainStatistics:
