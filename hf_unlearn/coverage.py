@@ -1,7 +1,7 @@
 """Which parameters may move: every one is protected by statistics, frozen, or explicitly exposed."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -69,7 +69,7 @@ def freeze_unprotected(
             reasons[name] = "as asked" if parameter.requires_grad else "as it was"
         elif any(fnmatchcase(name, p) for p in allow_exposed):
             kind = "exposed"
-        elif _is_weight_of(name, layers):
+        elif is_weight_of(name, layers):
             kind = "protected"
         else:
             kind = "frozen" if name in default else "uncovered"
@@ -126,7 +126,7 @@ def check_covered(
         name
         for parameter in trained
         if parameter.requires_grad
-        if not _is_weight_of(name := names.get(id(parameter), "a parameter of another model"), layers)
+        if not is_weight_of(name := names.get(id(parameter), "a parameter of another model"), layers)
         if not any(fnmatchcase(name, pattern) for pattern in allow_exposed)
     ]
     if uncovered:
@@ -136,7 +136,7 @@ def check_covered(
         )
 
 
-def _is_weight_of(parameter: str, layers: set[str]) -> bool:
+def is_weight_of(parameter: str, layers: Container[str]) -> bool:
     """Whether a parameter is the weight, or a factor of the adapter, of one of the layers."""
     return (parameter.endswith(".weight") and layer_of(parameter)[0] in layers) or base_name(parameter) in layers
 

@@ -104,8 +104,8 @@ class Request:
 
     @contextmanager
     def unlearned(self, args: UnlearningConfig, target: Path) -> Iterator[tuple[UnlearningTrainer, UnlearningReport]]:
-        """The trainer with the unlearned model, and the report on it; the original weights are back afterwards, in
-        failure too.
+        """The trainer with the unlearned model, and the report on it; afterwards the original weights are back and what
+        the run froze may train again, in failure too.
 
         Args:
             target: Folder whose name the report's model has; checkpoints go beside it, and nothing into it.
@@ -115,6 +115,7 @@ class Request:
                 self._retained = self._retain_statistics(args)
         statistics, timings = self._retained, dict(self.timings)
         with ExitStack() as ending:
+            ending.enter_context(_flags_kept(self.model))
             with _scratch(target) as scratch, clock(timings, "unlearn"):
                 with clock(timings, "decompose"):
                     own = args.but(output_dir=str(scratch), hub_model_id=args.hub_model_id or target.name)
@@ -283,3 +284,15 @@ def _scratch(target: Path) -> Iterator[Path]:
     finally:
         if is_main() and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+@contextmanager
+def _flags_kept(model: nn.Module) -> Iterator[None]:
+    """Scope after which the parameters that could train before can again: the next run decides for itself."""
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            if name in trainable:
+                parameter.requires_grad_(True)

@@ -9,10 +9,9 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
-from hf_unlearn.adapters import base_name, layer_of
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
-from hf_unlearn.coverage import Coverage, freeze_all_but, freeze_unprotected
+from hf_unlearn.coverage import Coverage, freeze_all_but, freeze_unprotected, is_weight_of
 from hf_unlearn.data import encode_dataset
 from hf_unlearn.errors import ModelError, SettingsError, StatisticsError
 from hf_unlearn.layers import find_layers
@@ -100,5 +99,5 @@ def freeze_for_run(
     if constraint is not None and statistics is not None:
         return freeze_unprotected(model, statistics.layers, args.allow_exposed, args.freeze)
     layers = statistics.layers if statistics is not None else find_layers(model)
-    exposed = [name for name, _ in model.named_parameters() if layer_of(name)[0] in layers or base_name(name) in layers]
+    exposed = [name for name, _ in model.named_parameters() if is_weight_of(name, layers)]
     return freeze_unprotected(model, (), [*exposed, *args.allow_exposed], args.freeze)

@@ -17,7 +17,7 @@ from hf_unlearn import requests
 from hf_unlearn.collect import collect_statistics
 from hf_unlearn.config import UnlearningConfig
 from hf_unlearn.data import PaddingCollator
-from hf_unlearn.errors import DataError, NonFiniteLossError, OutputError
+from hf_unlearn.errors import CoverageError, DataError, NonFiniteLossError, OutputError
 from hf_unlearn.metrics import score_rows
 from hf_unlearn.presets import PRESETS
 from hf_unlearn.report import UnlearningReport
@@ -87,6 +87,26 @@ def test_the_folder_has_checkpoint_report_card_and_plots(tmp_path: Path) -> None
     assert changed
     for name, weight in weights(asked.model).items():
         assert torch.equal(weight, before[name]), name
+
+
+def test_what_a_run_trains_does_not_depend_on_the_runs_before(tmp_path: Path) -> None:
+    """With a constraint and without it is the layers' weights, with biases as they were; nothing stays frozen."""
+    asked, out = asking(), tmp_path / "out"
+    trainable = {name for name, p in asked.model.named_parameters() if p.requires_grad}
+    assert any(name.endswith("bias") for name in trainable)
+    trained, ends = {}, []
+    for name in ("none", "energy", "none"):
+        with asked.unlearned(settings(out, constraint=name, train_only=["*vit*"]), out) as (trainer, _):
+            trained[name] = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+            ends.append(weights(trainer.model))
+        assert {n for n, p in asked.model.named_parameters() if p.requires_grad} == trainable
+    assert trained["none"] == trained["energy"] and all(name.endswith("weight") for name in trained["none"])
+    first, other, again = ends
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert {n for n in first if not torch.equal(first[n], other[n])} == trained["none"]  # the control
+    with pytest.raises(CoverageError), asked.unlearned(settings(out, train_only=["*vit*"], freeze=["nothing"]), out):
+        pass
+    assert {n for n, p in asked.model.named_parameters() if p.requires_grad} == trainable
 
 
 def test_the_report_says_what_was_asked_done_and_measured(tmp_path: Path) -> None:

@@ -98,7 +98,9 @@ def test_all_constraints_run_from_one_original_into_a_folder_each(places: dict[s
         assert UnlearningReport.load(tmp_path / name).method["constraint"] == name == report.method["constraint"]
         assert (tmp_path / name / "model.safetensors").is_file() and (tmp_path / name / "README.md").is_file()
         assert probability(report, "forget") < probability(report, "forget", "original")
-    assert len({probability(report, "forget") for report in reports.values()}) == len(reports)
+    found = {name: probability(report, "forget") for name, report in reports.items()}
+    assert found["energy_ridge"] == found.pop("ridge")  # this net's inputs have no leading directions to cut
+    assert len(set(found.values())) == len(found)
     drifts = {name: report.drift["relative"] for name, report in reports.items()}
     assert all(drifts[name] < drifts["none"] for name in drifts if name != "none")
 
