@@ -12,7 +12,7 @@ from transformers.modelcard import TASK_MAPPING
 
 from hf_unlearn.adapters import without_wrapper
 from hf_unlearn.config import UnlearningConfig
-from hf_unlearn.constraints import EnergyConstraint, constraint_for
+from hf_unlearn.constraints import EnergyConstraint, constraint_for, settled_constraints
 from hf_unlearn.report import UnlearningReport
 from hf_unlearn.sketch import is_sketch
 from hf_unlearn.statistics import RetainStatistics
@@ -77,12 +77,12 @@ def _constraint_settings(args: UnlearningConfig) -> dict[str, Any]:
 
 def _retained(args: UnlearningConfig, statistics: RetainStatistics | None) -> dict[str, float] | None:
     """Means over the layers under an energy constraint: share of `trace(gram)`, and of the dimensions, in the basis."""
-    built, energies, ranks = args.build_constraint(), [], []
-    for layer in statistics.layers if statistics is not None else ():
-        kind = constraint_for(layer, built)
-        if isinstance(kind, EnergyConstraint) and statistics is not None:
+    asked, energies, ranks = args.build_constraint(), [], []
+    settled = settled_constraints(statistics, asked) if statistics is not None else {}
+    for layer, kind in settled.items():
+        if isinstance(constraint_for(layer, asked), EnergyConstraint) and statistics is not None:
             for gram in statistics.gram_eigen(layer).blocks():
-                values_I, rank = gram.spectrum_I, kind.rank(gram)
+                values_I, rank = gram.spectrum_I, kind.rank(gram) if isinstance(kind, EnergyConstraint) else 0
                 energies.append((values_I[:rank].sum() / values_I.sum()).item() if rank else 0.0)
                 ranks.append(rank / len(values_I))
     if not ranks:

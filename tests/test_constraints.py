@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import cases
@@ -29,6 +28,7 @@ from hf_unlearn.constraints import (
     bind_constraints,
     build_constraint,
     constraint_for,
+    settled_constraints,
 )
 from hf_unlearn.errors import SettingsError, StatisticsError
 from hf_unlearn.linalg import eigen
@@ -195,21 +195,28 @@ def test_energy_ridge_ends_at_energy_alone() -> None:
     assert not np.allclose(ends[0], apply(bind(rows_NI, other), step_OI), atol=1e-2)
 
 
-@pytest.mark.parametrize("steepness", [0.0, 0.02, 0.5, 2.0])
-def test_energy_ridge_does_not_cut_a_gram_without_leading_directions(steepness: float) -> None:
-    """Where the participation ratio is above a tenth of the width the map is ridge's; where it is below, the cut's."""
-    rows_NI = random_array(80, WIDE) * np.exp(-steepness * np.arange(WIDE))
-    values_I = np.linalg.eigvalsh(gram_II := rows_NI.T @ rows_NI / 80)
-    flat = values_I.sum() ** 2 / (values_I**2).sum() / WIDE > 0.1
-    assert flat == (steepness < 0.5)
-    step_OI = random_array(O, WIDE, seed=1)
-    found_OI = apply(bind(rows_NI, constraint := EnergyRidgeConstraint()), step_OI)
-    twins = (
-        step_OI @ reference.shrinkage(gram_II, 0.003),
-        apply(bind(rows_NI, replace(constraint, max_participation=1)), step_OI),
-    )
-    assert [close(found_OI, twin_OI, 1e-4) for twin_OI in twins] == [flat, not flat]
-    assert (constraint.rank(eigen(torch.from_numpy(gram_II))) == 0) == flat
+def test_energy_ridge_does_not_cut_where_inputs_have_no_leading_directions() -> None:
+    """Where their median participation ratio is above a tenth of the width, all layers' maps are ridge's."""
+    step_OI, seen = random_array(O, WIDE, seed=1), set()
+    for falls in ((0.0, 0.0, 2.0), (0.0, 2.0, 2.0), (0.02, 0.5, 0.02), (0.5, 0.5, 0.0)):
+        scales = {name: np.exp(-fall * np.arange(WIDE)) for name, fall in zip("abc", falls, strict=True)}
+        inputs = {name: random_array(80, WIDE) * scale_I for name, scale_I in scales.items()}
+        grams = {name: rows_NI.T @ rows_NI / 80 for name, rows_NI in inputs.items()}
+        flat = np.median([np.trace(g_II) ** 2 / (g_II**2).sum() / WIDE for g_II in grams.values()]) > 0.1
+        statistics = make_statistics(
+            inputs["a"], layers={name: LayerSums(name, O, False) for name in "abc"}, positions=dict.fromkeys("abc", 80),
+            gram_sums={name: torch.from_numpy(reference.gram_sum(rows_NI)) for name, rows_NI in inputs.items()},
+        )  # fmt: skip
+        found = bind_constraints(statistics, EnergyRidgeConstraint())
+        always = bind_constraints(statistics, EnergyRidgeConstraint(max_participation=1))
+        for name, gram_II in grams.items():
+            twins = step_OI @ reference.shrinkage(gram_II, 0.003), apply(always[name], step_OI)
+            assert [close(apply(found[name], step_OI), twin_OI, 1e-4) for twin_OI in twins] == [flat, not flat]
+        seen.add(bool(flat))
+    assert seen == {True, False}
+    by_layer = {"a": EnergyRidgeConstraint(), "*": EnergyRidgeConstraint(0.8)}  # each settles on its own layers
+    settled = settled_constraints(statistics, by_layer)
+    assert settled == {"a": by_layer["a"], "b": RidgeConstraint(), "c": RidgeConstraint()}
 
 
 def test_many_rows_make_a_dense_shrinkage() -> None:
@@ -330,7 +337,7 @@ def test_a_strength_must_be_positive(setting: str, value: float) -> None:
         ("energy_ridge", {"free_share": 1.1}, "free_share must be in"),
         ("energy_ridge", {"free_share": float("nan")}, "free_share must be in"),
         ("energy_ridge", {"energy": 2}, "energy must be in"),
-        ("energy_ridge", {"max_participation": 0}, r"max_participation must be in \(0, 1\], got 0; 1 cuts every Gram"),
+        ("energy_ridge", {"max_participation": 0}, r"max_participation must be in \(0, 1\], got 0; 1 always cuts"),
     ],
 )
 def test_unknown_names_and_settings_are_refused(name: str, given: dict, seen: str) -> None:

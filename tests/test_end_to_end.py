@@ -87,8 +87,8 @@ def test_a_request_from_the_run_to_the_hub_the_audit_and_the_ledger(
     out, model = tmp_path / "out", tiny_model(tmp_path / "model")
     content = said([
         "run", *data, *ledger, "--model_name_or_path", str(model), "--output_dir", str(out), "--base_model", "me/base",
-        "--fine_tune", "True", "--fine_tune_epochs", "40", "--fine_tune_learning_rate", "1e-2", "--max_steps", "40",
-        "--learning_rate", "1e-2", "--use_cpu", "True", "--disable_tqdm", "True",
+        "--fine_tune", "True", "--fine_tune_epochs", "40", "--fine_tune_learning_rate", "1e-2", "--max_steps", "100",
+        "--use_cpu", "True", "--disable_tqdm", "True",
     ])  # fmt: skip
     report = UnlearningReport.load(out)
     assert content["reports"]["energy_ridge"] == report.content() and report.request["rows"] == len(FORGET) == 20
