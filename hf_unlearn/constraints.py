@@ -380,11 +380,11 @@ def settled_constraints(statistics: RetainStatistics, constraint: ConstraintLike
         SettingsError: No pattern matches a layer.
     """
     chosen = {name: constraint_for(name, constraint) for name in statistics.layers}
-    settled: dict[Constraint | None, Constraint | None] = {}
-    for kind in dict.fromkeys(chosen.values()):
-        grams = [statistics.gram_eigen(name) for name in chosen if chosen[name] == kind]
-        settled[kind] = kind.settled(grams) if isinstance(kind, EnergyRidgeConstraint) else kind
-    return {name: settled[kind] for name, kind in chosen.items()}
+    settled: dict[Constraint | None, Constraint] = {}
+    for kind in dict.fromkeys(chosen.values()):  # in the same order on every process
+        if isinstance(kind, EnergyRidgeConstraint):
+            settled[kind] = kind.settled([statistics.gram_eigen(name) for name in chosen if chosen[name] == kind])
+    return {name: settled.get(kind, kind) for name, kind in chosen.items()}
 
 
 def bind_constraints(
