@@ -226,6 +226,8 @@ def _retained_energy(method: Mapping[str, Any]) -> str:
     asked = f"{text(settings['energy'])} of the spectrum ({text(settings.get('spectrum')).replace('_', ' ')})"
     if not isinstance(retained, Mapping):
         return f"{asked}; as share of the energy: {NOT_RECORDED}"
+    if not retained.get("rank"):
+        return f"{asked}, but nothing is cut: the inputs have no leading directions; ridge alone"
     return (
         f"{asked}: {_percent(retained.get('energy'))} of the energy of the inputs, in {_percent(retained.get('rank'))} "
         f"of their dimensions (means over {text(retained.get('layers'))} layers){_missed_energy(method)}"

@@ -261,7 +261,8 @@ class EnergyRidgeConstraint(EnergyConstraint):
     free_share: float = 0.7
     """Mean share that gets through in the directions that are left, in (0, 1]: less protects more; 1 is energy."""
     max_participation: float = 0.1
-    """Median participation ratio of the Grams, over the width, up to which they are cut, in (0, 1]; 1 always cuts."""
+    """Median participation ratio over the layers, in shares of the width, up to which Grams are cut, in (0, 1]; 1 always
+    cuts."""
 
     anchored: ClassVar[bool] = False
 
@@ -276,7 +277,7 @@ class EnergyRidgeConstraint(EnergyConstraint):
         return _by_block(gram, self._shrinkage)
 
     def settled(self, grams: Sequence[Eigen]) -> Constraint:
-        """Itself, or ridge where the Grams have no leading directions."""
+        """Itself, or ridge where the Grams, one for each layer under this constraint, have no leading directions."""
         shares = [participation_share(block.spectrum_I) for gram in grams for block in gram.blocks()]
         return self if median(shares) <= self.max_participation else RidgeConstraint()
 
@@ -356,6 +357,9 @@ def build_constraint(name: str, settings: Mapping[str, Any] | None = None) -> Co
     for setting in settings or {}:
         if setting not in known:
             raise SettingsError(f"constraint {name!r} has no setting {setting!r}, only {', '.join(known) or 'none'}")
+    for setting, value in (settings or {}).items():
+        if setting != "spectrum" and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise SettingsError(f"{setting} of constraint {name!r} must be a number, got {value!r}")
     return kind(**(settings or {})) if kind else None
 
 

@@ -337,6 +337,9 @@ def test_a_strength_must_be_positive(setting: str, value: float) -> None:
         ("energy_ridge", {"free_share": 1.1}, "free_share must be in"),
         ("energy_ridge", {"free_share": float("nan")}, "free_share must be in"),
         ("energy_ridge", {"energy": 2}, "energy must be in"),
+        ("energy_ridge", {"free_share": "x"}, "free_share of constraint 'energy_ridge' must be a number, got 'x'"),
+        ("kronecker", {"strength_out": None}, "strength_out of constraint 'kronecker' must be a number, got None"),
+        ("energy", {"energy": True}, "energy of constraint 'energy' must be a number, got True"),
         ("energy_ridge", {"max_participation": 0}, r"max_participation must be in \(0, 1\], got 0; 1 always cuts"),
     ],
 )

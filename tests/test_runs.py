@@ -100,6 +100,10 @@ def test_all_constraints_run_from_one_original_into_a_folder_each(places: dict[s
         assert probability(report, "forget") < probability(report, "forget", "original")
     found = {name: probability(report, "forget") for name, report in reports.items()}
     assert found["energy_ridge"] == found.pop("ridge")  # this net's inputs have no leading directions to cut
+    retained = {name: (report.method["retained"] or {}).get("rank") for name, report in reports.items()}
+    assert retained["energy_ridge"] == 0 < retained["energy"] and retained["ridge"] is None
+    cards = {name: (tmp_path / name / "README.md").read_text() for name in ("energy", "energy_ridge")}
+    assert "nothing is cut" in cards["energy_ridge"] and "nothing is cut" not in cards["energy"]
     assert len(set(found.values())) == len(found)
     drifts = {name: report.drift["relative"] for name, report in reports.items()}
     assert all(drifts[name] < drifts["none"] for name in drifts if name != "none")
