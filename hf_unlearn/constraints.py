@@ -261,8 +261,7 @@ class EnergyRidgeConstraint(EnergyConstraint):
     free_share: float = 0.7
     """Mean share that gets through in the directions that are left, in (0, 1]: less protects more; 1 is energy."""
     max_participation: float = 0.1
-    """Median participation ratio over the layers, in shares of the width, up to which Grams are cut, in (0, 1]; 1 always
-    cuts."""
+    """Median participation ratio over layers, as a share of the width, up to which there is a cut; 1 always cuts."""
 
     anchored: ClassVar[bool] = False
 
