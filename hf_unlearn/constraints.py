@@ -344,7 +344,7 @@ class BoundConstraint:
 
 
 def build_constraint(name: str, settings: Mapping[str, Any] | None = None) -> Constraint | None:
-    """Constraint by name: `energy`, `ridge`, `kronecker` or `none`.
+    """Constraint by its name in `CONSTRAINTS`.
 
     Raises:
         SettingsError: Unknown name, unknown setting, or a value out of range.
