@@ -1,5 +1,6 @@
 """`UnlearningConfig`: TrainingArguments plus the settings of unlearning. Help texts are made from the docstrings."""
 
+import math
 import os
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -20,6 +21,19 @@ REFUSED_OPTIMIZERS = {
     "*lomo": "steps inside the backward pass, where no step hook runs",
     "*_layerwise": "steps inside the backward pass, before gradients are constrained",
     "schedule_free_*": "swaps weights between training and evaluation, outside of any step",
+}
+
+# At least, and below: TrainingArguments lets all through, and a run would end in a traceback or in NaN.
+RANGES = {
+    "learning_rate": (0, math.inf),
+    "momentum": (0, 1),
+    "weight_decay": (0, math.inf),
+    "per_device_train_batch_size": (1, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "num_train_epochs": (0, math.inf),
+    "max_retain_drift": (0, math.inf),
+    "seed": (0, 2**32),
 }
 
 
@@ -147,6 +161,7 @@ class UnlearningConfig(TrainingArguments):
                 f"{processes} processes were started and {self.world_size} joined; see `accelerate env`"
             )
         self.remove_unused_columns = False  # batches are pairs of forget and retain rows
+        self._check_ranges()
         self.build_loss()
         self.build_constraint()
         Storage(self.keep_statistics_on)
@@ -175,6 +190,12 @@ class UnlearningConfig(TrainingArguments):
                 raise SettingsError(f"optim {optim!r} {reason}; choose another, such as sgd or adamw_torch")
         if self.forget_metric not in ("probability", "accuracy", "loss"):
             raise SettingsError(f"forget_metric must be probability, accuracy or loss, got {self.forget_metric!r}")
+
+    def _check_ranges(self) -> None:
+        for name, (least, bound) in RANGES.items():
+            if (value := getattr(self, name)) is not None and not least <= value < bound:
+                limit = "finite" if bound == math.inf else f"below {bound}"
+                raise SettingsError(f"{name} must be at least {least} and {limit}, got {value}")
 
     def _check_hub_strategy(self) -> None:
         strategy = str(getattr(self.hub_strategy, "value", self.hub_strategy))

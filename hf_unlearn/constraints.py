@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from hf_unlearn.errors import SettingsError, StatisticsError
+from hf_unlearn.errors import SettingsError, StatisticsError, require_numbers
 from hf_unlearn.linalg import (
     Eigen,
     Spectrum,
@@ -347,7 +347,7 @@ def build_constraint(name: str, settings: Mapping[str, Any] | None = None) -> Co
     """Constraint by its name in `CONSTRAINTS`.
 
     Raises:
-        SettingsError: Unknown name, unknown setting, or a value out of range.
+        SettingsError: Unknown name, unknown setting, or a value that is no number or out of range.
     """
     if name not in CONSTRAINTS:
         raise SettingsError(f"unknown constraint {name!r}; choose from {', '.join(CONSTRAINTS)}")
@@ -356,9 +356,7 @@ def build_constraint(name: str, settings: Mapping[str, Any] | None = None) -> Co
     for setting in settings or {}:
         if setting not in known:
             raise SettingsError(f"constraint {name!r} has no setting {setting!r}, only {', '.join(known) or 'none'}")
-    for setting, value in (settings or {}).items():
-        if setting != "spectrum" and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise SettingsError(f"{setting} of constraint {name!r} must be a number, got {value!r}")
+    require_numbers(f"constraint {name!r}", {n: value for n, value in (settings or {}).items() if n != "spectrum"})
     return kind(**(settings or {})) if kind else None
 
 

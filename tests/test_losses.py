@@ -548,6 +548,23 @@ def test_unknown_setting_names_the_known_ones() -> None:
     assert build_loss("pgu", {"offset": 0.1}).settings == {"offset": 0.1}
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "seen"),
+    [
+        ("npo", {"gamma": "a"}, "gamma of loss 'npo' must be a number, got 'a'"),
+        ("npo", {"beta": None}, "beta of loss 'npo' must be a number, got None"),
+        ("ce_u", {"alpha": True}, "alpha of loss 'ce_u' must be a number, got True"),
+        ("pdu", {"eps": "x"}, "eps of loss 'pdu' must be a number, got 'x'"),
+        ("pdu", {"eps": 0.2, "eta": [1]}, r"eta of loss 'pdu' must be a number, got \[1\]"),
+    ],
+)
+def test_a_setting_that_is_no_number_is_an_error(name: str, given: dict, seen: str) -> None:
+    with pytest.raises(SettingsError, match=seen):
+        build_loss(name, given)
+    build_loss("rmu", {"layer": "transformer.h.0"})  # names where names are meant
+    build_loss("pdu", {"eps": 1, "update_upon": "epoch"})
+
+
 def test_unknown_kind_of_retain_term_is_an_error() -> None:
     with pytest.raises(SettingsError, match="retain must be 'nll', 'kl' or 'hidden', got 'mse'"):
         build_loss("npo", {"retain": "mse"})

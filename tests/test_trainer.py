@@ -482,6 +482,26 @@ def test_the_learning_rate_falls_exponentially_to_the_final_one(tmp_path: Path) 
         settings(tmp_path, final_learning_rate=0.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "seen"),
+    [
+        ("learning_rate", -1.0, "learning_rate must be at least 0 and finite, got -1.0"),
+        ("learning_rate", float("nan"), "learning_rate must be at least 0 and finite, got nan"),
+        ("momentum", 1.0, "momentum must be at least 0 and below 1, got 1.0"),
+        ("weight_decay", -0.1, "weight_decay must be at least 0 and finite"),
+        ("per_device_train_batch_size", 0, "per_device_train_batch_size must be at least 1 and finite, got 0"),
+        ("gradient_accumulation_steps", 0, "gradient_accumulation_steps must be at least 1"),
+        ("max_retain_drift", -1.0, "max_retain_drift must be at least 0"),
+        ("seed", -1, "seed must be at least 0 and below 4294967296, got -1"),
+    ],
+)
+def test_a_setting_out_of_range_is_told_before_anything_is_loaded(
+    tmp_path: Path, name: str, value: float, seen: str
+) -> None:
+    with pytest.raises(SettingsError, match=seen):
+        settings(tmp_path, **{name: value})
+
+
 def test_a_retain_drop_is_never_exceeded(tmp_path: Path) -> None:
     """With the budget the weights of the last evaluation within it are kept; without it the same run loses more."""
 

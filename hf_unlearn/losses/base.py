@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_unlearn.errors import DataError, SettingsError
+from hf_unlearn.errors import DataError, SettingsError, is_number, require_numbers
 from hf_unlearn.losses.dual import DualWeight
 from hf_unlearn.predictions import Batch, Predictions, eval_mode, label_positions, predict
 
@@ -244,7 +244,7 @@ def build_loss(loss: str | ForgetTerm | UnlearningLoss, settings: Mapping[str, A
         settings: The settings; those of the term are its arguments after the first two.
 
     Raises:
-        SettingsError: Unknown loss or setting.
+        SettingsError: Unknown loss or setting, or a value that is no number where the default is one.
     """
     if isinstance(loss, UnlearningLoss):
         return loss
@@ -259,6 +259,9 @@ def build_loss(loss: str | ForgetTerm | UnlearningLoss, settings: Mapping[str, A
     for key in given:
         if key not in known:
             raise SettingsError(f"loss {name!r} has no setting {key!r}, only {', '.join(known)}")
+    defaults = {p.name: p.default for p in signature(kind.term).parameters.values()}
+    defaults |= {f.name: f.default for f in fields(DualWeight)} | {"gamma": 1.0, "alpha": 0.0, "eps": 0.0}
+    require_numbers(f"loss {name!r}", {key: value for key, value in given.items() if is_number(defaults.get(key))})
     gamma, alpha = given.pop("gamma", kind.gamma), given.pop("alpha", kind.alpha)
     retain, layer = given.pop("retain", kind.retain), given.pop("layer", 7 if "layer" in own else None)
     if retain not in RETAIN_TERMS:
