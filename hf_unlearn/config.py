@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from hf_unlearn.card import check_template
 from hf_unlearn.constraints import CONSTRAINTS, ConstraintLike, build_constraint
-from hf_unlearn.errors import SettingsError
+from hf_unlearn.errors import SettingsError, require_ranges
 from hf_unlearn.losses import LOSSES, UnlearningLoss, build_loss
 from hf_unlearn.presets import overridden, preset
 from hf_unlearn.sketch import SKETCH_ABOVE, SKETCH_RANK, Sketching
@@ -161,7 +161,7 @@ class UnlearningConfig(TrainingArguments):
                 f"{processes} processes were started and {self.world_size} joined; see `accelerate env`"
             )
         self.remove_unused_columns = False  # batches are pairs of forget and retain rows
-        self._check_ranges()
+        require_ranges(self, RANGES)
         self.build_loss()
         self.build_constraint()
         Storage(self.keep_statistics_on)
@@ -190,12 +190,6 @@ class UnlearningConfig(TrainingArguments):
                 raise SettingsError(f"optim {optim!r} {reason}; choose another, such as sgd or adamw_torch")
         if self.forget_metric not in ("probability", "accuracy", "loss"):
             raise SettingsError(f"forget_metric must be probability, accuracy or loss, got {self.forget_metric!r}")
-
-    def _check_ranges(self) -> None:
-        for name, (least, bound) in RANGES.items():
-            if (value := getattr(self, name)) is not None and not least <= value < bound:
-                limit = "finite" if bound == math.inf else f"below {bound}"
-                raise SettingsError(f"{name} must be at least {least} and {limit}, got {value}")
 
     def _check_hub_strategy(self) -> None:
         strategy = str(getattr(self.hub_strategy, "value", self.hub_strategy))

@@ -1,6 +1,7 @@
 """Making the models that a demonstration or benchmark compares: fine-tuned with and without the forget rows."""
 
 import json
+import math
 import os
 import tempfile
 import time
@@ -15,7 +16,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from hf_unlearn.data import labelled_row_key
-from hf_unlearn.errors import SettingsError
+from hf_unlearn.errors import SettingsError, require_ranges
 from hf_unlearn.files import replace_folder
 from hf_unlearn.fingerprint import weights_fingerprint
 from hf_unlearn.formats import Row
@@ -33,6 +34,10 @@ class FineTuning:
     batch_size: int = 10
     weight_decay: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"epochs": 0, "learning_rate": 0, "batch_size": 1, "weight_decay": 0}
+        require_ranges(self, {n: (v, math.inf) for n, v in least.items()} | {"seed": (0, 2**32)}, "fine_tune_")
 
     def run(
         self, model: nn.Module, rows: Sequence[Row], collator: Callable, scratch: str | os.PathLike

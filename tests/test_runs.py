@@ -20,6 +20,7 @@ from hf_unlearn.constraints import CONSTRAINTS
 from hf_unlearn.data import default_collator, encode_dataset
 from hf_unlearn.errors import DataError, SettingsError, UnlearningError
 from hf_unlearn.finetune import FineTuning
+from hf_unlearn.finetune import FineTuning
 from hf_unlearn.loading import forget_rows, load_model, load_rows, load_tokenizer
 from hf_unlearn.metrics import score_rows
 from hf_unlearn.report import UnlearningReport
@@ -60,6 +61,20 @@ def probability(report: UnlearningReport, split: str, model: str = "unlearned") 
 
 def no_fine_tuning(*args: Any, **options: Any) -> Any:
     raise AssertionError("fine-tuned although the cache has the model")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "seen"),
+    [
+        ("learning_rate", -1.0, "fine_tune_learning_rate must be at least 0 and finite, got -1.0"),
+        ("batch_size", 0, "fine_tune_batch_size must be at least 1 and finite, got 0"),
+        ("epochs", -1.0, "fine_tune_epochs must be at least 0"),
+        ("seed", -1, "fine_tune_seed must be at least 0 and below 4294967296"),
+    ],
+)
+def test_a_fine_tune_out_of_range_is_told_by_its_flag(name: str, value: float, seen: str) -> None:
+    with pytest.raises(SettingsError, match=seen):
+        FineTuning(**{name: value})
 
 
 def test_a_run_learns_forgets_and_writes_and_the_next_one_finds_the_model_in_the_cache(
