@@ -20,7 +20,6 @@ from hf_unlearn.constraints import CONSTRAINTS
 from hf_unlearn.data import default_collator, encode_dataset
 from hf_unlearn.errors import DataError, SettingsError, UnlearningError
 from hf_unlearn.finetune import FineTuning
-from hf_unlearn.finetune import FineTuning
 from hf_unlearn.loading import forget_rows, load_model, load_rows, load_tokenizer
 from hf_unlearn.metrics import score_rows
 from hf_unlearn.report import UnlearningReport
