@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 bench: $(STAMP)  ## Measure speed and memory against plain passes and steps, into outputs/bench.json; options in ARGS="..."
-	@TOKENIZERS_PARALLELISM=false $(BIN)/python tests/benchmarks/bench.py $(ARGS)
+	@TOKENIZERS_PARALLELISM=false $(BIN)/python tests/performance/bench.py $(ARGS)
 
 demo: $(STAMP)  ## Run the demonstration into outputs/demo; further options in ARGS="..."
 	@$(BIN)/hf-unlearn demo --output_dir outputs/demo $(ARGS)
@@ -38,7 +38,7 @@ check: $(STAMP)  ## Lint, formatting, types and the direction of imports
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/mypy --no-error-summary
-	@$(PYTEST) -q tests/test_imports.py
+	@$(PYTEST) -q tests/repo/test_imports.py
 
 format: $(STAMP)  ## Mend what ruff can mend, and format
 	@$(BIN)/ruff check --fix --quiet

@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "EnergyConstraint": "constraints",
-    "EnergyRidgeConstraint": "constraints",
-    "KroneckerConstraint": "constraints",
-    "Layer": "layers",
-    "RetainStatistics": "statistics",
-    "RidgeConstraint": "constraints",
-    "UnlearningConfig": "config",
+    "EnergyConstraint": "constraints.energy",
+    "EnergyRidgeConstraint": "constraints.energy_ridge",
+    "KroneckerConstraint": "constraints.kronecker",
+    "Layer": "models.layers",
+    "RetainStatistics": "statistics.retain_statistics",
+    "RidgeConstraint": "constraints.ridge",
+    "UnlearningConfig": "trainer.config",
     "UnlearningError": "errors",
-    "UnlearningReport": "report",
-    "UnlearningTrainer": "trainer",
-    "audit": "attacks",
-    "collect_statistics": "collect",
-    "constrain_optimizer": "optimizer",
-    "evaluate_unlearning": "evaluation",
-    "freeze_unprotected": "coverage",
-    "purge_history": "hub",
-    "push_unlearned_model": "publish",
-    "register_layer": "layers",
+    "UnlearningReport": "evaluation.report",
+    "UnlearningTrainer": "trainer.trainer",
+    "audit": "evaluation.attacks.audit",
+    "collect_statistics": "statistics.collect",
+    "constrain_optimizer": "constraints.step_constrainer",
+    "evaluate_unlearning": "evaluation.evaluate",
+    "freeze_unprotected": "models.trainable",
+    "purge_history": "core.hub",
+    "push_unlearned_model": "publishing.model_folder",
+    "register_layer": "models.layers",
 }
 
 __all__ = [
@@ -51,20 +51,23 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from hf_unlearn.attacks import audit
-    from hf_unlearn.collect import collect_statistics
-    from hf_unlearn.config import UnlearningConfig
-    from hf_unlearn.constraints import EnergyConstraint, EnergyRidgeConstraint, KroneckerConstraint, RidgeConstraint
-    from hf_unlearn.coverage import freeze_unprotected
+    from hf_unlearn.constraints.energy import EnergyConstraint
+    from hf_unlearn.constraints.energy_ridge import EnergyRidgeConstraint
+    from hf_unlearn.constraints.kronecker import KroneckerConstraint
+    from hf_unlearn.constraints.ridge import RidgeConstraint
+    from hf_unlearn.constraints.step_constrainer import constrain_optimizer
+    from hf_unlearn.core.hub import purge_history
     from hf_unlearn.errors import UnlearningError
-    from hf_unlearn.evaluation import evaluate_unlearning
-    from hf_unlearn.hub import purge_history
-    from hf_unlearn.layers import Layer, register_layer
-    from hf_unlearn.optimizer import constrain_optimizer
-    from hf_unlearn.publish import push_unlearned_model
-    from hf_unlearn.report import UnlearningReport
-    from hf_unlearn.statistics import RetainStatistics
-    from hf_unlearn.trainer import UnlearningTrainer
+    from hf_unlearn.evaluation.attacks.audit import audit
+    from hf_unlearn.evaluation.evaluate import evaluate_unlearning
+    from hf_unlearn.evaluation.report import UnlearningReport
+    from hf_unlearn.models.layers import Layer, register_layer
+    from hf_unlearn.models.trainable import freeze_unprotected
+    from hf_unlearn.publishing.model_folder import push_unlearned_model
+    from hf_unlearn.statistics.collect import collect_statistics
+    from hf_unlearn.statistics.retain_statistics import RetainStatistics
+    from hf_unlearn.trainer.config import UnlearningConfig
+    from hf_unlearn.trainer.trainer import UnlearningTrainer
 
 
 def __getattr__(name: str) -> Any:

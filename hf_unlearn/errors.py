@@ -4,10 +4,6 @@ Each message names the thing, what was seen, and the way out, in one line. All o
 so `except UnlearningError` (and the command line's exit code 2) covers exactly the failures that a user can mend.
 """
 
-import math
-from collections.abc import Mapping
-from typing import Any
-
 
 class UnlearningError(Exception):
     """Base of the family. Never raised itself."""
@@ -56,26 +52,3 @@ class PushError(UnlearningError, RuntimeError):
     def __init__(self, message: str, folder: str | None = None, command: str | None = None):
         super().__init__(message)
         self.folder, self.command = folder, command
-
-
-def require_numbers(what: str, settings: Mapping[str, Any]) -> None:
-    """Raise `SettingsError` where a setting of `what` (a loss, a constraint) is no number."""
-    for name, value in settings.items():
-        if not is_number(value):
-            raise SettingsError(f"{name} of {what} must be a number, got {value!r}")
-
-
-def require_ranges(settings: Any, ranges: Mapping[str, tuple[float, float]], prefix: str = "") -> None:
-    """Raise `SettingsError` where an attribute of `settings` is below the first of its limits or not below the second.
-
-    None passes. `prefix` comes before the attribute's name, where that makes it a flag's.
-    """
-    for name, (least, bound) in ranges.items():
-        if (value := getattr(settings, name)) is not None and not least <= value < bound:
-            limit = "finite" if bound == math.inf else f"below {bound}"
-            raise SettingsError(f"{prefix}{name} must be at least {least} and {limit}, got {value}")
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is one; true and false are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)

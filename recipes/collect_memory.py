@@ -10,9 +10,10 @@ import time
 
 import psutil
 
-from hf_unlearn.collect import collect_statistics
+from hf_unlearn.data.splits import load_rows
 from hf_unlearn.errors import UnlearningError
-from hf_unlearn.loading import load_model, load_processor, load_rows
+from hf_unlearn.models.loading import load_model, load_processor
+from hf_unlearn.statistics.collect import collect_statistics
 
 
 def main() -> int:

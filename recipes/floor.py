@@ -11,9 +11,9 @@ import sys
 from itertools import combinations
 from pathlib import Path
 
-from hf_unlearn.benchmarks.grid import CELLS
+from hf_unlearn.benchmark.grid import CELLS
 from hf_unlearn.errors import OutputError
-from hf_unlearn.report import UnlearningReport
+from hf_unlearn.evaluation.report import UnlearningReport
 
 MEASURED = (
     ("accuracy", "forget"), ("accuracy", "retain"), ("accuracy", "holdout"), ("membership_efficacy", "forget")

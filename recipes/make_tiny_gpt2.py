@@ -13,9 +13,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from hf_unlearn.core.files import check_output, replace_folder
+from hf_unlearn.data.splits import load_rows
 from hf_unlearn.errors import SettingsError, UnlearningError
-from hf_unlearn.files import check_output, replace_folder
-from hf_unlearn.loading import load_rows
 
 END = "<|endoftext|>"
 VOCABULARY, CONTEXT, LAYERS, WIDTH, HEADS = 2048, 256, 4, 192, 6

@@ -20,8 +20,8 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from hf_unlearn.core.files import check_output, replace_folder
 from hf_unlearn.errors import UnlearningError
-from hf_unlearn.files import check_output, replace_folder
 
 
 def make_vit(size: int, channels: int, classes: int) -> PreTrainedModel:

@@ -33,17 +33,18 @@ from torch import nn
 from transformers import PrinterCallback, set_seed
 
 from hf_unlearn.cli.common import hush
-from hf_unlearn.collect import collect_statistics
-from hf_unlearn.config import UnlearningConfig
-from hf_unlearn.data import PaddingCollator
+from hf_unlearn.core.files import read_yaml, write_json
+from hf_unlearn.core.provenance import hardware, package_versions
+from hf_unlearn.core.text import spread
+from hf_unlearn.data.batches import PaddingCollator
+from hf_unlearn.deletion.carried_statistics import carry, negative_share
 from hf_unlearn.errors import OutputError, UnlearningError
-from hf_unlearn.files import read_yaml, write_json
-from hf_unlearn.fingerprint import hardware, package_versions, weights_fingerprint
-from hf_unlearn.metrics.membership import ShadowAttack
-from hf_unlearn.report import spread
-from hf_unlearn.sequence import carry, negative_share
-from hf_unlearn.statistics import RetainStatistics
-from hf_unlearn.trainer import UnlearningTrainer
+from hf_unlearn.evaluation.metrics.membership import ShadowAttack
+from hf_unlearn.models.fingerprint import weights_fingerprint
+from hf_unlearn.statistics.collect import collect_statistics
+from hf_unlearn.statistics.retain_statistics import RetainStatistics
+from hf_unlearn.trainer.config import UnlearningConfig
+from hf_unlearn.trainer.trainer import UnlearningTrainer
 
 HERE = Path(__file__).parent
 RESULTS = "results.json"

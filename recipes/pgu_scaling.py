@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hf_unlearn.cli.common import hush
-from hf_unlearn.constraints import EnergyConstraint
-from hf_unlearn.coverage import hold_norm_statistics
-from hf_unlearn.linalg import leading_basis
+from hf_unlearn.constraints.energy import EnergyConstraint
 from hf_unlearn.losses import build_loss
-from hf_unlearn.statistics import RetainStatistics
+from hf_unlearn.models.modes import hold_norm_statistics
+from hf_unlearn.statistics.eigen import leading_basis
+from hf_unlearn.statistics.retain_statistics import RetainStatistics
 
 LINEAR_DIRECTIONS = 400
 

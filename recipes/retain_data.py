@@ -24,20 +24,22 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback
 
-from hf_unlearn.benchmarks import BENCHMARKS, Benchmark, Column, results
-from hf_unlearn.benchmarks.grid import Cell, cells
+from hf_unlearn.benchmark import results
+from hf_unlearn.benchmark.grid import Cell, cells
+from hf_unlearn.benchmark.registry import BENCHMARKS, Benchmark, Column
 from hf_unlearn.cli.benchmark import parser as benchmark_parser
 from hf_unlearn.cli.common import check_choice, hush, parse
-from hf_unlearn.collect import collect_statistics
-from hf_unlearn.config import UnlearningConfig
-from hf_unlearn.constraints import bind_constraints
+from hf_unlearn.constraints.binding import bind_constraints
+from hf_unlearn.core.text import spread
+from hf_unlearn.deletion.prepare import prepare
+from hf_unlearn.deletion.request import Request
 from hf_unlearn.errors import UnlearningError
-from hf_unlearn.evaluation import evaluate_unlearning
-from hf_unlearn.report import UnlearningReport, spread
-from hf_unlearn.requests import Request
-from hf_unlearn.runs import prepare
-from hf_unlearn.statistics import RetainStatistics
-from hf_unlearn.trainer import UnlearningTrainer
+from hf_unlearn.evaluation.evaluate import evaluate_unlearning
+from hf_unlearn.evaluation.report import UnlearningReport
+from hf_unlearn.statistics.collect import collect_statistics
+from hf_unlearn.statistics.retain_statistics import RetainStatistics
+from hf_unlearn.trainer.config import UnlearningConfig
+from hf_unlearn.trainer.trainer import UnlearningTrainer
 
 LINES = {  # mixed batches, statistics collected again, constraint
     "no retain row": (False, False, True),

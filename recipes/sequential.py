@@ -26,17 +26,18 @@ from transformers import ViTForImageClassification
 
 from hf_unlearn.cli import main as hf_unlearn
 from hf_unlearn.cli.common import hush
-from hf_unlearn.collect import collect_statistics
-from hf_unlearn.config import UnlearningConfig
-from hf_unlearn.data import PaddingCollator
+from hf_unlearn.core.files import read_yaml
+from hf_unlearn.data.batches import PaddingCollator
+from hf_unlearn.deletion.ledger import Ledger, read_key
+from hf_unlearn.deletion.request import Request
+from hf_unlearn.deletion.series import RequestSequence
 from hf_unlearn.demo.digits import Rows, digits_processor, digits_splits, train_vit
 from hf_unlearn.errors import UnlearningError
-from hf_unlearn.files import read_yaml
-from hf_unlearn.ledger import Ledger, read_key
-from hf_unlearn.plots import save_sequence_plot
-from hf_unlearn.report import REPORT, UnlearningReport, forgotten_so_far
-from hf_unlearn.requests import Request
-from hf_unlearn.sequence import RequestSequence
+from hf_unlearn.evaluation.report import REPORT, UnlearningReport
+from hf_unlearn.evaluation.tables import forgotten_so_far
+from hf_unlearn.publishing.plots import save_sequence_plot
+from hf_unlearn.statistics.collect import collect_statistics
+from hf_unlearn.trainer.config import UnlearningConfig
 
 ARMS = ("carried", "again", "fresh")
 Arms = dict[str, list[UnlearningReport]]

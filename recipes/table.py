@@ -10,8 +10,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from hf_unlearn.core.text import spread
 from hf_unlearn.errors import OutputError
-from hf_unlearn.report import REPORT, UnlearningReport, spread
+from hf_unlearn.evaluation.report import REPORT, UnlearningReport
 
 
 def main() -> int:

@@ -14,14 +14,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_unlearn.benchmarks import BENCHMARKS, Column, results
-from hf_unlearn.benchmarks.frontier import PLOT, save_frontier
-from hf_unlearn.benchmarks.grid import Results, run_grid
+from hf_unlearn.benchmark import results
+from hf_unlearn.benchmark.frontier import PLOT, save_frontier
+from hf_unlearn.benchmark.grid import Results, run_grid
+from hf_unlearn.benchmark.registry import BENCHMARKS, Column
 from hf_unlearn.cli.benchmark import parser as benchmark_parser
 from hf_unlearn.cli.common import check_choice, hush, parse
+from hf_unlearn.core.files import replace_file
+from hf_unlearn.core.text import spread
 from hf_unlearn.errors import UnlearningError
-from hf_unlearn.files import replace_file
-from hf_unlearn.report import UnlearningReport, spread
+from hf_unlearn.evaluation.report import UnlearningReport
 
 RATES = "2.5e-4,5e-4,1e-3,2e-3,4e-3"  # norms of a step, relative to the weights'
 Found = list[tuple[UnlearningReport, str]]

@@ -28,15 +28,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.pytorch_utils import Conv1D
 
-from hf_unlearn.benchmarks import Benchmark, results
-from hf_unlearn.constraints import EnergyRidgeConstraint
-from hf_unlearn.linalg import scale_for_share
-from hf_unlearn.predictions import eval_mode, predict
-from hf_unlearn.report import UnlearningReport
-from hf_unlearn.requests import Request
-from hf_unlearn.runs import prepare
-from hf_unlearn.statistics import RetainStatistics
-from hf_unlearn.trainer import UnlearningTrainer
+from hf_unlearn.benchmark import results
+from hf_unlearn.benchmark.registry import Benchmark
+from hf_unlearn.constraints.energy_ridge import EnergyRidgeConstraint
+from hf_unlearn.deletion.prepare import prepare
+from hf_unlearn.deletion.request import Request
+from hf_unlearn.evaluation.report import UnlearningReport
+from hf_unlearn.models.forward import predict
+from hf_unlearn.models.modes import eval_mode
+from hf_unlearn.statistics.eigen import scale_for_share
+from hf_unlearn.statistics.retain_statistics import RetainStatistics
+from hf_unlearn.trainer.trainer import UnlearningTrainer
 
 PACKAGE = ("energy_ridge", "energy", "ridge", "kronecker")
 TOGETHER = {"joint": (False, False), "ek-fac": (True, False), "joint, cut": (False, True), "ek-fac, cut": (True, True)}

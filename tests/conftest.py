@@ -9,15 +9,15 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from cases import CLASSES, tiny_bert, tiny_vit
-from hub_client import Client, start
-from hub_server import Hub, loopback_hub
+from helpers.hub_client import Client, start
+from helpers.hub_server import Hub, loopback_hub
+from helpers.tiny import CLASSES, tiny_bert, tiny_vit
 from PIL import Image
 from torch import Tensor
 
 from hf_unlearn.losses import LOSSES
 from hf_unlearn.losses.base import LossKind
-from hf_unlearn.predictions import Predictions
+from hf_unlearn.models.forward import Predictions
 
 
 @pytest.fixture
@@ -58,8 +58,8 @@ def client(hub_and_client: tuple[Hub, Client]) -> Client:
 @pytest.fixture
 def classified(tmp_path: Path) -> dict[str, str]:
     """Folders of a tiny text and a tiny image classifier, each with its processor and data set."""
-    from test_data import QUESTION, tokenizer
-    from test_formats import processor as picture_processor
+    from helpers.pictures import processor as picture_processor
+    from helpers.texts import QUESTION, tokenizer
 
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (16, 8, 8), dtype=np.uint8)

@@ -71,14 +71,14 @@ def _usage() -> str:
 
 def _launch(argv: list[str]) -> int:
     """Start the same command, without the flags of the launcher, on several processes; its exit code."""
-    from hf_unlearn.launch import launch
+    from hf_unlearn.cli.launch import launch
 
     return launch(argv)
 
 
 def _run(command: str, argv: list[str]) -> Answer:
     if command != "demo":  # which runs on one process, whatever started it
-        from hf_unlearn.launch import check_processes
+        from hf_unlearn.cli.launch import check_processes
 
         check_processes()
     return import_module(f"hf_unlearn.cli.{command}").main(argv)
@@ -99,7 +99,7 @@ def _guarded(command: Callable[[], Answer], as_json: bool, debug: bool, silent: 
         if tells and not silent:
             print(json.dumps(answer.content, allow_nan=False) if as_json else answer.text, flush=True)
         if "RANK" in os.environ:
-            from hf_unlearn.sharding import leave
+            from hf_unlearn.core.processes import leave
 
             leave()
     except UnlearningError as error:

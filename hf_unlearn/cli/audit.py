@@ -5,14 +5,14 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from hf_unlearn import runs
-from hf_unlearn.arguments import AttackArguments
-from hf_unlearn.attacks import AuditSettings
-from hf_unlearn.card import check_template
 from hf_unlearn.cli.common import Answer, hush, is_settings_file, join_processes, make_run_parser, parse
-from hf_unlearn.config import setting
-from hf_unlearn.files import check_output, replace_folder
-from hf_unlearn.sharding import is_main
+from hf_unlearn.core.files import check_output, replace_folder
+from hf_unlearn.core.processes import is_main
+from hf_unlearn.core.settings import setting
+from hf_unlearn.deletion import run as runs
+from hf_unlearn.deletion.arguments import AttackArguments
+from hf_unlearn.evaluation.attacks.audit import AuditSettings
+from hf_unlearn.publishing.card import check_template
 
 
 @dataclass

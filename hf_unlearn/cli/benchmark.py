@@ -5,12 +5,12 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from hf_unlearn.arguments import BenchmarkArguments
-from hf_unlearn.benchmarks import BENCHMARKS
+from hf_unlearn.benchmark.registry import BENCHMARKS
 from hf_unlearn.cli.common import Answer, check_choice, hush, make_run_parser, parse
-from hf_unlearn.config import UnlearningConfig
+from hf_unlearn.core.processes import is_main
+from hf_unlearn.deletion.arguments import BenchmarkArguments
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.sharding import is_main
+from hf_unlearn.trainer.config import UnlearningConfig
 
 
 def parser() -> HfArgumentParser:
@@ -36,9 +36,9 @@ def main(argv: list[str]) -> Answer:
     made.set_defaults(**benchmark.defaults)
     args, config = parse(made, rest)
     hush()
-    from hf_unlearn.benchmarks import results
-    from hf_unlearn.benchmarks.frontier import PLOT, save_frontier
-    from hf_unlearn.benchmarks.grid import run_grid
+    from hf_unlearn.benchmark import results
+    from hf_unlearn.benchmark.frontier import PLOT, save_frontier
+    from hf_unlearn.benchmark.grid import run_grid
 
     folder = Path(config.output_dir or f"benchmark-{name}")
     found = run_grid(args, config, folder)

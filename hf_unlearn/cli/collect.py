@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from transformers import HfArgumentParser
 
-from hf_unlearn import runs
-from hf_unlearn.arguments import DataArguments
 from hf_unlearn.cli.common import Answer, hush, join_processes, make_run_parser, parse
-from hf_unlearn.config import setting
-from hf_unlearn.sketch import SKETCH_ABOVE, SKETCH_RANK
+from hf_unlearn.core.settings import setting
+from hf_unlearn.deletion import run as runs
+from hf_unlearn.deletion.arguments import DataArguments
+from hf_unlearn.statistics.sketch import SKETCH_ABOVE, SKETCH_RANK
 
 
 @dataclass

@@ -6,12 +6,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from hf_unlearn.presets import CHOICES, PRESETS, overridden, preset
+from hf_unlearn.trainer.presets import CHOICES, PRESETS, overridden, preset
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
 
-    from hf_unlearn.report import UnlearningReport
+    from hf_unlearn.evaluation.report import UnlearningReport
+
 
 NO = 3
 """Exit code of a question whose answer is no."""
@@ -120,8 +121,8 @@ def _taken(argv: list[str], flag: str) -> tuple[list[str], str | None]:
 
 
 def _read(path: Path, known: set[str]) -> dict[str, Any]:
+    from hf_unlearn.core.files import read_yaml
     from hf_unlearn.errors import SettingsError
-    from hf_unlearn.files import read_yaml
 
     content = read_yaml(path)
     if unknown := sorted(set(content) - known):
@@ -159,7 +160,7 @@ def hush(bars: bool = True) -> None:
 
 def show(reports: "dict[str, UnlearningReport]", output_dir: str, metric: str) -> Answer:
     """One table, the samples side by side, and where everything is."""
-    from hf_unlearn.report import side_by_side
+    from hf_unlearn.evaluation.tables import side_by_side
 
     first = next(iter(reports.values()))
     lines = [f"\n{metric} by split (forgotten: {first.request['rows']} rows of {first.request['source']})\n"]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from transformers import HfArgumentParser
 
 from hf_unlearn.cli.common import Answer, check_choice, hush, make_parser, parse, show
-from hf_unlearn.config import setting
-from hf_unlearn.constraints import CONSTRAINTS
+from hf_unlearn.constraints.registry import CONSTRAINTS
+from hf_unlearn.core.settings import setting
 
 
 @dataclass

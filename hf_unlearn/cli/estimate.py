@@ -7,19 +7,19 @@ from typing import Any
 from accelerate.utils import convert_file_size_to_int
 from transformers import HfArgumentParser
 
-from hf_unlearn import estimate
-from hf_unlearn.arguments import RunArguments
 from hf_unlearn.cli.common import Answer, check_choice, hush, make_parser, parse
-from hf_unlearn.config import setting
-from hf_unlearn.constraints import CONSTRAINTS
+from hf_unlearn.constraints.registry import CONSTRAINTS
+from hf_unlearn.core.settings import setting
+from hf_unlearn.deletion.arguments import RunArguments
+from hf_unlearn.deletion.prepare import peft_config
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.estimate import Memory, Settings, Work
-from hf_unlearn.loading import MODELS
+from hf_unlearn.estimate import memory as estimate
+from hf_unlearn.estimate.memory import Memory, Settings, Work
+from hf_unlearn.estimate.tracing import Trace, read_config, trace
 from hf_unlearn.losses import LOSSES, build_loss
-from hf_unlearn.predictions import Task
-from hf_unlearn.runs import peft_config
-from hf_unlearn.sketch import SKETCH_ABOVE, SKETCH_RANK, Sketching
-from hf_unlearn.tracing import Trace, read_config, trace
+from hf_unlearn.models.loading import MODELS
+from hf_unlearn.models.tasks import Task
+from hf_unlearn.statistics.sketch import SKETCH_ABOVE, SKETCH_RANK, Sketching
 
 PROCESSES = (1, 2, 4, 8, 16, 32, 64)
 

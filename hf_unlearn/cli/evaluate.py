@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from transformers import HfArgumentParser
 
-from hf_unlearn import runs
-from hf_unlearn.arguments import RunArguments
 from hf_unlearn.cli.common import Answer, hush, join_processes, make_run_parser, parse
-from hf_unlearn.config import setting
-from hf_unlearn.files import check_output, replace_folder
-from hf_unlearn.sharding import is_main
+from hf_unlearn.core.files import check_output, replace_folder
+from hf_unlearn.core.processes import is_main
+from hf_unlearn.core.settings import setting
+from hf_unlearn.deletion import run as runs
+from hf_unlearn.deletion.arguments import RunArguments
 
 
 @dataclass

@@ -8,9 +8,9 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from hf_unlearn.cli.common import NO, Answer, make_parser
+from hf_unlearn.core.text import align
+from hf_unlearn.deletion.ledger import KEY_VARIABLE, Entry, Ledger, Verdict, read_key
 from hf_unlearn.errors import DataError, SettingsError
-from hf_unlearn.ledger import KEY_VARIABLE, Entry, Ledger, Verdict, read_key
-from hf_unlearn.report import align
 
 
 def parser() -> HfArgumentParser:

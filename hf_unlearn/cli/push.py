@@ -6,11 +6,12 @@ from huggingface_hub import CommitInfo
 from transformers import HfArgumentParser
 
 from hf_unlearn.cli.common import Answer, make_parser
+from hf_unlearn.core.hub import STATISTICS, publishable
+from hf_unlearn.deletion.ledger import KEY_VARIABLE, Ledger, open_ledger
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.hub import STATISTICS, publishable
-from hf_unlearn.ledger import KEY_VARIABLE, Ledger, open_ledger
-from hf_unlearn.publish import push_statistics, push_unlearned_model
-from hf_unlearn.report import UnlearningReport
+from hf_unlearn.evaluation.report import UnlearningReport
+from hf_unlearn.publishing.model_folder import push_unlearned_model
+from hf_unlearn.statistics.publishing import push_statistics
 
 
 def parser() -> HfArgumentParser:

@@ -2,10 +2,10 @@
 
 from transformers import HfArgumentParser
 
-from hf_unlearn import runs
-from hf_unlearn.arguments import RunArguments
 from hf_unlearn.cli.common import Answer, hush, make_run_parser, parse, show
-from hf_unlearn.config import UnlearningConfig
+from hf_unlearn.deletion import run as runs
+from hf_unlearn.deletion.arguments import RunArguments
+from hf_unlearn.trainer.config import UnlearningConfig
 
 
 def parser() -> HfArgumentParser:

@@ -19,14 +19,14 @@ from transformers import (
     set_seed,
 )
 
-from hf_unlearn.collect import collect_statistics
-from hf_unlearn.config import UnlearningConfig
-from hf_unlearn.constraints import CONSTRAINTS
-from hf_unlearn.data import PaddingCollator
+from hf_unlearn.constraints.registry import CONSTRAINTS
+from hf_unlearn.core.files import check_output
+from hf_unlearn.data.batches import PaddingCollator
+from hf_unlearn.deletion.request import Request, clock
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.files import check_output
-from hf_unlearn.report import UnlearningReport
-from hf_unlearn.requests import Request, clock
+from hf_unlearn.evaluation.report import UnlearningReport
+from hf_unlearn.statistics.collect import collect_statistics
+from hf_unlearn.trainer.config import UnlearningConfig
 
 Rows = list[dict[str, object]]
 

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from hf_unlearn.arguments import RunArguments
-from hf_unlearn.config import UnlearningConfig
+from hf_unlearn.deletion.arguments import RunArguments
+from hf_unlearn.deletion.run import run
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.report import UnlearningReport
-from hf_unlearn.runs import run
+from hf_unlearn.evaluation.report import UnlearningReport
+from hf_unlearn.trainer.config import UnlearningConfig
 
 ROWS_A_PERSON, KNOWN, NEVER_SEEN = 20, 5, 2
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-FOLDER = Path(__file__).parents[1] / "demo_data"
+FOLDER = Path(__file__).parent
 
 
 def run_people(

@@ -16,9 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_unlearn.errors import DataError, SettingsError, is_number, require_numbers
-from hf_unlearn.losses.dual import DualWeight
-from hf_unlearn.predictions import Batch, Predictions, eval_mode, label_positions, predict
+from hf_unlearn.core.settings import is_number, require_numbers
+from hf_unlearn.errors import DataError, SettingsError
+from hf_unlearn.losses.dual_weight import DualWeight
+from hf_unlearn.models.forward import Predictions, label_positions, predict
+from hf_unlearn.models.modes import eval_mode
+from hf_unlearn.models.tasks import Batch
 
 ForgetTerm = Callable[..., Tensor]
 Predict = Callable[..., Predictions]

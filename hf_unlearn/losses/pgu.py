@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hf_unlearn.losses.base import register_loss
-from hf_unlearn.predictions import Predictions
+from hf_unlearn.models.forward import Predictions
 
 
 @register_loss("pgu")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_unlearn.losses.base import register_loss
-from hf_unlearn.predictions import Predictions
+from hf_unlearn.models.forward import Predictions
 
 
 @register_loss("npo", unit="row", reads="nll", alpha=1.0)

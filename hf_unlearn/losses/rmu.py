@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hf_unlearn.errors import ModelError
 from hf_unlearn.losses.base import register_loss
-from hf_unlearn.predictions import Predictions
+from hf_unlearn.models.forward import Predictions
 
 
 @register_loss("rmu", hidden=True, alpha=1.0, retain="hidden")

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from hf_unlearn.losses.base import register_loss
-from hf_unlearn.predictions import Predictions
+from hf_unlearn.models.forward import Predictions
 
 
 @register_loss("wga", alpha=1.0)

@@ -6,13 +6,13 @@ import json
 from typing import Any
 
 import pytest
-from launching import start
+from helpers.launching import start
 
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("counted")
-    start(2, "counted.py", str(folder))
+    start(2, "count_collectives.py", str(folder))
     return json.loads((folder / "counted.json").read_text())
 
 

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from cases import requires_asset
 from filelock import FileLock
-from launching import ENVIRONMENT, can_run, start
+from helpers.launching import ENVIRONMENT, can_run, start
+from helpers.paths import RECIPES
+from helpers.tiny import requires_asset
 from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_unlearn.cli import main
-from hf_unlearn.report import UnlearningReport
+from hf_unlearn.evaluation.report import UnlearningReport
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 PLACEMENT = {"ddp": "Whole", "fsdp2": "Rows", "zero1": "Stretches", "zero2": "Stretches", "zero3": "Pieces"}
 # Three processes divide neither the rows of the data nor those of most weights.
 LAUNCHES = [("ddp", 2), ("ddp", 3), ("fsdp2", 2), ("fsdp2", 3), ("zero1", 2), ("zero2", 3), ("zero3", 2), ("zero3", 3)]
@@ -43,7 +43,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Any:
         with FileLock(f"{folder}.lock"):
             modes = [name for name, count in LAUNCHES if count == processes and can_run(name)] or ["ddp"]
             if not (folder / modes[-1] / "found.json").exists():
-                start(processes, "program.py", str(folder), str(processes), *modes)
+                start(processes, "train.py", str(folder), str(processes), *modes)
         if (mode, processes) not in results:
             content = json.loads((folder / mode / "found.json").read_text())
             results[mode, processes] = content, load_file(folder / mode / "found.safetensors")

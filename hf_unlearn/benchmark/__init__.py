@@ -1,0 +1,1 @@
+"""Grids of methods, constraints and seeds on the benchmarks of the field."""

@@ -1,0 +1,174 @@
+"""Symmetric matrices that constraints apply to steps, each in its cheapest form.
+
+Shapes: step_OI is a step of a weight with O outputs and I inputs; basis_IK spans the core gradient space, basis_IM its
+complement.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hf_unlearn.core.sharding import whole
+from hf_unlearn.core.storage import Storage, fetch
+from hf_unlearn.statistics.eigen import (
+    Eigen,
+    eigen,
+)
+
+UNSEEN = 2.0**-25
+"""Share that a step may lose in a direction without any number in float32 being another."""
+
+
+class Factor(Protocol):
+    """A symmetric matrix, applied from the right: `step_OI -> step_OI @ matrix_II`."""
+
+    def __call__(self, step_OI: Tensor) -> Tensor: ...
+
+    def root(self) -> "Factor":
+        """The symmetric square root: applied twice it is this factor; a projection is its own."""
+        ...
+
+    def kept_in(self, storage: Storage) -> "Factor":
+        """The same, its matrix kept elsewhere between uses."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Remove:
+    """`I - U U^T` by the basis of what is removed: `2 O I K` multiply-adds."""
+
+    basis_IK: Tensor
+
+    def __call__(self, step_OI: Tensor) -> Tensor:
+        basis_IK = fetch(self.basis_IK, step_OI.device).to(step_OI)
+        return torch.addmm(step_OI, step_OI @ basis_IK, basis_IK.T, alpha=-1)
+
+    def root(self) -> Factor:
+        return self
+
+    def kept_in(self, storage: Storage) -> Factor:
+        return Remove(storage.keep(self.basis_IK))
+
+
+@dataclass(frozen=True, eq=False)
+class Keep:
+    """`V V^T` by the basis of what is kept: `2 O I M` multiply-adds."""
+
+    basis_IM: Tensor
+
+    def __call__(self, step_OI: Tensor) -> Tensor:
+        basis_IM = fetch(self.basis_IM, step_OI.device).to(step_OI)
+        return (step_OI @ basis_IM) @ basis_IM.T
+
+    def root(self) -> Factor:
+        return self
+
+    def kept_in(self, storage: Storage) -> Factor:
+        return Keep(storage.keep(self.basis_IM))
+
+
+@dataclass(frozen=True, eq=False)
+class Shrink:
+    """A dense symmetric matrix: `O I^2` multiply-adds."""
+
+    matrix_II: Tensor
+
+    def __call__(self, step_OI: Tensor) -> Tensor:
+        return step_OI @ fetch(self.matrix_II, step_OI.device).to(step_OI)
+
+    def root(self) -> Factor:
+        parts = eigen(whole(self.matrix_II))
+        return Shrink(((parts.vectors_II * parts.values_I.sqrt()) @ parts.vectors_II.T).float())
+
+    def kept_in(self, storage: Storage) -> Factor:
+        return Shrink(storage.keep(self.matrix_II))
+
+
+@dataclass(frozen=True, eq=False)
+class ShrinkThin:
+    """`outside I + U diag(scale - outside) U^T` with a thin U: `2 O I K` multiply-adds, and no `I x I` matrix."""
+
+    basis_IK: Tensor
+    scale_K: Tensor
+    outside: float
+
+    def __call__(self, step_OI: Tensor) -> Tensor:
+        basis_IK = fetch(self.basis_IK, step_OI.device).to(step_OI)
+        scale_K = self.scale_K.to(step_OI) - self.outside
+        return torch.addmm(step_OI, (step_OI @ basis_IK) * scale_K, basis_IK.T, beta=self.outside)
+
+    def root(self) -> Factor:
+        return ShrinkThin(self.basis_IK, self.scale_K.sqrt(), self.outside**0.5)
+
+    def kept_in(self, storage: Storage) -> Factor:
+        return ShrinkThin(storage.keep(self.basis_IK), self.scale_K, self.outside)
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """A diagonal matrix: `O I` multiplications."""
+
+    scale_I: Tensor
+
+    def __call__(self, step_OI: Tensor) -> Tensor:
+        return step_OI * fetch(self.scale_I, step_OI.device).to(step_OI)
+
+    def root(self) -> Factor:
+        return Scale(whole(self.scale_I).sqrt())
+
+    def kept_in(self, storage: Storage) -> Factor:
+        return Scale(storage.keep(self.scale_I))
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """A factor for each block of a layer: `step_GOI -> step_GOI`."""
+
+    blocks: tuple[Factor, ...]
+
+    def __call__(self, step_OI: Tensor) -> Tensor:
+        return torch.stack([block(step) for block, step in zip(self.blocks, step_OI, strict=True)])
+
+    def root(self) -> Factor:
+        return Stack(tuple(block.root() for block in self.blocks))
+
+    def kept_in(self, storage: Storage) -> Factor:
+        return Stack(tuple(block.kept_in(storage) for block in self.blocks))
+
+
+def by_block(parts: Eigen, make: Callable[[Eigen], Factor]) -> Factor:
+    """The factor of a Gram, or of each of a stack of them."""
+    return make(parts) if parts.values_I.ndim == 1 else Stack(tuple(make(block) for block in parts.blocks()))
+
+
+def price_scale(parts: Eigen, strength: float) -> float:
+    """`strength * mean_eig(A)`; infinite where A is zero."""
+    mean = parts.spectrum_I.mean().item()
+    return strength * mean if mean > 0 else math.inf
+
+
+def shrink(parts: Eigen, scale: float, removed: int = 0) -> Factor:
+    """`(I + A / scale)^-1` from the eigen-decomposition of A; the `removed` leading directions are set to zero.
+
+    Those outside of a sketch's vectors are shrunk by what has been missed in the mean. To let them pass instead would
+    make them the bulk of every step: with 5% of the trace there and strength 0.003, the true factor is of the order of
+    0.003 / 0.05 and not 1. The mean of their true factors is at least this one (`1 / (1 + x)` is convex).
+    """
+    scaled_I = parts.values_I / scale
+    kept_I = 1 / (1 + scaled_I)
+    kept_I[:removed] = 0.0
+    if parts.missed is not None:
+        outside = 1 / (1 + parts.missed / scale)
+        return ShrinkThin(parts.vectors_II.float(), kept_I.float(), outside.item())
+    if parts.diagonal:
+        return Scale(kept_I.scatter(0, parts.vectors_II, kept_I).float())
+    shrunk = max(int((scaled_I > UNSEEN).sum()), removed)
+    if 2 * shrunk < len(scaled_I):
+        return ShrinkThin(parts.vectors_II[:, :shrunk].float().contiguous(), kept_I[:shrunk].float(), 1.0)
+    vectors_II = parts.vectors_II.double()
+    matrix_II = (vectors_II * kept_I) @ vectors_II.T
+    return Shrink(matrix_II.float())

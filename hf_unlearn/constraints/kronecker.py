@@ -1,0 +1,34 @@
+"""Kronecker constraint: ridge on the input and on the output side."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hf_unlearn.constraints.base import check_positive
+from hf_unlearn.constraints.factors import Factor, by_block, price_scale, shrink
+from hf_unlearn.statistics.eigen import Eigen
+
+
+@dataclass(frozen=True)
+class KroneckerConstraint:
+    """Ridge on both sides: also spares the output directions that the retain predictions depend on.
+
+    `(I + fisher / (strength_out * mean_eig(fisher)))^-1 D (I + gram / (strength_in * mean_eig(gram)))^-1`.
+    """
+
+    strength_in: float = 0.003
+    """Price of drift on the input side: smaller protects more."""
+    strength_out: float = 0.03
+    """Price of drift on the output side: smaller protects more."""
+
+    needs_fisher: ClassVar[bool] = True
+    anchored: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_positive("strength_in", self.strength_in)
+        check_positive("strength_out", self.strength_out)
+
+    def right(self, gram: Eigen) -> Factor:
+        return by_block(gram, lambda parts: shrink(parts, price_scale(parts, self.strength_in)))
+
+    def left(self, fisher: Eigen) -> Factor:
+        return by_block(fisher, lambda parts: shrink(parts, price_scale(parts, self.strength_out)))

@@ -1,0 +1,91 @@
+"""Where large tensors are kept between their uses: on the device, in main memory, in a mapped file, or in shards."""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from hf_unlearn.core.processes import communication_device, world
+from hf_unlearn.core.sharding import whole
+from hf_unlearn.errors import SettingsError
+
+PLACES = ("device", "cpu", "disk", "shards")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A place to keep tensors in; what is kept is read with `fetch`.
+
+    Attributes:
+        place: `device`: where the tensor is; `cpu`: main memory; `disk`: a memory-mapped safetensors file in the
+            folder for temporary files (TMPDIR), which takes its disk space until the tensor is freed, and no longer
+            than the process lives; `shards`: each process has a share of the rows, gathered at each use.
+
+    Raises:
+        SettingsError: Another place.
+    """
+
+    place: str = "device"
+
+    def __post_init__(self) -> None:
+        if self.place not in PLACES:
+            raise SettingsError(f"statistics can be kept on {', '.join(PLACES)}, not {self.place!r}")
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """The same values in this place; every process must call it where they go into shards."""
+        if self.place == "shards":
+            return shard(tensor)
+        if self.place == "device":
+            return tensor
+        tensor = whole(tensor).cpu()
+        return _mapped(tensor) if self.place == "disk" else tensor
+
+
+def fetch(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """All values of a kept tensor on `device` (a collective call where it is in shards)."""
+    return whole(tensor).to(device)
+
+
+def shard(tensor: Tensor) -> Tensor:
+    """Keep only this process's share of the rows of a tensor that every process has."""
+    if isinstance(tensor, DTensor) or world()[1] == 1:
+        return tensor
+    return distribute_tensor(tensor.to(communication_device()), world_mesh(), [Shard(0)], src_data_rank=None)
+
+
+def own_rows(count: int) -> slice:
+    """Which of `count` rows this process has of a tensor in shards."""
+    rank, processes = world()
+    size = -(-count // processes)
+    return slice(min(rank * size, count), min((rank + 1) * size, count))
+
+
+def from_own_rows(rows: Tensor, count: int) -> Tensor:
+    """The tensor of `count` rows whose share of this process is `rows`."""
+    if world()[1] == 1:
+        return rows
+    shape = torch.Size((count, *rows.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(rows, world_mesh(), [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+@cache
+def world_mesh() -> DeviceMesh:
+    """All processes in one row."""
+    return init_device_mesh(communication_device().type, (world()[1],))
+
+
+def _mapped(tensor: Tensor) -> Tensor:
+    handle, path = tempfile.mkstemp(prefix="hf_unlearn-", suffix=".safetensors")
+    os.close(handle)
+    try:
+        save_file({"tensor": tensor.contiguous()}, path)
+        return load_file(path)["tensor"]
+    finally:
+        os.unlink(path)  # the mapping keeps the file until it is freed itself

@@ -1,0 +1,1 @@
+"""Data: row formats, encoding, checks, batches, pairs, row identity."""

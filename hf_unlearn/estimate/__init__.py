@@ -1,0 +1,1 @@
+"""Memory and time of a request, estimated from a configuration."""

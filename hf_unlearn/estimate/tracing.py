@@ -1,0 +1,332 @@
+"""A model without weights: what one batch of collecting and one of training keep and compute, by running them on
+tensors that have sizes and no values.
+
+Shapes: B rows, T positions, N = B * T, I and O features of a layer, V classes or vocabulary entries.
+"""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
+
+from hf_unlearn.core.storage import Storage
+from hf_unlearn.errors import ModelError, SettingsError
+from hf_unlearn.losses import UnlearningLoss
+from hf_unlearn.models.adapters import layer_of, with_adapter
+from hf_unlearn.models.forward import Predictions, output_logits
+from hf_unlearn.models.layers import find_layers
+from hf_unlearn.models.loading import MODELS
+from hf_unlearn.models.tasks import Task, context_length, shifts_labels
+from hf_unlearn.models.trainable import freeze_unprotected
+from hf_unlearn.statistics.accumulator import Collector
+from hf_unlearn.statistics.fisher import sample_labels
+from hf_unlearn.statistics.sketch import EXACT, Sketching
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """A covered layer: which Gram it has, and whether the stored weight is `[I, O]`."""
+
+    outputs: int
+    inputs: int
+    gram: str
+    transposed: bool
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Sizes of a model, and what one batch takes; bytes and floating-point operations of one process.
+
+    Attributes:
+        parameters: Number of parameters.
+        weights: Bytes of parameters and buffers.
+        largest: Bytes of the largest parameter.
+        layers: The covered layers by name.
+        trained: Sizes of the trained parameters (of LoRA: the factors A and B) and bytes a number of them.
+        positions: Rows `X_NI` behind a Gram in one batch, by Gram.
+        unsharded: Bytes that FSDP2 has gathered at a time: what is in no block, and two blocks.
+        collecting: Largest bytes beside weights and sums while a batch is collected.
+        training: Largest bytes beside weights in forward and backward pass, gradients included.
+        activations: The same without gradients of weights.
+        forward, backward: Operations of a training batch, of its attention included.
+        collected: Operations of a collected batch without the products of the sums.
+        sketching: Which sums are sketches; nothing that is traced depends on it.
+    """
+
+    parameters: int
+    weights: int
+    largest: int
+    layers: Mapping[str, LayerSize]
+    trained: Sequence[torch.Size]
+    width: int
+    positions: Mapping[str, int]
+    unsharded: int
+    collecting: int
+    training: int
+    activations: int
+    forward: float
+    backward: float
+    collected: float
+    sketching: Sketching = EXACT
+
+    @property
+    def grams(self) -> dict[str, int]:
+        """Width I of each Gram."""
+        return {layer.gram: layer.inputs for layer in self.layers.values()}
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of the tensors that are alive among those made inside the context, now and at most; and operations.
+
+    Attention kernels that torch's own counter leaves out are counted as it counts the others: `2 * 2 * B T T D`
+    forward, two and a half times that backward.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.gradients = self.activations = 0
+        self.attention = 0.0
+        self._seen: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in given:
+                self._add(storage)  # neither a view nor written in place
+        name = func.__name__
+        if "flash_attention_for_cpu" in name:
+            query, key = (args[1], args[2]) if "backward" in name else (args[0], args[1])
+            products = 4.0 * query.numel() * key.shape[-2]
+            self.attention += 2.5 * products if "backward" in name else products
+        return found
+
+    def _add(self, storage: Any) -> None:
+        place = storage._cdata
+        if place in self._seen:
+            return
+        size = storage.nbytes()
+        self._seen[place] = weakref.finalize(storage, self._forget, place, size)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        self.activations = max(self.activations, self.now - self.gradients)
+
+    def count_gradient(self, parameter: Tensor) -> None:
+        """Hook of a parameter that has got its gradient."""
+        self.gradients += parameter.numel() * parameter.element_size()
+
+    def _forget(self, place: int, size: int) -> None:
+        self.now -= size
+        self._seen.pop(place, None)
+
+
+def read_config(name: str) -> Any:
+    """The configuration of a folder, a `config.json` or a Hub id; no weights are read.
+
+    Raises:
+        ModelError: None there, or one whose model is code of its own.
+    """
+    if not name:
+        raise ModelError("no model was named; pass a folder with config.json, or a Hub id")
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        if "trust_remote_code" in str(error) or "custom code" in str(error):
+            raise ModelError(f"{name!r} needs code of its own (trust_remote_code), which is not run here") from error
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"cannot read the configuration of {name!r}: {reason}") from error
+
+
+def trace(
+    config: Any,
+    task: Task,
+    loss: UnlearningLoss,
+    *,
+    batch_size: int,
+    length: int,
+    dtype: torch.dtype = torch.float32,
+    fisher: bool = False,
+    gradient_checkpointing: bool = False,
+    peft_config: Any = None,
+) -> Trace:
+    """Run one batch of full rows through collecting and training, without values.
+
+    The code that collects is the one that is traced, so that what it holds is counted, whatever the layer types.
+
+    Raises:
+        ModelError: No model of this task for the configuration, or one whose passes depend on values.
+        SettingsError: Rows longer than the model's context; a setting that the model does not have.
+    """
+    try:
+        with torch.device("meta"):
+            model = trained = MODELS[task].from_config(config, dtype=dtype)
+            if peft_config is not None:
+                trained = with_adapter(MODELS[task].from_config(config, dtype=dtype), peft_config)
+    except (ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0][:160]
+        raise ModelError(f"{config.model_type!r} has no model of task {task} (--task): {reason}") from error
+    if (context := context_length(model)) is not None and length > context:
+        raise SettingsError(f"rows of {length} tokens are longer than the context of {context}; lower --max_length")
+    try:
+        with FakeTensorMode():
+            _fill(model)
+            if trained is not model:
+                _fill(trained)
+            return _trace(model, trained, config, loss, batch_size, length, fisher, gradient_checkpointing)
+    except (torch._subclasses.fake_tensor.DataDependentOutputException, NotImplementedError) as error:
+        raise ModelError(f"what a {config.model_type!r} model computes depends on values; run it instead") from error
+
+
+def _fill(model: nn.Module) -> None:
+    """Give parameters and buffers storage without values; ties stay."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                new = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                module._parameters[name] = made.setdefault(id(parameter), new)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _trace(
+    base: Any, model: Any, config: Any, loss: UnlearningLoss, batch_size: int, length: int, fisher: bool,
+    checkpointing: bool,
+) -> Trace:  # fmt: skip
+    tensors = [*base.parameters(), *base.buffers()]
+    weights = sum(t.numel() * t.element_size() for t in tensors)
+    inputs = _inputs(config, batch_size, length)
+    collector, collecting, collected = _collect(base, inputs, fisher)
+    unsharded = _unsharded(base)
+    freeze_unprotected(model, collector.layers)
+    if checkpointing:
+        if not getattr(model, "supports_gradient_checkpointing", True):
+            raise SettingsError(f"{type(model).__name__} has no gradient checkpointing; leave it out")
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    meter, forward, backward = _train(model, inputs, loss)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    owners = {layer_of(name)[0] for name, p in model.named_parameters() if p.requires_grad}
+    layers = {
+        name: LayerSize(size.outputs, size.inputs, collector.owner[name], size.transposed, name in owners)
+        for name, size in collector.sizes.items()
+    }
+    return Trace(
+        sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)), weights,
+        max(t.numel() * t.element_size() for t in tensors), layers, [p.shape for p in trained],
+        trained[0].element_size(), dict(collector.positions), unsharded, collecting, meter.peak, meter.activations,
+        forward, backward,
+        collected,
+    )  # fmt: skip
+
+
+def _inputs(config: Any, batch_size: int, length: int) -> dict[str, Tensor]:
+    if hasattr(config, "image_size") and hasattr(config, "num_channels"):
+        size = config.image_size
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        return {"pixel_values": torch.empty(batch_size, config.num_channels, *sides)}
+    inputs = {"input_ids": torch.zeros(batch_size, length, dtype=torch.long)}
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    return inputs
+
+
+class _Sizes(Collector):
+    """A `Collector` of tensors without values: there is nothing to check or to send at its end."""
+
+    def _complete(self, names: Sequence[str]) -> None:
+        pass
+
+    @staticmethod
+    def _unmasked(tensor: Tensor, mask: Tensor | None, blocks: int = 1) -> Tensor:
+        if blocks > 1:
+            return tensor.reshape(-1, *tensor.shape[-2:]).transpose(0, 1).clone()
+        return tensor.reshape(-1, tensor.shape[-1]).clone()  # a mask copies the rows
+
+
+def _collect(model: Any, inputs: Mapping[str, Tensor], fisher: bool) -> tuple[Collector, int, float]:
+    """The second batch of a collecting pass: its sums are there already."""
+    collector = _Sizes(model, find_layers(model), fisher, Storage())
+
+    def batch() -> None:
+        collector._last = None
+        logits = output_logits(model, inputs)
+        if fisher:
+            logits_LV = _labelled(logits, model).float()
+            labels_L = sample_labels(logits_LV.detach(), torch.empty(len(logits_LV)))
+            F.cross_entropy(logits_LV, labels_L, reduction="sum").backward()
+
+    with collector.recording(list(collector.layers)):
+        batch()
+        collector.positions = dict.fromkeys(collector.positions, 0)
+        meter = Meter()
+        with FlopCounterMode(display=False) as counter, meter:
+            batch()
+    return collector, meter.peak, counter.get_total_flops() + meter.attention
+
+
+def _train(model: Any, inputs: Mapping[str, Tensor], loss: UnlearningLoss) -> tuple[Meter, float, float]:
+    """Forward and backward pass of the forget term, every position being a label; the gradients stay."""
+    if loss.kind.hidden:
+        raise SettingsError(f"loss {loss.name!r} reads a layer's outputs, which is not estimated; take ce_u")
+    model.train()
+    meter = Meter()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(meter.count_gradient)
+    with FlopCounterMode(display=False) as counter, meter:
+        reference = None
+        if loss.kind.reads:
+            with torch.no_grad():
+                reference = _predictions(model, inputs, loss)
+        value = loss.kind.term(_predictions(model, inputs, loss), reference, **loss.settings).sum()
+        forward, attention = float(counter.get_total_flops()), meter.attention
+        value.backward()
+    total = counter.get_total_flops()
+    return meter, forward + attention, total - forward + meter.attention - attention
+
+
+def _predictions(model: Any, inputs: Mapping[str, Tensor], loss: UnlearningLoss) -> Predictions:
+    found = _predicted(model, inputs)
+    return replace(found, alternate=_predicted(model, inputs)) if loss.kind.alternates else found
+
+
+def _predicted(model: Any, inputs: Mapping[str, Tensor]) -> Predictions:
+    logits = output_logits(model, inputs)
+    logits_LV = _labelled(logits, model)
+    zeros_L = torch.zeros(len(logits_LV), dtype=torch.long)
+    return Predictions(logits_LV, zeros_L, zeros_L.clone(), len(logits), inputs=inputs)
+
+
+def _labelled(logits: Tensor, model: Any) -> Tensor:
+    """The logits at the label positions; read by indices, as a mask reads them."""
+    if logits.ndim == 2:
+        return logits[torch.arange(len(logits))]
+    if shifts_labels(model):
+        logits = logits[:, :-1]
+    rows, positions = logits.shape[:2]
+    each = torch.arange(positions).repeat(rows)
+    return logits[torch.arange(rows).repeat_interleave(positions, output_size=rows * positions), each]
+
+
+def _unsharded(model: nn.Module) -> int:
+    """FSDP2 gathers what is in no block (embeddings, head) for a whole pass, of the blocks one and the next."""
+    blocks = set(getattr(model, "_no_split_modules", None) or ())
+
+    def size(module: nn.Module) -> int:
+        return sum(p.numel() * p.element_size() for p in module.parameters())
+
+    sizes = [size(module) for module in model.modules() if type(module).__name__ in blocks]
+    return max(size(model) - sum(sizes), 0) + 2 * max(sizes, default=0)

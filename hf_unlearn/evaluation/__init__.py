@@ -1,0 +1,1 @@
+"""Judging a model: the report, the metrics and the attacks."""

@@ -1,0 +1,1 @@
+"""Attacks on an unlearned model: can what was forgotten be brought back, or told from what was never seen?"""

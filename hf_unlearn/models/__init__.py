@@ -1,0 +1,1 @@
+"""Models: tasks, forward passes, layers, adapters, trainable parameters, fingerprints, loading."""

@@ -1,0 +1,256 @@
+"""What a model predicts where it has a label: the one place that knows about shifted labels and masks.
+
+Shapes: B rows, T positions, V classes or vocabulary entries, L label positions of the batch (one a row for
+classification; the positions whose label is not -100 for language models), P positions behind one label (1 for
+language models, all of the row's for classification), D features of a hidden state.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from inspect import signature
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_unlearn.errors import DataError, ModelError, SettingsError
+from hf_unlearn.models.adapters import base_name, without_wrapper
+from hf_unlearn.models.tasks import DECODER_INPUTS, IGNORED, Batch, context_length, shifts_labels
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A module's outputs behind each label: `states_LPD`, of which those count where `mask_LP` is true."""
+
+    states_LPD: Tensor
+    mask_LP: Tensor
+
+    def distance(self, target: "Tensor | Hidden") -> Tensor:
+        """Mean squared difference to other states, or to one vector `[D]`, over features and positions: `[L]`."""
+        other = target.states_LPD if isinstance(target, Hidden) else target
+        squares_LP = (self.states_LPD.float() - other.float()).square().mean(-1)
+        return (squares_LP * self.mask_LP).sum(1) / self.mask_LP.sum(1).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Logits and true labels at the label positions of one batch.
+
+    Attributes:
+        logits_LV: Logits, or log-probabilities; without columns where only `known_nll_L` is known.
+        labels_L: True labels.
+        rows_L: The row of the batch that each label belongs to.
+        n_rows: Number of rows of the batch.
+        hidden: Outputs of a module, if `predict` was asked for them.
+        alternate: Predictions of the rows' alternate answers, for losses that compare with them.
+        inputs: The batch itself, for losses that need to tell rows apart.
+        known_nll_L: `nll_L` where it was stored in place of the logits.
+    """
+
+    logits_LV: Tensor
+    labels_L: Tensor
+    rows_L: Tensor
+    n_rows: int
+    hidden: Hidden | None = None
+    alternate: "Predictions | None" = None
+    inputs: Batch | None = None
+    known_nll_L: Tensor | None = None
+
+    @property
+    def nll_L(self) -> Tensor:
+        """Negative log-likelihood of each true label, in nats."""
+        if self.known_nll_L is not None:
+            return self.known_nll_L
+        return F.cross_entropy(self.logits_LV.float(), self.labels_L, reduction="none")
+
+    def sum_by_row(self, values_L: Tensor) -> Tensor:
+        """Sum values over each row's label positions: `[L] -> [B]`."""
+        return values_L.new_zeros(self.n_rows).index_add(0, self.rows_L, values_L)
+
+    @property
+    def lengths_B(self) -> Tensor:
+        """Number of label positions of each row."""
+        return torch.bincount(self.rows_L, minlength=self.n_rows)
+
+
+def label_positions(model: nn.Module, labels: Tensor, skip_first: bool = False) -> Tensor:
+    """Boolean mask of the label positions that a loss reads: `[B]` or `[B, T - 1]` (shifted) or `[B, T]`.
+
+    `skip_first` leaves out each row's first label position, for sequence labels only.
+    """
+    if labels.ndim == 1:
+        return labels != IGNORED
+    mask_BT = (labels[:, 1:] if shifts_labels(model) else labels) != IGNORED
+    if skip_first:
+        mask_BT = mask_BT & (mask_BT.cumsum(1) > 1)
+    return mask_BT
+
+
+def _without_labels(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
+    """The inputs alone; an encoder-decoder gets the decoder inputs that it would itself make of the labels."""
+    rest = {key: value for key, value in inputs.items() if key != "labels"}
+    decoder_inputs = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if decoder_inputs is not None and "labels" in inputs and not rest.keys() & set(DECODER_INPUTS):
+        rest["decoder_input_ids"] = decoder_inputs(labels=inputs["labels"])
+    return rest
+
+
+def decoder_mask(inputs: Batch) -> Tensor | None:
+    """Which positions of an encoder-decoder's decoder count: its own mask's, or those up to each row's last label."""
+    if "decoder_attention_mask" in inputs:
+        return inputs["decoder_attention_mask"].bool()
+    if "labels" not in inputs:
+        return None
+    return (inputs["labels"] != IGNORED).flip(1).cumsum(1).flip(1) > 0
+
+
+def _check_channels(model: nn.Module, inputs: Batch) -> None:
+    pixels = inputs.get("pixel_values")
+    channels = getattr(getattr(getattr(model, "module", model), "config", None), "num_channels", None)
+    if pixels is not None and pixels.ndim == 4 and isinstance(channels, int) and pixels.shape[1] != channels:
+        raise DataError(
+            f"the images have {pixels.shape[1]} channels (pixel_values {list(pixels.shape)}, channels first), the "
+            f"model takes {channels}; use the model's own image processor"
+        )
+
+
+def output_logits(model: nn.Module, inputs: Batch, **forward_options: Any) -> Tensor:
+    """Forward pass without labels; returns the logits, `[B, V]` or `[B, T, V]`.
+
+    Raises:
+        DataError: A row is longer than the model's context, or images have other channels than the model takes.
+        ModelError: The model returns no logits.
+    """
+    length, context = inputs["input_ids"].shape[-1] if "input_ids" in inputs else 0, context_length(model)
+    if context is not None and length > context:
+        raise DataError(
+            f"a row has {length} tokens, the model's context is {context}; lower max_length, or cut the row"
+        )
+    _check_channels(model, inputs)
+    outputs: Any = model(**_without_labels(model, inputs), **forward_options)
+    logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+    if logits is None:
+        raise ModelError(f"{type(model).__name__} returns no logits; use a model with a head (AutoModelFor...)")
+    return logits
+
+
+def _can_keep_logits(model: nn.Module) -> bool:
+    """Whether the model computes the logits of a batch's last positions alone when asked to."""
+    model = getattr(model, "module", model)
+    return "logits_to_keep" in signature(without_wrapper(model).forward).parameters  # a wrapper's hides the names
+
+
+def predict(model: nn.Module, inputs: Batch, skip_first: bool = False, layer: int | str | None = None) -> Predictions:
+    """Run `model` on a batch and return its predictions at the label positions, with the outputs of `layer` if named.
+
+    Raises:
+        DataError: The batch has no `labels`, every one of them is -100, one is none of the model's classes, or a row
+            is longer than the context.
+        ModelError: The model returns no logits, or not one distribution for each label.
+        SettingsError: The model has no such layer.
+    """
+    labels = inputs.get("labels")
+    if labels is None:
+        raise DataError(f"the batch has no column 'labels', only {sorted(inputs)}; a label is what is forgotten")
+    mask = label_positions(model, labels, skip_first)
+    if not mask.any():
+        raise DataError(f"every label of a batch of {len(labels)} rows is -100 (masked); nothing is left to predict")
+    watch: AbstractContextManager[list[Tensor]] = nullcontext([]) if layer is None else _outputs_of(model, layer)
+    with watch as seen:
+        if labels.ndim == 2 and shifts_labels(model):
+            first = int(mask.any(0).nonzero()[0])  # the prompt's logits would be a large part of the work of a pass
+            options = {"logits_to_keep": mask.shape[1] + 1 - first} if _can_keep_logits(model) else {}
+            logits = output_logits(model, inputs, **options)[:, -1 - mask.shape[1] + first : -1]
+            labels, kept = labels[:, 1 + first :], mask[:, first:]
+        else:
+            logits, kept = output_logits(model, inputs), mask
+    if logits.shape[:-1] != labels.shape:
+        raise ModelError(
+            f"{type(model).__name__} gives logits {list(logits.shape)} for labels {list(labels.shape)}; needed is one "
+            "label for each distribution"
+        )
+    found = Predictions(logits[kept], labels[kept], kept.nonzero()[:, 0], len(labels), inputs=inputs)
+    _check_range(found)
+    return replace(found, hidden=_hidden(_one(seen, layer), mask, inputs)) if layer is not None else found
+
+
+def _one(seen: list[Tensor], layer: int | str) -> Tensor:
+    if not seen:
+        raise ModelError(f"layer {layer!r} did not run; name a module that is part of every forward pass")
+    return seen[0]
+
+
+def _check_range(predictions: Predictions) -> None:
+    low, high = predictions.labels_L.aminmax()
+    classes = predictions.logits_LV.shape[-1]
+    if low < 0 or high >= classes:
+        wrong = int(low if low < 0 else high)
+        raise DataError(
+            f"label {wrong} is none of the model's {classes} classes (0 to {classes - 1}); check the labels"
+        )
+
+
+def find_module(model: nn.Module, layer: int | str) -> nn.Module:
+    """A module by name, or block number `layer` of the model's stack of blocks (its outermost list of modules; of an
+    encoder-decoder that of the decoder).
+
+    Raises:
+        SettingsError: No such module.
+    """
+    model = without_wrapper(getattr(model, "module", model))
+    if isinstance(layer, int) and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        model = model.get_decoder()  # type: ignore[operator]
+    modules = {base_name(name): module for name, module in model.named_modules()}
+    if isinstance(layer, str):
+        if layer not in modules:
+            raise SettingsError(
+                f"the model has no module {layer!r}; name one of model.named_modules(), or a block's number"
+            )
+        return modules[layer]
+    stacks = {name: module for name, module in modules.items() if isinstance(module, nn.ModuleList)}
+    if not stacks:
+        raise SettingsError("the model has no stack of blocks; give layer the name of a module instead of a number")
+    depth = min(name.count(".") for name in stacks)
+    stack = max((module for name, module in stacks.items() if name.count(".") == depth), key=len)
+    if not -len(stack) <= layer < len(stack):
+        raise SettingsError(f"layer is {layer}, the model has blocks 0 to {len(stack) - 1}; choose one of these")
+    return stack[layer]
+
+
+@contextmanager
+def _outputs_of(model: nn.Module, layer: int | str) -> Iterator[list[Tensor]]:
+    """Collect the outputs of a module while the context lasts."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = find_module(model, layer).register_forward_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _hidden(states: Tensor, mask: Tensor, inputs: Batch) -> Hidden:
+    """The states behind each label: of a class label all unmasked positions, of a token label the one that predicts it.
+
+    `mask` is that of `label_positions`.
+    """
+    if mask.ndim == 2:
+        if states.ndim != 3 or states.shape[1] - mask.shape[1] not in (0, 1):
+            raise ModelError(
+                f"the layer's outputs {list(states.shape)} are not one state for each label position "
+                f"({mask.shape[1]}); name another layer, such as a block of the decoder"
+            )
+        states_LPD = states[:, : mask.shape[1]][mask].unsqueeze(1)
+        return Hidden(states_LPD, torch.ones_like(states_LPD[..., 0], dtype=torch.bool))
+    states_BPD = (
+        states.flatten(2).transpose(1, 2) if states.ndim == 4 else states.reshape(len(states), -1, states.shape[-1])
+    )
+    seen_BP = inputs.get("attention_mask")
+    if seen_BP is None or seen_BP.shape != states_BPD.shape[:2]:
+        seen_BP = torch.ones_like(states_BPD[..., 0])
+    return Hidden(states_BPD[mask], seen_BP.bool()[mask])

@@ -1,0 +1,1 @@
+"""Publishing: model card, plots and the folder that is pushed."""

@@ -1,0 +1,1 @@
+"""Retain statistics: second moments of layer inputs and output gradients."""

@@ -1,0 +1,259 @@
+"""The one rank rule and the symmetric eigenproblems behind every constraint.
+
+Shapes: I input features, O output features, N rows, K rank of the core gradient space, M = I - K.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from scipy.optimize import brentq
+from torch import Tensor
+
+from hf_unlearn.core.sharding import whole
+from hf_unlearn.errors import SettingsError
+from hf_unlearn.statistics.sketch import is_sketch, reconstruct, sketch_map
+
+Spectrum = Literal["eigenvalues", "singular_values"]
+
+FEW_ROWS, SPARE = 0.5, 16
+"""Rows per feature up to which a decomposition is thin (below 256 features none is), and what it looks for beyond."""
+
+
+@dataclass(frozen=True)
+class Eigen:
+    """Eigen-decomposition of a Gram matrix, largest first: `gram_II = vectors_II @ diag(values_I) @ vectors_II.T`.
+
+    `values_I` are clamped at zero. `negative_share` is what the clamp removed, as a share of the sum of absolute
+    eigenvalues: rounding leaves about 1e-16, a subtraction of rows that were never added leaves percents.
+
+    Of a stack of Grams `[G, I, I]` (the blocks of a layer) values and vectors are stacked too; of a diagonal one, kept
+    as a vector `[I]`, `vectors_II` is `[I]`: the index of the unit vector that belongs to each value.
+
+    Of a sketch it is thin: `[R]` values, `[I, R]` vectors, and `missed`, the share in each direction of what the sketch
+    has missed (`sketch.reconstruct`), which is in the values and is the eigenvalue of all directions outside of the
+    vectors. Thin it is, too, where few rows were seen; `missed` is zero then. No `I x I` matrix is made of a thin one.
+    """
+
+    values_I: Tensor
+    vectors_II: Tensor
+    negative_share: float
+    missed: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Eigen":
+        """All of it on `device` (a collective call where it is kept in shards)."""
+        missed = None if self.missed is None else self.missed.to(device)
+        return replace(self, values_I=self.values_I.to(device), vectors_II=whole(self.vectors_II).to(device),
+                       missed=missed)  # fmt: skip
+
+    @property
+    def spectrum_I(self) -> Tensor:
+        """All I eigenvalues, those outside of the vectors of a thin one last."""
+        if self.missed is None:
+            return self.values_I
+        others = self.vectors_II.shape[-2] - self.values_I.shape[-1]
+        return torch.cat([self.values_I, self.missed.unsqueeze(-1).expand(*self.missed.shape, others)], -1)
+
+    @property
+    def missed_share(self) -> float:
+        """Share of the trace that a sketch has missed: bounds its error in any norm, relative to the trace."""
+        if self.missed is None:
+            return 0.0
+        total = self.spectrum_I.sum().item()
+        return self.missed.sum().item() * self.vectors_II.shape[-2] / total if total > 0 else 0.0
+
+    def times_root(self, matrix_OI: Tensor) -> Tensor:
+        """`matrix_OI @ root_II` in float32, with `gram_II = root_II @ root_II.T`.
+
+        `|D @ root_II|^2 = tr(D gram_II D^T)` without the cancellation of the right-hand side: a constrained move lies
+        where the Gram is small, and there the product with the root is exact to rounding even in float32.
+        """
+        matrix_OI, roots_I = matrix_OI.float(), self.values_I.sqrt().float()
+        if self.diagonal:
+            return matrix_OI * torch.zeros_like(roots_I).scatter(0, self.vectors_II, roots_I)
+        vectors_II = self.vectors_II.float()
+        if self.missed is None:
+            return matrix_OI @ (vectors_II * roots_I.unsqueeze(-2))
+        outside = self.missed.sqrt().float()[..., None, None]
+        inside_OK = (matrix_OI @ vectors_II) * (roots_I.unsqueeze(-2) - outside)
+        return outside * matrix_OI + inside_OK @ vectors_II.mT
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether the eigenvectors are unit vectors, kept by index."""
+        return not self.vectors_II.is_floating_point()
+
+    def blocks(self) -> "list[Eigen]":
+        """The decomposition of each Gram of a stack, one of a single Gram."""
+        if self.values_I.ndim == 1:
+            return [self]
+        missed = [None] * len(self.values_I) if self.missed is None else self.missed
+        parts = zip(self.values_I, self.vectors_II, missed, strict=True)
+        return [replace(self, values_I=v, vectors_II=u, missed=m) for v, u, m in parts]
+
+    def rank(self, energy: float, spectrum: Spectrum = "eigenvalues", min_rank_share: float = 0.0) -> int:
+        """`rank_for_energy`, but of a thin one no more than it has vectors."""
+        return min(rank_for_energy(self.spectrum_I, energy, spectrum, min_rank_share), self.values_I.shape[-1])
+
+    def rounded(self) -> "Eigen":
+        """The same with vectors in float32."""
+        return self if self.diagonal else replace(self, vectors_II=self.vectors_II.float())
+
+
+def add_products(sums_II: Tensor, rows_NI: Tensor) -> None:
+    """Add `rows^T rows`, in place, on and above the diagonal: four bands of columns make 10 of 16 blocks.
+
+    What lies below is left unfinished until `mirror`.
+    """
+    for band in _bands(len(sums_II)):
+        sums_II[band, band.start :].addmm_(rows_NI[:, band].t(), rows_NI[:, band.start :])
+
+
+def mirror(sums_II: Tensor) -> None:
+    """Finish sums of `add_products`: write the blocks above the diagonal below it, in place."""
+    for band in _bands(len(sums_II)):
+        sums_II[band.stop :, band] = sums_II[band, band.stop :].t()
+
+
+def products_share(size: int) -> float:
+    """Share of the operations of `rows^T rows` that `add_products` makes."""
+    return sum((band.stop - band.start) * (size - band.start) for band in _bands(size)) / size**2
+
+
+def _bands(size: int) -> list[slice]:
+    width = -(-size // 4) if size >= 256 else max(size, 1)  # narrower products are not worth more calls
+    return [slice(start, min(start + width, size)) for start in range(0, size, width)]
+
+
+def eigen(gram_II: Tensor, rows: int | None = None) -> Eigen:
+    """Decompose a symmetric matrix in float64 (float32 spectra turn negative on the steep Grams of real networks).
+
+    Also a stack of them `[G, I, I]`, a diagonal one as a vector `[I]`, and a sketch `[I, R + 1]` or a stack of those.
+
+    Args:
+        gram_II: What to decompose.
+        rows: How many rows it is the Gram of, where that is known. Far fewer than I make a thin decomposition, which
+            takes `2 I^2 N` multiply-adds in place of an `eigh`; a Gram of a higher rank is noticed and done in full.
+    """
+    if is_sketch(gram_II.shape):
+        blocks = [reconstruct(block) for block in (gram_II if gram_II.ndim == 3 else [gram_II])]
+        values_R, vectors_IR, missed, negative = (torch.stack(part) for part in zip(*blocks, strict=True))
+        if gram_II.ndim == 2:
+            values_R, vectors_IR, missed = values_R[0], vectors_IR[0], missed[0]
+        return Eigen(values_R, vectors_IR, negative.max().item(), missed)
+    if rows is not None and gram_II.ndim == 2 and len(gram_II) >= 256 and rows <= FEW_ROWS * len(gram_II):
+        thin = _eigen_of_few_rows(gram_II.double(), rows)
+        if thin is not None:
+            return thin
+    if gram_II.ndim == 1:
+        values_I, vectors_II = gram_II.double().sort(descending=True, stable=True)
+    else:
+        values_I, vectors_II = torch.linalg.eigh(gram_II.double())
+        values_I, vectors_II = values_I.flip(-1), vectors_II.flip(-1)
+    return Eigen(values_I.clamp(min=0), vectors_II, _negative_share(values_I))
+
+
+def _eigen_of_few_rows(gram_II: Tensor, rows: int) -> Eigen | None:
+    """The eigenvalues above float64 rounding and their vectors, of a Gram of rank `rows` at most; None if it has more.
+
+    Halko, Martinsson, Tropp, Finding structure with randomness, SIAM Review 2011, algorithms 4.1 and 5.3: the image of
+    a random map with a few columns more than the rank is the range itself, up to rounding, and the Gram is decomposed
+    there. Two checks, as `rows` may be wrong (rows that were never added have been subtracted): the eigenvalue after
+    the `rows` largest is zero, and the trace is complete.
+    """
+    size, eps = len(gram_II), torch.finfo(torch.float64).eps
+    image_IR = torch.sparse.mm(sketch_map(size, rows + SPARE, gram_II.device), gram_II).t()  # the Gram is symmetric
+    basis_IR = torch.linalg.qr(image_IR).Q
+    core_RR = basis_IR.t() @ (gram_II @ basis_IR)
+    values_R, turn_RR = torch.linalg.eigh((core_RR + core_RR.t()) / 2)
+    values_R, sizes_R = values_R.flip(0), values_R.abs().sort(descending=True).values
+    zero = size * eps * sizes_R[0]
+    if sizes_R[rows] > zero or (gram_II.trace() - values_R.sum()).abs() > 1e-10 * sizes_R.sum():
+        return None
+    held = max(int((values_R > zero).sum()), 1)
+    vectors_IK = basis_IR @ turn_RR.flip(1)[:, :held]
+    return Eigen(values_R[:held].clamp(min=0), vectors_IK, _negative_share(values_R), values_R.new_zeros(()))
+
+
+def _negative_share(values_I: Tensor) -> float:
+    total = values_I.abs().sum()
+    return (values_I.clamp(max=0).abs().sum() / total).item() if total > 0 else 0.0
+
+
+def numerical_rank(values_I: Tensor) -> int:
+    """Number of eigenvalues above what float64 rounding makes of a zero: `I * eps * max`."""
+    floor = values_I.numel() * torch.finfo(torch.float64).eps * values_I.max()
+    return int((values_I > floor).sum())
+
+
+def participation_share(values_I: Tensor) -> float:
+    """Participation ratio `sum^2 / sum of squares` of eigenvalues over their number: 1 if they are equal, 1 / I of one.
+
+    How many directions a Gram uses (of covariances: Gao et al., bioRxiv 214262, 2017). 0 of a zero Gram.
+    """
+    values_I = values_I.double()
+    squares = values_I.square().sum()
+    return (values_I.sum().square() / squares / values_I.numel()).item() if squares > 0 else 0.0
+
+
+def rank_for_energy(
+    values_I: Tensor, energy: float, spectrum: Spectrum = "eigenvalues", min_rank_share: float = 0.0
+) -> int:
+    """Smallest rank K whose leading part of the spectrum reaches the share `energy` of its sum.
+
+    Args:
+        values_I: Eigenvalues of a Gram matrix, descending, not negative.
+        energy: Share in (0, 1]; 1 keeps the full numerical rank.
+        spectrum: `"eigenvalues"` sums the retained energy proper (Saha et al., GPM, ICLR 2021);
+            `"singular_values"` sums their square roots, as the PGU authors' code does (WACV 2024, section 3.2).
+        min_rank_share: K is at least this share of I (rounded down), but never above the numerical rank.
+
+    Raises:
+        SettingsError: `energy` outside (0, 1], `min_rank_share` outside [0, 1], or unknown `spectrum`.
+    """
+    check_energy(energy, spectrum, min_rank_share)
+    full = numerical_rank(values_I)
+    if energy == 1 or full == 0:
+        return full
+    weights = values_I[:full].sqrt() if spectrum == "singular_values" else values_I[:full]
+    shares = weights.cumsum(0) / weights.sum()
+    reached = int((shares < energy).sum()) + 1
+    return min(full, max(reached, int(min_rank_share * values_I.numel())))
+
+
+def check_energy(energy: float, spectrum: str, min_rank_share: float) -> None:
+    """Raise `SettingsError` on values that `rank_for_energy` cannot take."""
+    if not 0 < energy <= 1:
+        raise SettingsError(f"energy must be in (0, 1], got {energy}; 1 protects the whole span of the retain inputs")
+    if spectrum not in ("eigenvalues", "singular_values"):
+        raise SettingsError(f"spectrum must be 'eigenvalues' or 'singular_values', got {spectrum!r}")
+    if not 0 <= min_rank_share <= 1:
+        raise SettingsError(f"min_rank_share must be in [0, 1], got {min_rank_share}")
+
+
+def scale_for_share(values_K: Tensor, share: float) -> float:
+    """The scale at which the mean of `1 / (1 + value / scale)` is `share`; infinite for a share of 1, or no values.
+
+    Args:
+        values_K: Eigenvalues above zero, in any order.
+        share: Above 0.
+    """
+    if share >= 1 or not len(values_K):
+        return math.inf
+    values = values_K.double().cpu().numpy()
+    # between twice and half of what the largest and the smallest value alone would need
+    least, most = values.min() * share / (1 - share) / 2, values.max() * share / (1 - share) * 2
+
+    def excess(log_scale: float) -> float:
+        return float((1 / (1 + values / math.exp(log_scale))).mean()) - share
+
+    return math.exp(brentq(excess, math.log(least), math.log(most)))
+
+
+def leading_basis(
+    gram_II: Tensor, energy: float, spectrum: Spectrum = "eigenvalues", min_rank_share: float = 0.0
+) -> Tensor:
+    """Orthonormal `basis_IK` of the core gradient space of `gram_II`; see `rank_for_energy` for the rule."""
+    parts = eigen(gram_II)
+    return parts.vectors_II[:, : parts.rank(energy, spectrum, min_rank_share)]

@@ -1,0 +1,1 @@
+"""Training: settings, presets, the trainer, stopping rules, checkpoints and Hub hooks."""

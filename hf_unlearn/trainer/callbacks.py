@@ -1,0 +1,33 @@
+"""Callbacks that connect the trainer to DeepSpeed and to the dual weight of a loss."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_unlearn.core.processes import sum_over_processes
+from hf_unlearn.losses.dual_weight import DualWeight
+
+
+class EngineCallback(TrainerCallback):
+    """Call `attach` as soon as DeepSpeed's engine exists: before any other callback reads or writes weights."""
+
+    def __init__(self, attach: Callable[[], None]):
+        self.attach = attach
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.attach()
+
+
+class DualWeightCallback(TrainerCallback):
+    """Tell the dual weight of a loss the retain loss of each step, that of all processes."""
+
+    def __init__(self, dual: DualWeight):
+        self.dual = dual
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        retain = {"loss": self.dual.take()}
+        sum_over_processes(retain)
+        self.dual.end_step(retain["loss"].item(), state.epoch or 0.0)

@@ -1,0 +1,1 @@
+"""Programs that distributed tests start on several processes."""
