@@ -11,7 +11,7 @@ Four arms from one original, each request stopped by the recipe's own rule:
   fresh    statistics are collected anew on the last model before each request (all rows left are read)
   joint    one request for all the rows
 After each request all earlier forget sets are tested again. Killed and started again it goes on with the request that
-was not completed. It prints a Markdown table and draws `sequence.png`.
+was not completed. It prints a Markdown table and draws `series.png`.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from hf_unlearn.core.files import read_yaml
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.deletion.ledger import Ledger, read_key
 from hf_unlearn.deletion.request import Request
-from hf_unlearn.deletion.series import RequestSequence
+from hf_unlearn.deletion.series import RequestSeries
 from hf_unlearn.demo.digits import Rows, digits_processor, digits_splits, train_vit
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation.report import REPORT, UnlearningReport
 from hf_unlearn.evaluation.tables import forgotten_so_far
-from hf_unlearn.publishing.plots import save_sequence_plot
+from hf_unlearn.publishing.plots import save_series_plot
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.trainer.config import UnlearningConfig
 
@@ -72,7 +72,7 @@ def main() -> int:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         run_digits(args) if args.task == "digits" else run_tofu(args, flags)
         arms, metric = read(args.output_dir), "accuracy" if args.task == "digits" else "answer_probability"
-        save_sequence_plot(arms, args.output_dir / "sequence.png", metric)
+        save_series_plot(arms, args.output_dir / "series.png", metric)
         print(markdown([arms], metric))
     except UnlearningError as error:
         print(f"sequential.py: {error}", file=sys.stderr)
@@ -117,15 +117,15 @@ def run_digits(args: argparse.Namespace) -> None:
 
     for arm in ARMS:
         for number, rows in enumerate(forget, 1):
-            sequence = RequestSequence(Ledger(out / arm / "ledger", key))
-            if sequence.number > number:
+            series = RequestSeries(Ledger(out / arm / "ledger", key))
+            if series.number > number:
                 continue
-            model = ViTForImageClassification.from_pretrained(sequence.model_folder or original).eval()
+            model = ViTForImageClassification.from_pretrained(series.model_folder or original).eval()
             at_hand = [row for later in forget[number - 1 :] for row in later] + left
-            carried = sequence.statistics(model) if arm != "fresh" else None
+            carried = series.statistics(model) if arm != "fresh" else None
             earlier = {f"forgotten_{n}": old for n, old in enumerate(forget[: number - 1], 1)}
             ask(model, rows, folder_of(out, arm, number), f"{args.forget} {number} of {len(forget)}", earlier=earlier,
-                statistics=carried or collect(model, at_hand), sequence=sequence,
+                statistics=carried or collect(model, at_hand), series=series,
                 again=[row for old in earlier.values() for row in old] if arm == "again" else ())  # fmt: skip
     if not (folder_of(out, "joint", 1) / REPORT).is_file():
         model = ViTForImageClassification.from_pretrained(original).eval()
@@ -248,7 +248,7 @@ def cells(reports: Sequence[UnlearningReport], metric: str, model: str) -> list[
         float(len(reports)) if own else None, known, worst_earlier(last, metric) if own else None,
         retain and retain.value, holdout and holdout.value, drift_used(last) if own else None,
         room(first) if own else None, room(last) if own else None,
-        last.sequence.get("negative_share") if own else None,
+        last.series.get("negative_share") if own else None,
         sum(map(seconds, reports)) / len(reports) if own else None,
     ]  # fmt: skip
 
@@ -260,11 +260,11 @@ def worst_earlier(report: UnlearningReport, metric: str) -> float | None:
 
 
 def drift_used(report: UnlearningReport) -> float:
-    return report.sequence["drift_used"]["relative"] if report.sequence else report.drift["relative"]
+    return report.series["drift_used"]["relative"] if report.series else report.drift["relative"]
 
 
 def room(report: UnlearningReport) -> float | None:
-    return (report.sequence.get("room") or {}).get("mean")
+    return (report.series.get("room") or {}).get("mean")
 
 
 def seconds(report: UnlearningReport) -> float:

@@ -29,9 +29,9 @@ def nan_after_first() -> Iterator[str]:
         calls.append(1)
         return -predictions.nll_L if len(calls) == 1 else predictions.nll_L * math.nan
 
-    LOSSES["nan_after_first"] = LossKind(term)
+    LOSSES.add("nan_after_first", LossKind(term))
     yield "nan_after_first"
-    del LOSSES["nan_after_first"]
+    LOSSES.remove("nan_after_first")
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_unlearn.constraints.registry import CONSTRAINTS
+from hf_unlearn.constraints.registry import CONSTRAINTS, needs_fisher
 from hf_unlearn.core.files import write_json
 from hf_unlearn.core.processes import gather, is_main, wait_for_all
 from hf_unlearn.data.row_identity import row_key
@@ -197,7 +197,7 @@ class _Workplace:
 
     def __init__(self, part: Sequence[Cell], folder: Path):
         self.first = part[0]
-        self.fisher = any(cell.constraint == "kronecker" for cell in part)
+        self.fisher = any(needs_fisher(cell.constraint) for cell in part)
         self.folder = folder
         self.request: Request | None = None
         self.attacked: list[Metric] | None = None

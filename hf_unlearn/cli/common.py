@@ -179,7 +179,7 @@ def show(reports: "dict[str, UnlearningReport]", output_dir: str, metric: str) -
 
 def _about_sequence(report: "UnlearningReport") -> list[str]:
     """What one of several requests in a row has used, left, and must be told of."""
-    about = report.sequence
+    about = report.series
     if not about:
         return []
     room = f"room {about['room']['mean']:.2%}" if about["room"] else "room not measured"

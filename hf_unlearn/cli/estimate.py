@@ -8,7 +8,7 @@ from accelerate.utils import convert_file_size_to_int
 from transformers import HfArgumentParser
 
 from hf_unlearn.cli.common import Answer, check_choice, hush, make_parser, parse
-from hf_unlearn.constraints.registry import CONSTRAINTS
+from hf_unlearn.constraints.registry import CONSTRAINTS, needs_fisher
 from hf_unlearn.core.settings import setting
 from hf_unlearn.deletion.arguments import RunArguments
 from hf_unlearn.deletion.prepare import peft_config
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> Answer:
     found = trace(
         read_config(args.model_name_or_path), args.task, build_loss(args.loss), batch_size=args.batch_size,
         length=args.max_length, dtype=estimate.dtype_of(args.dtype),
-        fisher=args.fisher or args.constraint == "kronecker", gradient_checkpointing=args.gradient_checkpointing,
+        fisher=args.fisher or needs_fisher(args.constraint), gradient_checkpointing=args.gradient_checkpointing,
         peft_config=adapter,
     )  # fmt: skip
     found = replace(found, sketching=Sketching(args.sketch_above, args.sketch_rank))

@@ -1,4 +1,4 @@
-"""`hf-unlearn run`: one deletion request, or one more of a sequence."""
+"""`hf-unlearn run`: one deletion request, or one more of a series."""
 
 from transformers import HfArgumentParser
 

@@ -3,9 +3,11 @@
 Shapes: step_OI is a step of a weight with O outputs and I inputs.
 """
 
-from collections.abc import Mapping
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,16 +16,53 @@ from hf_unlearn.constraints.layouts import apply_right, turned
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.statistics.eigen import Eigen
 
+HELD_ENERGY_WARNING = 0.9
+"""Share of the trace that a sketch must hold under a soft constraint."""
 
-class Constraint(Protocol):
-    """What `bind_constraints` asks of a constraint."""
 
-    needs_fisher: ClassVar[bool]
-    anchored: ClassVar[bool]
+class Constraint(ABC):
+    """Which steps are allowed: a symmetric factor on the inputs and, for two-sided constraints, one on the outputs.
 
-    def right(self, gram: Eigen) -> Factor: ...
+    A subclass is a frozen dataclass whose fields are the settings, registered under a name with
+    `@register_constraint("name")`. `bind_constraints` turns it and the statistics into one `BoundConstraint` per layer.
 
-    def left(self, fisher: Eigen) -> Factor: ...
+    Attributes:
+        needs_fisher: Whether it has a left factor, so that the statistics need Fishers.
+        anchored: Whether its map is idempotent. It then holds for the whole move from the original weight; other
+            constraints are applied once to each realised step.
+        factor_share: The right factor of I features stores at most this share of `I * I` numbers.
+    """
+
+    needs_fisher: ClassVar[bool] = False
+    anchored: ClassVar[bool] = False
+    factor_share: ClassVar[float] = 1.0
+
+    @abstractmethod
+    def right(self, gram: Eigen) -> Factor:
+        """The factor on the input side, from the decomposed Gram of a layer."""
+
+    def left(self, fisher: Eigen) -> Factor | None:
+        """The factor on the output side, from the decomposed Fisher of a layer; None for a one-sided constraint."""
+        return None
+
+    def resolve(self, grams: Sequence[Eigen]) -> "Constraint":
+        """The constraint to bind, given the Grams of all layers under this one; most constraints return themselves."""
+        return self
+
+    def protected_rank(self, gram: Eigen) -> int | None:
+        """How many leading directions no step may change; None for a constraint that only shrinks."""
+        return None
+
+    def sketch_shortfall(self, gram: Eigen) -> str | None:
+        """What a sketched Gram lacks for this constraint, as the end of a warning; None where it holds enough."""
+        held = min((1 - block.missed_share for block in gram.blocks()), default=1.0)
+        enough = gram.missed is None or held >= HELD_ENERGY_WARNING
+        return None if enough else f"holds {held:.1%} of its trace; what it has missed is shrunk evenly"
+
+    @classmethod
+    def summary(cls) -> str:
+        """One line on what the constraint does, for the model card: the first line of its docstring."""
+        return (inspect.getdoc(cls) or cls.__name__).splitlines()[0]
 
 
 ConstraintLike = Constraint | None | Mapping[str, Constraint | None]

@@ -11,14 +11,11 @@ from collections.abc import Mapping
 import torch
 
 from hf_unlearn.constraints.base import BoundConstraint, Constraint, ConstraintLike
-from hf_unlearn.constraints.energy import EnergyConstraint
-from hf_unlearn.constraints.energy_ridge import EnergyRidgeConstraint
 from hf_unlearn.constraints.factors import Factor
 from hf_unlearn.constraints.registry import constraint_for
 from hf_unlearn.errors import StatisticsError
 from hf_unlearn.statistics.eigen import (
     Eigen,
-    rank_for_energy,
 )
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 
@@ -27,18 +24,18 @@ HELD_ENERGY_WARNING = 0.9
 """Share of the trace that a sketch must hold under a soft constraint."""
 
 
-def settled_constraints(statistics: RetainStatistics, constraint: ConstraintLike) -> dict[str, Constraint | None]:
-    """The constraint of each layer, as the spectra of all that share it settle it.
+def resolve_constraints(statistics: RetainStatistics, constraint: ConstraintLike) -> dict[str, Constraint | None]:
+    """The constraint of each layer, resolved from the spectra of all layers that share it.
 
     Raises:
         SettingsError: No pattern matches a layer.
     """
     chosen = {name: constraint_for(name, constraint) for name in statistics.layers}
-    settled: dict[Constraint | None, Constraint] = {}
+    resolved: dict[Constraint | None, Constraint | None] = {None: None}
     for kind in dict.fromkeys(chosen.values()):  # in the same order on every process
-        if isinstance(kind, EnergyRidgeConstraint):
-            settled[kind] = kind.settled([statistics.gram_eigen(name) for name in chosen if chosen[name] == kind])
-    return {name: settled.get(kind, kind) for name, kind in chosen.items()}
+        if kind is not None:
+            resolved[kind] = kind.resolve([statistics.gram_eigen(name) for name in chosen if chosen[name] == kind])
+    return {name: resolved[kind] for name, kind in chosen.items()}
 
 
 def bind_constraints(
@@ -58,7 +55,7 @@ def bind_constraints(
         raise StatisticsError("the statistics have no row left (everything was subtracted); nothing to protect")
     constrained = [name for name, kind in chosen.items() if kind is not None]
     statistics.decompose(constrained, device=device)
-    chosen = settled_constraints(statistics, constraint)
+    chosen = resolve_constraints(statistics, constraint)
     two_sided = [n for n in constrained if (kind := chosen[n]) is not None and kind.needs_fisher]
     statistics.decompose(two_sided, fisher=True, device=device)
     rights: dict[tuple[str, Constraint], Factor] = {}
@@ -72,14 +69,15 @@ def bind_constraints(
         if (key, kind) not in rights:
             parts = statistics.gram_eigen(name)
             grams[key] = parts.negative_share
-            short |= _shortfall(key, parts, kind)
+            _note_shortfall(short, key, parts, kind)
             rights[key, kind] = kind.right(parts.to(device)).kept_in(statistics.storage)
-        left = None
+        left: Factor | None = None
         if kind.needs_fisher:
             parts = statistics.fisher_eigen(name)
             grams[f"{name} (Fisher)"] = parts.negative_share
-            short |= _shortfall(f"{name} (Fisher)", parts, kind)
-            left = kind.left(parts.to(device)).kept_in(statistics.storage)
+            _note_shortfall(short, f"{name} (Fisher)", parts, kind)
+            left = kind.left(parts.to(device))
+            left = left and left.kept_in(statistics.storage)
         bound[name] = BoundConstraint(rights[key, kind], left, kind.anchored)
     _warn_negative(grams)
     _warn_short(short)
@@ -96,17 +94,9 @@ def _warn_negative(shares: Mapping[str, float]) -> None:
         )
 
 
-def _shortfall(name: str, gram: Eigen, kind: Constraint) -> dict[str, str]:
-    """By name what is wrong with a sketch under a constraint: nothing, or in words how much it holds."""
-    held = min((1 - block.missed_share for block in gram.blocks()), default=1.0)
-    if isinstance(kind, EnergyConstraint):
-        asked = (kind.energy, kind.spectrum, kind.min_rank_share)
-        reached = all(rank_for_energy(block.spectrum_I, *asked) <= len(block.values_I) for block in gram.blocks())
-        asked_for = f"energy {kind.energy} ({kind.spectrum}) may need more directions than it has: all are protected"
-    else:
-        reached = gram.missed is None or held >= HELD_ENERGY_WARNING
-        asked_for = "what it has missed is shrunk evenly"
-    return {} if reached else {name: f"holds {held:.1%} of its trace; {asked_for}"}
+def _note_shortfall(short: dict[str, str], name: str, matrix: Eigen, constraint: Constraint) -> None:
+    if (reason := constraint.sketch_shortfall(matrix)) is not None:
+        short[name] = reason
 
 
 def _warn_short(short: Mapping[str, str]) -> None:

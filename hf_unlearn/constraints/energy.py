@@ -5,12 +5,15 @@ from typing import ClassVar
 
 import torch
 
+from hf_unlearn.constraints.base import Constraint
 from hf_unlearn.constraints.factors import Factor, Keep, Remove, Scale, by_block
-from hf_unlearn.statistics.eigen import Eigen, Spectrum, check_energy
+from hf_unlearn.constraints.registry import register_constraint
+from hf_unlearn.statistics.eigen import Eigen, Spectrum, check_energy, rank_for_energy
 
 
+@register_constraint("energy")
 @dataclass(frozen=True)
-class EnergyConstraint:
+class EnergyConstraint(Constraint):
     """Steps orthogonal to the core gradient space: `D (I - U U^T)`; the seed method's (PGU, WACV 2024, eq. 6).
 
     Idempotent, so that it is applied to the whole move from the original weights ("anchored"): rounding and the
@@ -24,8 +27,8 @@ class EnergyConstraint:
     min_rank_share: float = 0.0
     """Protect at least this share of the input dimensions."""
 
-    needs_fisher: ClassVar[bool] = False
     anchored: ClassVar[bool] = True
+    factor_share: ClassVar[float] = 0.5  # the thinner of the basis and its complement
 
     def __post_init__(self) -> None:
         check_energy(self.energy, self.spectrum, self.min_rank_share)
@@ -33,8 +36,7 @@ class EnergyConstraint:
     def right(self, gram: Eigen) -> Factor:
         return by_block(gram, self._projection)
 
-    def rank(self, gram: Eigen) -> int:
-        """How many leading directions are protected wholly."""
+    def protected_rank(self, gram: Eigen) -> int:
         return gram.rank(self.energy, self.spectrum, self.min_rank_share)
 
     def _projection(self, gram: Eigen) -> Factor:
@@ -43,7 +45,7 @@ class EnergyConstraint:
         Of a sketch the energy is counted against the whole trace. What it has missed is spread evenly, the most that
         singular values can sum to: the rank is rather too large than too small, unless the sketch has no more.
         """
-        rank = self.rank(gram)
+        rank = self.protected_rank(gram)
         if gram.diagonal:
             kept_I = torch.ones_like(gram.values_I, dtype=torch.float32)
             return Scale(kept_I.index_fill(0, gram.vectors_II[:rank], 0.0))
@@ -51,5 +53,12 @@ class EnergyConstraint:
             return Remove(gram.vectors_II[:, :rank].float().contiguous())
         return Keep(gram.vectors_II[:, rank:].float().contiguous())
 
-    def left(self, fisher: Eigen) -> Factor:
-        raise AssertionError("the energy constraint is one-sided")
+    def sketch_shortfall(self, gram: Eigen) -> str | None:
+        asked = (self.energy, self.spectrum, self.min_rank_share)
+        if all(rank_for_energy(block.spectrum_I, *asked) <= len(block.values_I) for block in gram.blocks()):
+            return None
+        held = min(1 - block.missed_share for block in gram.blocks())
+        return (
+            f"holds {held:.1%} of its trace; energy {self.energy} ({self.spectrum}) may need more directions than it "
+            "has: all are protected"
+        )

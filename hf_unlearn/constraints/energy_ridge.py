@@ -9,6 +9,7 @@ from typing import ClassVar
 from hf_unlearn.constraints.base import Constraint
 from hf_unlearn.constraints.energy import EnergyConstraint
 from hf_unlearn.constraints.factors import Factor, by_block, shrink
+from hf_unlearn.constraints.registry import register_constraint
 from hf_unlearn.constraints.ridge import RidgeConstraint
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.statistics.eigen import (
@@ -19,6 +20,7 @@ from hf_unlearn.statistics.eigen import (
 )
 
 
+@register_constraint("energy_ridge")
 @dataclass(frozen=True)
 class EnergyRidgeConstraint(EnergyConstraint):
     """Energy's cut, and ridge's price on what it leaves: `D (I - U U^T) (I + gram / scale)^-1`.
@@ -42,6 +44,7 @@ class EnergyRidgeConstraint(EnergyConstraint):
     """Median participation ratio over layers, as a share of the width, up to which there is a cut; 1 always cuts."""
 
     anchored: ClassVar[bool] = False
+    factor_share: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,14 +56,14 @@ class EnergyRidgeConstraint(EnergyConstraint):
     def right(self, gram: Eigen) -> Factor:
         return by_block(gram, self._shrinkage)
 
-    def settled(self, grams: Sequence[Eigen]) -> Constraint:
+    def resolve(self, grams: Sequence[Eigen]) -> Constraint:
         """Itself, or ridge where the Grams, one for each layer under this constraint, have no leading directions."""
         shares = [participation_share(block.spectrum_I) for gram in grams for block in gram.blocks()]
         return self if median(shares) <= self.max_participation else RidgeConstraint()
 
     def _shrinkage(self, gram: Eigen) -> Factor:
         spectrum_I = gram.spectrum_I
-        removed, seen, every = self.rank(gram), numerical_rank(spectrum_I), spectrum_I.numel()
+        removed, seen, every = self.protected_rank(gram), numerical_rank(spectrum_I), spectrum_I.numel()
         wanted = self.free_share * (every - removed) - (every - seen)  # of the directions that were seen
         if wanted <= 0:
             return shrink(gram, math.inf, seen)

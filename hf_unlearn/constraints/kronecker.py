@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hf_unlearn.constraints.base import check_positive
+from hf_unlearn.constraints.base import Constraint, check_positive
 from hf_unlearn.constraints.factors import Factor, by_block, price_scale, shrink
+from hf_unlearn.constraints.registry import register_constraint
 from hf_unlearn.statistics.eigen import Eigen
 
 
+@register_constraint("kronecker")
 @dataclass(frozen=True)
-class KroneckerConstraint:
+class KroneckerConstraint(Constraint):
     """Ridge on both sides: also spares the output directions that the retain predictions depend on.
 
     `(I + fisher / (strength_out * mean_eig(fisher)))^-1 D (I + gram / (strength_in * mean_eig(gram)))^-1`.
@@ -21,7 +23,6 @@ class KroneckerConstraint:
     """Price of drift on the output side: smaller protects more."""
 
     needs_fisher: ClassVar[bool] = True
-    anchored: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_positive("strength_in", self.strength_in)

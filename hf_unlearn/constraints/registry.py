@@ -1,46 +1,80 @@
 """The constraints by name."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 from hf_unlearn.constraints.base import Constraint, ConstraintLike
-from hf_unlearn.constraints.energy import EnergyConstraint
-from hf_unlearn.constraints.energy_ridge import EnergyRidgeConstraint
-from hf_unlearn.constraints.kronecker import KroneckerConstraint
-from hf_unlearn.constraints.ridge import RidgeConstraint
-from hf_unlearn.core.settings import require_numbers
+from hf_unlearn.core.registry import Registry
+from hf_unlearn.core.settings import is_number, require_numbers
 from hf_unlearn.errors import SettingsError
 
-CONSTRAINTS: dict[str, type | None] = {
-    "energy": EnergyConstraint,
-    "ridge": RidgeConstraint,
-    "energy_ridge": EnergyRidgeConstraint,
-    "kronecker": KroneckerConstraint,
-    "none": None,
-}
+CONSTRAINTS: Registry[type[Constraint] | None] = Registry("constraint", "hf_unlearn.constraints")
+CONSTRAINTS.add("none", None)
+
+Kind = TypeVar("Kind", bound=type[Constraint])
+
+
+def register_constraint(name: str) -> Callable[[Kind], Kind]:
+    """Class decorator: make a constraint available under `name` in settings, commands, estimates and grids.
+
+    The class is a frozen dataclass; its fields are the settings. Example, a constraint that shrinks every step evenly:
+
+    >>> from dataclasses import dataclass
+    >>> from hf_unlearn import Constraint, build_constraint, register_constraint
+    >>> from hf_unlearn.constraints.factors import Scale
+    >>> @register_constraint("halve")
+    ... @dataclass(frozen=True)
+    ... class HalveConstraint(Constraint):
+    ...     '''Half of each step, whatever the retain rows.'''
+    ...     share: float = 0.5
+    ...     def right(self, gram):
+    ...         return Scale(gram.spectrum_I.new_full((gram.spectrum_I.numel(),), self.share))
+    >>> build_constraint("halve", {"share": 0.25})
+    HalveConstraint(share=0.25)
+    >>> CONSTRAINTS.remove("halve")
+
+    Raises:
+        SettingsError: Another constraint has this name.
+    """
+    return CONSTRAINTS.register(name)
+
+
+def needs_fisher(name: str) -> bool:
+    """Whether the statistics need Fishers for this constraint; raises `SettingsError` on an unknown one."""
+    kind = CONSTRAINTS.find(name)
+    return kind is not None and kind.needs_fisher
+
+
+def setting_names(name: str) -> list[str]:
+    """The settings of a constraint; raises `SettingsError` on an unknown one."""
+    kind = CONSTRAINTS.find(name)
+    return [field.name for field in fields(kind)] if kind else []  # type: ignore[arg-type]
 
 
 def build_constraint(name: str, settings: Mapping[str, Any] | None = None) -> Constraint | None:
-    """Constraint by its name in `CONSTRAINTS`.
+    """The constraint registered under `name`, with its settings; None for "none".
+
+    >>> build_constraint("ridge", {"strength": 0.01})
+    RidgeConstraint(strength=0.01)
 
     Raises:
-        SettingsError: Unknown name, unknown setting, or a value that is no number or out of range.
+        SettingsError: Unknown name, unknown setting, or a value of the wrong type or out of range.
     """
-    if name not in CONSTRAINTS:
-        raise SettingsError(f"unknown constraint {name!r}; choose from {', '.join(CONSTRAINTS)}")
-    kind = CONSTRAINTS[name]
-    known = [field.name for field in fields(kind)] if kind else []
-    for setting in settings or {}:
+    kind, known, given = CONSTRAINTS.find(name), setting_names(name), settings or {}
+    for setting in given:
         if setting not in known:
             raise SettingsError(f"constraint {name!r} has no setting {setting!r}, only {', '.join(known) or 'none'}")
-    require_numbers(f"constraint {name!r}", {n: value for n, value in (settings or {}).items() if n != "spectrum"})
-    return kind(**(settings or {})) if kind else None
+    if kind is None:
+        return None
+    numeric = {field.name for field in fields(kind) if is_number(field.default)}  # type: ignore[arg-type]
+    require_numbers(f"constraint {name!r}", {n: value for n, value in given.items() if n in numeric})
+    return kind(**given)
 
 
 def constraint_for(layer: str, constraint: ConstraintLike) -> Constraint | None:
-    """The constraint of one layer; in a mapping of name patterns the first that matches wins.
+    """The constraint of one layer; in a mapping from name patterns the first pattern that matches wins.
 
     Raises:
         SettingsError: No pattern matches.

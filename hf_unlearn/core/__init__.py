@@ -1,1 +1,5 @@
 """Basics that every room uses: files, processes, sharding, storage, Hub client, settings, text."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

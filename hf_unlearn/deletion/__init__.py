@@ -1,1 +1,5 @@
 """Deletion requests: from names to a finished folder, one request or a series."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -5,7 +5,7 @@ A ledger is a folder:
     ledger.jsonl  one entry a line, each with the hash of the one before (a hash chain) and a MAC under the key
     head.json     number of entries and hash of the last one, replaced after each append
     lock          held while reading or appending
-    _private/     what the next request needs (`sequence`); never published
+    _private/     what the next request needs (`series`); never published
 
 Rows appear only as HMAC-SHA256 (RFC 2104) of their content under the key and a nonce of the request: who lacks the
 key can neither test a guess nor see that two requests have a row in common. The key is in no file of the ledger.
@@ -51,7 +51,7 @@ class Entry:
         index: Place in the ledger, from 0.
         time: UTC, ISO 8601.
         kind: `created` (the first), `request` (a completed one), `push`.
-        content: What `sequence.RequestSequence.complete` and `Ledger.record_push` put there.
+        content: What `series.RequestSeries.complete` and `Ledger.record_push` put there.
         previous: Hash of the entry before; 64 zeros for the first.
         mac: HMAC under the key of the SHA-256 of all of the above.
         hash: SHA-256 of all of the above and the MAC.

@@ -17,7 +17,7 @@ from hf_unlearn.deletion.fine_tuning import FineTuning, cache_folder, fine_tuned
 from hf_unlearn.deletion.next_request import begin, last_model
 from hf_unlearn.deletion.request import Request
 from hf_unlearn.deletion.rows import load_splits
-from hf_unlearn.deletion.series import RequestSequence
+from hf_unlearn.deletion.series import RequestSeries
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation.metrics.generation import generate_answers
 from hf_unlearn.models.fingerprint import weights_fingerprint
@@ -29,17 +29,17 @@ from hf_unlearn.trainer.config import UnlearningConfig
 
 
 def prepare(
-    args: RunArguments, config: UnlearningConfig, *, fisher: bool, sequence: RequestSequence | None = None
+    args: RunArguments, config: UnlearningConfig, *, fisher: bool, series: RequestSeries | None = None
 ) -> Request:
     """Load or make everything that a request needs: rows, original and retrained model, statistics."""
     if args.samples and args.task != "language-model":
         raise SettingsError(f"samples are answers; a model of task {args.task} gives none")
-    last = last_model(args, sequence)
+    last = last_model(args, series)
     tokenizer = load_processor(last or args.model_name_or_path, args.task)
     collator = default_collator(tokenizer)
     idk_seed = config.seed if config.build_loss().kind.alternates == "idk" else None
     how: dict[str, Any] = {"max_length": config.max_length, "task": args.task}
-    earlier = begin(args, sequence, tokenizer, idk_seed=idk_seed, **how) if sequence is not None else {}
+    earlier = begin(args, series, tokenizer, idk_seed=idk_seed, **how) if series is not None else {}
     splits = load_splits(args, tokenizer, config.max_length, idk_seed, earlier)
     train = splits.pop("train")
     timings: dict[str, float] = {}
@@ -67,9 +67,9 @@ def prepare(
     elif args.retrained not in (None, "none"):
         retrained = load_model(args.retrained, args.task)
     start = time.perf_counter()
-    if last is not None and sequence is not None and args.statistics is None:
-        sequence.check_model(model)
-        statistics, timings["collect"] = sequence.statistics(model), time.perf_counter() - start
+    if last is not None and series is not None and args.statistics is None:
+        series.check_model(model)
+        statistics, timings["collect"] = series.statistics(model), time.perf_counter() - start
     else:
         statistics, timings["collect"] = _full_statistics(args, config, model, train, collator, cache, fisher)
     forget, retain = splits["forget"], splits.get("retain")
@@ -79,7 +79,7 @@ def prepare(
         model, forget, splits, statistics, args.subtract_forget, retain if args.use_retain_rows else None, retrained,
         tokenizer, collator, peft_config(args), args.merge_adapter,
         f"{args.dataset_name.rstrip('/').split('/')[-1]} {args.forget or args.train}",
-        _sampler(forget[: args.samples], tokenizer) if args.samples else None, _metrics(args), cache, timings, sequence,
+        _sampler(forget[: args.samples], tokenizer) if args.samples else None, _metrics(args), cache, timings, series,
         [row for rows in earlier.values() for row in rows] if args.forget_again else (),
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ from transformers import PrinterCallback
 from hf_unlearn.core.files import check_output, replace_folder
 from hf_unlearn.core.processes import is_main, wait_for_all
 from hf_unlearn.data.batches import default_collator
-from hf_unlearn.deletion.series import RequestSequence
+from hf_unlearn.deletion.series import RequestSeries
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation.evaluate import evaluate_unlearning
 from hf_unlearn.evaluation.report import UnlearningReport
@@ -50,7 +50,7 @@ class Request:
         metrics: Names of metrics or suites, as in `evaluate_unlearning`.
         cache_dir: Where what was measured is kept, so that no model is scored twice on the same rows.
         timings: Seconds spent before this request (training, collecting).
-        sequence: The requests that this one follows; its ledger gets an entry once the folder is there.
+        series: The requests that this one follows; its ledger gets an entry once the folder is there.
         again: Rows of earlier requests to train on as well, so that they stay forgotten; nothing of them is subtracted,
             and the stopping rule does not look at them.
     """
@@ -71,7 +71,7 @@ class Request:
     metrics: Sequence[str] | None = None
     cache_dir: Path | None = None
     timings: dict[str, float] = field(default_factory=dict)
-    sequence: RequestSequence | None = None
+    series: RequestSeries | None = None
     again: Sequence[Any] = ()
     _before: str = field(default="", init=False, repr=False)
     _forgotten: RetainStatistics | None = field(default=None, init=False, repr=False)
@@ -87,17 +87,17 @@ class Request:
             UnlearningError: Whatever is wrong with the request; nothing is written then.
         """
         target = check_output(args.output_dir or "unlearned", args.overwrite_output_dir)
-        if self.sequence is not None:
-            self._enter(self.sequence, target)
+        if self.series is not None:
+            self._enter(self.series, target)
         with self.unlearned(args, target) as (trainer, report):
             state = trainer.whole_state_dict()
-            if self.sequence is not None:
-                self._describe_sequence(self.sequence, report, trainer, state, args)
+            if self.series is not None:
+                self._describe_series(self.series, report, trainer, state, args)
             if is_main():
                 with replace_folder(target, args.overwrite_output_dir) as folder:
                     self._write(folder, trainer, state, report, args, target.name)
-                if self.sequence is not None:
-                    self.sequence.complete(report, target)
+                if self.series is not None:
+                    self.series.complete(report, target)
             wait_for_all()
         if args.push_to_hub and is_main():
             self._push(target, report, args)
@@ -138,8 +138,8 @@ class Request:
             folder, folder, args.hub_model_id or folder.name, private=args.hub_private_repo, token=args.hub_token,
             revision=args.hub_revision, update=args.push_unfinished, publish_samples=self.samples is not None,
         )  # fmt: skip
-        if self.sequence is not None:
-            self.sequence.ledger.record_push(report.request["number"], commit.repo_url.repo_id, commit.oid)
+        if self.series is not None:
+            self.series.ledger.record_push(report.request["number"], commit.repo_url.repo_id, commit.oid)
 
     def _retain_statistics(self, args: UnlearningConfig) -> RetainStatistics | None:
         """Statistics of the full set minus those of the forget rows on the current model (PGU, section 3.3)."""
@@ -153,32 +153,30 @@ class Request:
         self._forgotten = forget
         return self.statistics - forget
 
-    def _enter(self, sequence: RequestSequence, target: Path) -> None:
+    def _enter(self, series: RequestSeries, target: Path) -> None:
         """Check that this request can follow the last one, before any work."""
         if self.peft_config is not None and not self.merge_adapter:
-            raise SettingsError(
-                "a sequence needs whole models to go on from; pass merge_adapter (--merge_adapter True)"
-            )
-        if sequence.model_folder is not None and Path(sequence.model_folder) == target.resolve():
+            raise SettingsError("a series needs whole models to go on from; pass merge_adapter (--merge_adapter True)")
+        if series.model_folder is not None and Path(series.model_folder) == target.resolve():
             raise SettingsError(f"{target} has the model that this request goes on from; choose another --output_dir")
-        ledger = sequence.ledger.folder.resolve()
+        ledger = series.ledger.folder.resolve()
         if target.resolve() in (ledger, *ledger.parents):
             raise SettingsError(f"the ledger {ledger} must not be in the output folder, which is replaced as a whole")
-        sequence.check_model(self.model)
+        series.check_model(self.model)
         self._before = weights_fingerprint(self.model)
-        if sequence.commitment is None:
-            sequence.begin(self.forget)
+        if series.commitment is None:
+            series.begin(self.forget)
 
-    def _describe_sequence(
+    def _describe_series(
         self,
-        sequence: RequestSequence,
+        series: RequestSeries,
         report: UnlearningReport,
         trainer: UnlearningTrainer,
         state: dict[str, Any] | None,
         args: UnlearningConfig,
     ) -> None:
-        after = self._fingerprint(trainer, state) if is_main() else ""  # which completes the sequence
-        sequence.describe(
+        after = self._fingerprint(trainer, state) if is_main() else ""  # which completes the series
+        series.describe(
             report, weights=(self._before, after), forget=self._forgotten, full=self.statistics, retain=self._retained,
             constraint=args.build_constraint(),
         )  # fmt: skip
@@ -202,8 +200,8 @@ class Request:
             holdout_dataset=self.splits.get("holdout"), data_collator=self.collator, eval_dataset=watched,
             processing_class=self.processing_class, peft_config=self.peft_config,
         )  # fmt: skip
-        if self.sequence is not None:
-            trainer.stop_by(self.forget, self.sequence.mark(args.forget_metric))
+        if self.series is not None:
+            trainer.stop_by(self.forget, self.series.mark(args.forget_metric))
         if args.disable_tqdm:  # Trainer would print each log line instead; the report has them
             trainer.remove_callback(PrinterCallback)
         return trainer

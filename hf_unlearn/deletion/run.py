@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_unlearn.constraints.registry import CONSTRAINTS
+from hf_unlearn.constraints.registry import CONSTRAINTS, needs_fisher
 from hf_unlearn.core.files import check_output
 from hf_unlearn.core.processes import wait_for_all
 from hf_unlearn.data.batches import default_collator, take
@@ -14,7 +14,7 @@ from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.splits import load_rows
 from hf_unlearn.deletion.arguments import DataArguments, RunArguments
 from hf_unlearn.deletion.fine_tuning import cache_folder
-from hf_unlearn.deletion.next_request import continued, open_sequence
+from hf_unlearn.deletion.next_request import continued, open_series
 from hf_unlearn.deletion.prepare import _metrics, prepare
 from hf_unlearn.deletion.rows import load_splits
 from hf_unlearn.errors import SettingsError
@@ -34,10 +34,10 @@ def run(args: RunArguments, config: UnlearningConfig) -> dict[str, UnlearningRep
     if len(names) > 1 and config.deepspeed_plugin is not None:
         raise SettingsError("under DeepSpeed a process unlearns once; run the constraints one by one")
     check_output(config.output_dir or "unlearned", config.overwrite_output_dir)
-    sequence = open_sequence(args, names)
-    if sequence is not None:
-        config = continued(args, config, sequence)
-    request = prepare(args, config, fisher="kronecker" in names, sequence=sequence)
+    series = open_series(args, names)
+    if series is not None:
+        config = continued(args, config, series)
+    request = prepare(args, config, fisher=any(needs_fisher(name) for name in names), series=series)
     reports = {}
     for name in names:
         own = config
@@ -132,6 +132,5 @@ def _constraints(args: RunArguments, config: UnlearningConfig) -> list[str]:
         return [config.constraint]
     names = list(CONSTRAINTS) if args.constraints == "all" else [n.strip() for n in args.constraints.split(",")]
     for name in names:
-        if name not in CONSTRAINTS:
-            raise SettingsError(f"unknown constraint {name!r}; choose from {', '.join(CONSTRAINTS)}, or all")
+        CONSTRAINTS.find(name, also=("all",))
     return names

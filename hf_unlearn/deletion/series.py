@@ -48,7 +48,7 @@ from hf_unlearn.statistics.retain_statistics import TENSORS, RetainStatistics
 PRIVATE, RECORD, STATISTICS = "_private", "request.json", "statistics"
 
 
-class RequestSequence:
+class RequestSeries:
     """The requests of one ledger and the one to come.
 
     Beside the ledger, `_private/` has a folder for each request: where its rows are to be found (names of splits, no
@@ -175,7 +175,7 @@ class RequestSequence:
         retain: RetainStatistics | None,
         constraint: ConstraintLike,
     ) -> None:
-        """Put into the report what only the sequence knows.
+        """Put into the report what only the series knows.
 
         - `mark`: see there.
         - `room`: share of the forget rows' input energy that the constraint lets through, `tr(R G R) / tr(G)` with G
@@ -203,7 +203,7 @@ class RequestSequence:
         room = room_left(forget, retain, constraint) if forget and retain and protected else {}
         left = report.settings.get("max_retain_drift")
         budget = None if left is None else self.drift_used + left
-        report.sequence = {
+        report.series = {
             "requests": self.number,
             "mark": self.mark(str(report.settings.get("forget_metric"))),
             "statistics_carried_from": list(retain.settings.get(CARRIED, [])) if retain else [],
@@ -212,8 +212,8 @@ class RequestSequence:
             "drift_used": {"relative": _root_mean_square(used.values()), "budget": budget, "by_layer": used},
             "untested": {str(number): why for number, why in self.untested.items()},
         }
-        report.sequence["warnings"] = self._warnings(report)
-        for line in report.sequence["warnings"]:
+        report.series["warnings"] = self._warnings(report)
+        for line in report.series["warnings"]:
             warnings.warn(line, stacklevel=2)
         before = {"weights": weights[0], "statistics": full and about_statistics(full)}
         self._states = before, {"weights": weights[1]}
@@ -223,18 +223,18 @@ class RequestSequence:
         """What runs out, before it does."""
         found, way_out = [], "collect statistics afresh on the last model, or retrain"
         rooms = [record["room"] for record in self.records if record["room"] is not None]
-        if report.sequence["room"] is not None and running_out([*rooms, report.sequence["room"]["mean"]]):
+        if report.series["room"] is not None and running_out([*rooms, report.series["room"]["mean"]]):
             found.append(
-                f"the room is running out: the constraint leaves {report.sequence['room']['mean']:.2%} of the forget "
+                f"the room is running out: the constraint leaves {report.series['room']['mean']:.2%} of the forget "
                 f"rows' input energy free, at the first request it was {rooms[0]:.2%}; {way_out}, or protect less"
             )
-        used, budget = report.sequence["drift_used"]["relative"], report.sequence["drift_used"]["budget"]
+        used, budget = report.series["drift_used"]["relative"], report.series["drift_used"]["budget"]
         if budget is not None and used * (1 + 1 / self.number) > budget:
             found.append(
                 f"the drift budget is running out: {self.number} requests used {used:.4f} of {budget:.4f}; {way_out}"
             )
-        aged = report.sequence["negative_share"]
-        if aged is not None and aged > NEGATIVE and report.sequence["statistics_carried_from"]:
+        aged = report.series["negative_share"]
+        if aged is not None and aged > NEGATIVE and report.series["statistics_carried_from"]:
             found.append(
                 f"the carried statistics are out of date: {aged:.1%} of a Gram's energy is negative; {way_out}"
             )
@@ -263,7 +263,7 @@ class RequestSequence:
         """Keep what the next request needs, then append the entry; it is the entry that makes the request completed.
 
         Call it in one process, after the output folder is in its place. Killed before the entry is written, the
-        sequence is where it was before the request.
+        series is where it was before the request.
         """
         assert self.commitment is not None
         (before, after), path = self._states, Path(folder).resolve()
@@ -275,7 +275,7 @@ class RequestSequence:
             self._next.save_pretrained(private / STATISTICS)
             hashed = {"sha256": sha256_of(private / STATISTICS / TENSORS)}
             after = {**after, "statistics": about_statistics(self._next) | hashed}
-        room, used = report.sequence["room"], report.sequence["drift_used"]
+        room, used = report.series["room"], report.series["drift_used"]
         record = {
             "model": str(path), "where": self._where, "room": room and room["mean"], "drift_used": used["by_layer"],
         }  # fmt: skip
@@ -289,7 +289,7 @@ class RequestSequence:
             "statistics": {"before": before["statistics"], "after": after.get("statistics")},
             "metrics": [asdict(metric) for metric in report.metrics],
             "drift": {"relative": report.drift.get("relative"), "kl": report.drift.get("kl")},
-            "sequence": {**report.sequence, "room": room and {k: room[k] for k in ("mean", "least")},
+            "series": {**report.series, "room": room and {k: room[k] for k in ("mean", "least")},
                          "drift_used": used["relative"]},
             "card": {name: sha256_of(path / name) for name in ("README.md", REPORT) if (path / name).is_file()},
             "versions": report.versions, "hardware": report.hardware,

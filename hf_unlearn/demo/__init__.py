@@ -1,1 +1,5 @@
 """Demonstrations that run offline on data inside the package and scikit-learn."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

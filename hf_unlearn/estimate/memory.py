@@ -11,6 +11,8 @@ from math import prod
 
 import torch
 
+from hf_unlearn.constraints.base import Constraint
+from hf_unlearn.constraints.registry import CONSTRAINTS, needs_fisher
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.estimate.tracing import Trace
 from hf_unlearn.statistics.eigen import products_share
@@ -42,7 +44,7 @@ class Settings:
 
     Attributes:
         constraint: Name of the constraint.
-        fisher: Whether the statistics have Fishers, as `kronecker` needs them.
+        fisher: Whether the statistics have Fishers although the constraint does not need them.
         optim: A name in `OPTIMIZERS`.
         processes: P.
         sharding: `none` (one process, DDP) or `fsdp2`.
@@ -101,20 +103,24 @@ def sums_bytes(trace: Trace, fisher: bool) -> int:
 
 def decomposed(trace: Trace, constraint: str) -> list[list[int]]:
     """Sizes of the matrices that a constraint has decomposed, in the order of `bind_constraints`."""
-    return [] if constraint == "none" else [gram_sizes(trace)] + [fisher_sizes(trace)] * (constraint == "kronecker")
+    kind = CONSTRAINTS.find(constraint)
+    return [] if kind is None else [gram_sizes(trace)] + [fisher_sizes(trace)] * kind.needs_fisher
 
 
 def factor_bytes(trace: Trace, constraint: str) -> int:
-    """Float32 matrices: `energy` at most `4 I * I / 2` (the thinner of basis and complement), the others `4 I^2`; of a
-    sketch `4 I R` at most."""
-    basis = sum(_basis_bytes(n, trace.sketching) for n in gram_sizes(trace))
-    grams = sum(entries(n, trace.sketching) for n in gram_sizes(trace))
-    fishers = sum(entries(n, trace.sketching) for n in fisher_sizes(trace))
-    return {"none": 0, "energy": basis, "kronecker": 4 * (grams + fishers)}.get(constraint, 4 * grams)
+    """Float32 matrices: at most `4 I^2 * factor_share` bytes for each right factor, `4 O^2` for each left one, `4 I R`
+    for a factor of a sketch."""
+    kind = CONSTRAINTS.find(constraint)
+    if kind is None:
+        return 0
+    rights = sum(_right_bytes(kind, n, trace.sketching) for n in gram_sizes(trace))
+    lefts = sum(4 * entries(n, trace.sketching) for n in fisher_sizes(trace))
+    return rights + lefts * kind.needs_fisher
 
 
-def _basis_bytes(n: int, sketching: Sketching) -> int:
-    return 2 * n * n if sketching.columns(n) == n else 4 * entries(n, sketching)
+def _right_bytes(kind: type[Constraint], n: int, sketching: Sketching) -> int:
+    exact = sketching.columns(n) == n
+    return int(4 * n * n * kind.factor_share) if exact else 4 * entries(n, sketching)
 
 
 def trained_bytes(trace: Trace) -> int:
@@ -171,7 +177,7 @@ def memory(trace: Trace, settings: Settings) -> Memory:
     P, place = settings.processes, settings.place
     shards = P if settings.sharding == "fsdp2" else 1
     before = shards if settings.sharded_before else 1
-    fisher = settings.fisher or settings.constraint == "kronecker"
+    fisher = settings.fisher or needs_fisher(settings.constraint)
     groups = decomposed(trace, settings.constraint)
     kept = {"device": 1.0, "shards": 1 / P, "cpu": 0.0, "disk": 0.0}[place]
     sums, once = sums_bytes(trace, fisher), trained_bytes(trace)
@@ -191,7 +197,9 @@ def memory(trace: Trace, settings: Settings) -> Memory:
     buckets = once if P > 1 and settings.sharding == "none" else 0
     step = gradients + (2 * once // shards if settings.relative_step else 0) + 4 * 4 * matrix // shards + fetched
     passes = trace.training if shards == 1 else trace.activations + gradients
-    binding = (0 if settings.constraint in ("none", "energy") else 24 * largest) + fetched
+    kind = CONSTRAINTS.find(settings.constraint)
+    dense = kind is not None and kind.factor_share == 1.0  # made from the vectors in float64
+    binding = 24 * largest * dense + fetched
     phases = {
         "load": loaded,
         "collect": loaded + _collecting(trace, settings, sums, kept),
@@ -213,7 +221,7 @@ def _collecting(trace: Trace, settings: Settings, sums: int, kept: float) -> int
     At the end each sum is checked for finite values, which takes one of its size and two masks.
     """
     P = settings.processes
-    fisher = settings.fisher or settings.constraint == "kronecker"
+    fisher = settings.fisher or needs_fisher(settings.constraint)
     sizes = gram_sizes(trace) + (fisher_sizes(trace) if fisher else [])
     largest = max(entries(n, trace.sketching) for n in sizes)
     shards = P if settings.place == "shards" else 1
@@ -285,13 +293,15 @@ def decompose_cost(sizes: Sequence[int], sketching: Sketching = EXACT) -> tuple[
 
 
 def constraint_flops(trace: Trace, constraint: str) -> float:
-    """Operations of one step's constraint: twice `2 O I^2` at most for `energy` (gradient and move), else once; with a
-    sketch `4 O I R` in place of `2 O I^2`."""
-    total = 0.0
+    """Operations of one step's constraint: `2 O I^2` at most for each application of a right factor, of which anchored
+    constraints make two (gradient and move), and `2 O^2 I` for a left one; with a sketch `4 O I R`, `4 O R I`."""
+    kind, total = CONSTRAINTS.find(constraint), 0.0
+    if kind is None:
+        return total
     for layer in trace.layers.values():
         right = layer.outputs * _applied(layer.inputs, trace.sketching)
         left = layer.inputs * _applied(layer.outputs, trace.sketching)
-        total += {"none": 0, "energy": 2 * right, "kronecker": right + left}.get(constraint, right)
+        total += right * (1 + kind.anchored) + left * kind.needs_fisher
     return total
 
 
@@ -305,7 +315,7 @@ def times(trace: Trace, settings: Settings, work: Work) -> dict[str, Phase]:
     Without evaluations, and without the forward pass by which single rows stop.
     """
     P = settings.processes
-    fisher = settings.fisher or settings.constraint == "kronecker"
+    fisher = settings.fisher or needs_fisher(settings.constraint)
     batches = -(-work.rows // work.batch_size) + -(-work.forget_rows // work.batch_size)
     rate, rate64 = work.tflops * 1e12, work.tflops64 * 1e12
     passes = 1 if settings.max_memory is None else -(-sums_bytes(trace, fisher) // settings.max_memory)
@@ -334,11 +344,11 @@ def communication(trace: Trace, settings: Settings) -> dict[str, float]:
 
     FSDP2 gathers the weights for the forward and for the backward pass and sums the gradients of trained ones, each
     `(P - 1) / P` of the tensor; DDP sums gradients in a ring, twice that. An all-to-all moves `(P - 1) / P` of a
-    process's share. `energy` needs one for each direction of gradient and of move, where the weight lies as `[I, O]`;
-    `kronecker` one each way on one of its sides. Matrices in shards are gathered at each use: `energy` twice a weight
-    and once more where the leak is logged, the others once.
+    process's share. An anchored constraint needs one for each direction of gradient and of move where the weight
+    lies as `[I, O]`; a two-sided one needs one each way on one of its sides. Matrices in shards are gathered at each
+    use: for an anchored constraint twice a weight and once more where the leak is logged, for the others once.
     """
-    P = settings.processes
+    P, kind = settings.processes, CONSTRAINTS.find(settings.constraint)
     share = (P - 1) / P
     once = trained_bytes(trace)
     trained = [layer for layer in trace.layers.values() if layer.trained]
@@ -347,21 +357,22 @@ def communication(trace: Trace, settings: Settings) -> dict[str, float]:
         found["weights"], found["gradients"] = 2 * share * trace.weights, share * once
         for layer in trained:
             size = share * trace.width * layer.outputs * layer.inputs / P
-            found["constraint"] += size * _exchanges(settings.constraint, layer.transposed)
-    if settings.place == "shards":
-        uses = 3 if settings.constraint == "energy" else 1
+            found["constraint"] += size * _exchanges(kind, layer.transposed)
+    if settings.place == "shards" and kind is not None:
         for layer in trained:
-            basis, dense = _basis_bytes(layer.inputs, trace.sketching), 4 * entries(layer.inputs, trace.sketching)
-            own = {"none": 0, "energy": basis}.get(settings.constraint, dense)
-            own += 4 * entries(layer.outputs, trace.sketching) if settings.constraint == "kronecker" else 0
-            found["matrices"] += share * uses * own
+            own = _right_bytes(kind, layer.inputs, trace.sketching)
+            own += 4 * entries(layer.outputs, trace.sketching) * kind.needs_fisher
+            found["matrices"] += share * (3 if kind.anchored else 1) * own
     return found if P > 1 else dict.fromkeys(found, 0.0)
 
 
-def _exchanges(constraint: str, transposed: bool) -> int:
-    if constraint == "kronecker":
+def _exchanges(kind: type[Constraint] | None, transposed: bool) -> int:
+    """All-to-alls of one weight in one step: one each way where a factor acts on the dimension that is sharded."""
+    if kind is None:
+        return 0
+    if kind.needs_fisher:
         return 2
-    return {"none": 0, "energy": 4}.get(constraint, 2) if transposed else 0
+    return (4 if kind.anchored else 2) if transposed else 0
 
 
 def candidates(settings: Settings, processes: int) -> Iterator[Settings]:
@@ -379,7 +390,7 @@ def fitting(trace: Trace, settings: Settings, processes: int, room: int) -> tupl
     A tenth is left for what the allocator cannot hand out and the libraries keep.
     """
     room = int(SHARE * room)
-    fisher = settings.fisher or settings.constraint == "kronecker"
+    fisher = settings.fisher or needs_fisher(settings.constraint)
     sizes = gram_sizes(trace) + (fisher_sizes(trace) if fisher else [])
     widest = max((8 * entries(n, trace.sketching) for n in sizes), default=0)
     for own in candidates(settings, processes):

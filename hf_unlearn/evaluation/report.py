@@ -57,7 +57,7 @@ class UnlearningReport:
         drift: Predicted retain drift: `relative`, `kl`, `by_layer`.
         entropies: Output entropies in nats on the forget set, by model, for the histogram.
         audit: `verdicts` by metric and attacks `not_run`, with the reason.
-        sequence: Of one of several requests in a row: how many, the room left, warnings; see `sequence`.
+        series: For a request in a series: how many, the room left, warnings; see `RequestSeries`.
         samples: Answers before and after on rows that may be shown (demo data only).
     """
 
@@ -72,7 +72,7 @@ class UnlearningReport:
     drift: dict[str, Any] = field(default_factory=dict)
     entropies: dict[str, list[float]] = field(default_factory=dict)
     audit: dict[str, dict[str, str]] = field(default_factory=dict)
-    sequence: dict[str, Any] = field(default_factory=dict)
+    series: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
 
     def get(self, name: str, split: str, model: str = "unlearned") -> Metric | None:

@@ -1,14 +1,5 @@
 """Unlearning losses: one small callable each, one registry."""
 
-from hf_unlearn.losses import (  # noqa: F401  (each registers its losses)
-    gradient_ascent,
-    label_removal,
-    pdu,
-    pgu,
-    preference,
-    rmu,
-    weighted,
-)
-from hf_unlearn.losses.base import LOSSES, UnlearningLoss, build_loss, register_loss
+import lazy_loader
 
-__all__ = ["LOSSES", "UnlearningLoss", "build_loss", "register_loss"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_unlearn.core.registry import Registry
 from hf_unlearn.core.settings import is_number, require_numbers
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.losses.dual_weight import DualWeight
@@ -65,14 +66,14 @@ class LossKind:
     retain: Literal["nll", "kl", "hidden"] = "nll"
 
 
-LOSSES: dict[str, LossKind] = {}
+LOSSES: Registry[LossKind] = Registry("loss", "hf_unlearn.losses")
 
 
 def register_loss(name: str, **traits: Any) -> Callable[[ForgetTerm], ForgetTerm]:
     """Register a forget term under `name`; `traits` are the fields of `LossKind`."""
 
     def register(term: ForgetTerm) -> ForgetTerm:
-        LOSSES[name] = LossKind(term, **traits)
+        LOSSES.add(name, LossKind(term, **traits))
         return term
 
     return register
@@ -279,13 +280,9 @@ def _find(loss: str | ForgetTerm) -> tuple[str, LossKind]:
         name = getattr(loss, "__qualname__", type(loss).__name__)
         registered = (kind for kind in LOSSES.values() if kind.term is loss)
         return f"{getattr(loss, '__module__', '')}:{name}", next(registered, LossKind(loss))
-    if loss in LOSSES:
-        return loss, LOSSES[loss]
-    module, colon, function = loss.partition(":")
-    if not colon:
-        raise SettingsError(
-            f"unknown loss {loss!r}; choose from {', '.join(sorted(LOSSES))}, or give module:function of your own"
-        )
+    if loss in LOSSES or ":" not in loss:
+        return loss, LOSSES.find(loss, also=("module:function",))
+    module, _, function = loss.partition(":")
     here = os.getcwd()
     sys.path.insert(0, here)  # a console script looks only where it is installed
     try:

@@ -180,7 +180,7 @@ def _variables(report: UnlearningReport, model_name: str, plots: Sequence[str]) 
         "has_retrained": any(m.model == "retrained" for m in report.metrics),
         "bootstrap_seeds": text(sorted({m.seed for m in report.metrics}) or None),
         "attacks": {name: _attack(report.metrics, pattern) for name, pattern in ATTACKS.items()},
-        "sequence": _sequence(report),
+        "series": _series(report),
         "verdicts": _pairs(report.audit.get("verdicts") or {}),
         "not_run": _pairs(report.audit.get("not_run") or {}),
         "undefined": _undefined(report.metrics),
@@ -301,9 +301,9 @@ def _attack(metrics: Iterable[Metric], pattern: str) -> str:
     return "; ".join(parts) or NOT_MEASURED
 
 
-def _sequence(report: UnlearningReport) -> list[tuple[str, str]]:
+def _series(report: UnlearningReport) -> list[tuple[str, str]]:
     """Of one of several requests in a row: the room left, the drift used by all of them, and what it warns of."""
-    about = report.sequence
+    about = report.series
     if not about:
         return []
     room, used = about.get("room") or {}, about.get("drift_used") or {}

@@ -68,7 +68,7 @@ def save_plots(report: UnlearningReport, folder: str | os.PathLike) -> list[Path
     return written
 
 
-def save_sequence_plot(arms: Mapping[str, Sequence[UnlearningReport]], path: str | os.PathLike, metric: str) -> Path:
+def save_series_plot(arms: Mapping[str, Sequence[UnlearningReport]], path: str | os.PathLike, metric: str) -> Path:
     """Draw requests in a row: `metric` on all rows forgotten so far, on retain and held-out rows, and the drift used.
 
     Args:
@@ -77,13 +77,13 @@ def save_sequence_plot(arms: Mapping[str, Sequence[UnlearningReport]], path: str
         metric: Name of a metric that all reports have.
     """
     with matplotlib.rc_context(STYLE):
-        figure = sequence_figure(arms, metric)
+        figure = series_figure(arms, metric)
         figure.savefig(path, dpi=DPI, format="png")
     return Path(path)
 
 
-def sequence_figure(arms: Mapping[str, Sequence[UnlearningReport]], metric: str) -> Figure:
-    """See `save_sequence_plot`."""
+def series_figure(arms: Mapping[str, Sequence[UnlearningReport]], metric: str) -> Figure:
+    """See `save_series_plot`."""
     figure, (upper, lower) = _panels(2, sharex=True)
     last = max(map(len, arms.values()))
     labels: list[tuple[float, str, str]] = []
@@ -102,7 +102,7 @@ def sequence_figure(arms: Mapping[str, Sequence[UnlearningReport]], metric: str)
             if len(labels) < len(SPLIT_COLOURS):
                 name = "forgotten so far" if split == "forget" else SPLIT_NAMES.get(split, split)
                 labels.append((found[-1], name, colour))
-        used = [(r.sequence.get("drift_used") or r.drift)["relative"] for r in reports]
+        used = [(r.series.get("drift_used") or r.drift)["relative"] for r in reports]
         lower.plot(places, used, color="#0072B2", label=arm, **look)
         drifts += used
     _zoom(upper, values)

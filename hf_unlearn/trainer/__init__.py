@@ -1,1 +1,5 @@
 """Training: settings, presets, the trainer, stopping rules, checkpoints and Hub hooks."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

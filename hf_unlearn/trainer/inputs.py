@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_unlearn.constraints.registry import needs_fisher
 from hf_unlearn.core.processes import gather
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.errors import SettingsError, StatisticsError
@@ -51,7 +52,7 @@ def usable_statistics(
                 f"constraint {args.constraint!r} needs statistics; pass `statistics`, or retain_dataset to collect "
                 "them, or choose constraint none"
             )
-        fisher = args.constraint == "kronecker"
+        fisher = needs_fisher(args.constraint)
         return collect_statistics(
             model, retain, collator=collator, batch_size=args.per_device_eval_batch_size, fisher=fisher,
             keep_on=args.keep_statistics_on, max_memory=args.max_memory, sketch_above=args.sketch_above,

@@ -10,8 +10,7 @@ from huggingface_hub.file_download import repo_folder_name
 from torch import nn
 from transformers.modelcard import TASK_MAPPING
 
-from hf_unlearn.constraints.binding import settled_constraints
-from hf_unlearn.constraints.energy import EnergyConstraint
+from hf_unlearn.constraints.binding import resolve_constraints
 from hf_unlearn.constraints.registry import constraint_for
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.models.adapters import without_wrapper
@@ -80,11 +79,12 @@ def _constraint_settings(args: UnlearningConfig) -> dict[str, Any]:
 def _retained(args: UnlearningConfig, statistics: RetainStatistics | None) -> dict[str, float] | None:
     """Means over the layers under an energy constraint: share of `trace(gram)`, and of the dimensions, in the basis."""
     asked, energies, ranks = args.build_constraint(), [], []
-    settled = settled_constraints(statistics, asked) if statistics is not None else {}
-    for layer, kind in settled.items():
-        if isinstance(constraint_for(layer, asked), EnergyConstraint) and statistics is not None:
-            for gram in statistics.gram_eigen(layer).blocks():
-                values_I, rank = gram.spectrum_I, kind.rank(gram) if isinstance(kind, EnergyConstraint) else 0
+    resolved = resolve_constraints(statistics, asked) if statistics is not None else {}
+    for layer, kind in resolved.items():
+        chosen = constraint_for(layer, asked)
+        for gram in statistics.gram_eigen(layer).blocks() if statistics is not None else ():
+            if kind is not None and chosen is not None and chosen.protected_rank(gram) is not None:
+                values_I, rank = gram.spectrum_I, kind.protected_rank(gram) or 0
                 energies.append((values_I[:rank].sum() / values_I.sum()).item() if rank else 0.0)
                 ranks.append(rank / len(values_I))
     if not ranks:

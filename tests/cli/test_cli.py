@@ -421,7 +421,7 @@ def test_requests_in_a_row_by_flags_alone_and_their_ledger(
     assert [r["method"]["constraint_settings"]["energy"] for r in reports] == pytest.approx([0.8, 0.82, 0.84])
     assert [r["method"]["statistics"]["rows"] for r in reports] == [4, 3, 2]
     left = [r["settings"]["max_retain_drift"] for r in reports]
-    assert left == pytest.approx([9.0, *(9 - r["sequence"]["drift_used"]["relative"] for r in reports[:2])])
+    assert left == pytest.approx([9.0, *(9 - r["series"]["drift_used"]["relative"] for r in reports[:2])])
     last = {(m["split"], m["model"]): m for m in reports[2]["metrics"] if m["name"] == "loss"}
     assert {split: last[split, "unlearned"]["n"] for split in ("forgotten_1", "forgotten_2", "forget", "retain")} == {
         "forgotten_1": 2, "forgotten_2": 1, "forget": 1, "retain": 2,
@@ -476,7 +476,7 @@ def test_a_moved_model_and_statistics_collected_afresh_go_on(
     report = answered(request(places, tmp_path, **more, statistics=str(tmp_path / "fresh")), capsys)["reports"][
         "energy_ridge"
     ]
-    assert report["sequence"]["statistics_carried_from"] == [] and report["method"]["statistics"]["rows"] == 2
+    assert report["series"]["statistics_carried_from"] == [] and report["method"]["statistics"]["rows"] == 2
 
 
 @pytest.mark.parametrize("row", ["[1]", "{", "full.json:1", "nowhere", "{}", "full.json:0", "full.json:x"])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_unlearn.constraints.base import BoundConstraint
-from hf_unlearn.constraints.binding import bind_constraints, settled_constraints
+from hf_unlearn.constraints.binding import bind_constraints, resolve_constraints
 from hf_unlearn.constraints.energy import EnergyConstraint
 from hf_unlearn.constraints.energy_ridge import EnergyRidgeConstraint
 from hf_unlearn.constraints.factors import Keep, Remove, Shrink, ShrinkThin
@@ -208,8 +208,8 @@ def test_energy_ridge_does_not_cut_where_inputs_have_no_leading_directions() -> 
         seen.add(bool(flat))
     assert seen == {True, False}
     by_layer = {"a": EnergyRidgeConstraint(), "*": EnergyRidgeConstraint(0.8)}  # each settles on its own layers
-    settled = settled_constraints(statistics, by_layer)
-    assert settled == {"a": by_layer["a"], "b": RidgeConstraint(), "c": RidgeConstraint()}
+    resolved = resolve_constraints(statistics, by_layer)
+    assert resolved == {"a": by_layer["a"], "b": RidgeConstraint(), "c": RidgeConstraint()}
 
 
 def test_many_rows_make_a_dense_shrinkage() -> None:
@@ -320,7 +320,7 @@ def test_a_strength_must_be_positive(setting: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("name", "given", "seen"),
     [
-        ("projection", {}, "unknown constraint 'projection'; choose from energy, ridge, energy_ridge, kronecker, none"),
+        ("projection", {}, "unknown constraint 'projection'; choose from energy, energy_ridge, kronecker, none, ridge"),
         ("energy", {"strength": 1}, "'energy' has no setting 'strength', only energy, spectrum, min_rank_share"),
         ("energy", {"anchored": False}, "has no setting 'anchored'"),
         ("none", {"energy": 1}, "'none' has no setting 'energy', only none"),

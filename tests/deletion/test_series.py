@@ -23,7 +23,7 @@ from hf_unlearn.deletion.carried_statistics import CARRIED
 from hf_unlearn.deletion.ledger import Ledger
 from hf_unlearn.deletion.request import Request
 from hf_unlearn.deletion.room import room_left, running_out
-from hf_unlearn.deletion.series import RequestSequence, stepped
+from hf_unlearn.deletion.series import RequestSeries, stepped
 from hf_unlearn.errors import DataError, LedgerError, SettingsError
 from hf_unlearn.evaluation.report import Metric, UnlearningReport
 from hf_unlearn.models.fingerprint import weights_fingerprint
@@ -55,11 +55,11 @@ class Chain:
         return AutoModelForCausalLM.from_pretrained(self.folder / f"out-{number}").eval() if number else self.original
 
     def request(self, number: int, **changes: Any) -> Request:
-        sequence = RequestSequence(self.ledger)
+        series = RequestSeries(self.ledger)
         model = self.model(number - 1)
-        statistics = sequence.statistics(model) if sequence.done else self.full
+        statistics = series.statistics(model) if series.done else self.full
         forget = FORGET[number - 1]
-        given = {"statistics": statistics, "sequence": sequence, "splits": {"forget": forget, "retain": ROWS[5:]}}
+        given = {"statistics": statistics, "series": series, "splits": {"forget": forget, "retain": ROWS[5:]}}
         return Request(model, forget, **{**given, **changes})
 
     def args(self, number: int, **changes: Any) -> UnlearningConfig:
@@ -111,7 +111,7 @@ def test_with_energy_1_they_are_what_a_fresh_collection_on_the_last_model_finds(
     assert (largest_difference(chain.carried(), fresh) < 1e-5) == exact
     moved = [(a - b).abs().max() for a, b in zip(chain.original.parameters(), chain.model(2).parameters(), strict=True)]
     assert max(moved) > 1e-3
-    assert all(report.sequence["negative_share"] < 1e-6 for report in reports) or not exact
+    assert all(report.series["negative_share"] < 1e-6 for report in reports) or not exact
 
 
 def test_each_request_goes_on_from_the_last_ones_weights(chain: Chain) -> None:
@@ -127,7 +127,7 @@ def test_each_request_goes_on_from_the_last_ones_weights(chain: Chain) -> None:
         assert content["request"] == report.request["number"] == k + 1
         assert content["commitment"] == report.request["commitment"]
         saved = UnlearningReport.load(chain.folder / f"out-{k + 1}")
-        assert saved.request == report.request and saved.sequence == json.loads(json.dumps(report.sequence))
+        assert saved.request == report.request and saved.series == json.loads(json.dumps(report.series))
         assert content["commitment"] in (chain.folder / f"out-{k + 1}" / "README.md").read_text()
         assert [e.content["request"] for e in chain.ledger.prove(FORGET[k][0])] == [k + 1]
         assert {m["split"] for m in content["metrics"]} == {"forget", "retain"}
@@ -137,13 +137,13 @@ def test_each_request_goes_on_from_the_last_ones_weights(chain: Chain) -> None:
 
 def test_drift_adds_up_over_requests_layer_by_layer(chain: Chain) -> None:
     reports = [chain.fulfil(number) for number in (1, 2)]
-    used = reports[1].sequence["drift_used"]
+    used = reports[1].series["drift_used"]
     for layer, value in used["by_layer"].items():
         assert value == pytest.approx(sum(report.drift["by_layer"][layer] for report in reports))
     squares = [value**2 for value in used["by_layer"].values()]
     assert used["relative"] == pytest.approx((sum(squares) / len(squares)) ** 0.5)
     assert max(r.drift["relative"] for r in reports) < used["relative"] <= sum(r.drift["relative"] for r in reports)
-    assert RequestSequence(chain.ledger).drift_used == pytest.approx(used["relative"])
+    assert RequestSeries(chain.ledger).drift_used == pytest.approx(used["relative"])
 
 
 def test_every_request_goes_by_what_held_out_rows_had_before_the_first(chain: Chain) -> None:
@@ -163,7 +163,7 @@ def test_every_request_goes_by_what_held_out_rows_had_before_the_first(chain: Ch
             request.splits = {**request.splits, "holdout": text_rows(4, 9)}
             report = request.fulfil(chain.args(number, forget_target=0.3 if number == 3 else None))
             found.append(report.get("answer_probability", "holdout", "original").value)  # type: ignore[union-attr]
-            assert report.sequence["mark"] == (None if number == 1 else found[0])
+            assert report.series["mark"] == (None if number == 1 else found[0])
     assert marks == pytest.approx([found[0], found[0], 0.3], rel=1e-5) and abs(found[1] / found[0] - 1) > 1e-3
 
 
@@ -243,9 +243,9 @@ def test_a_rising_energy_takes_the_room_and_is_warned_of(tmp_path: Path) -> None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             report = chain.fulfil(number, constraint_settings=settings)
-        rooms.append(report.sequence["room"]["mean"])
-        found = [line for line in report.sequence["warnings"] if "the room is running out" in line]
-        assert set(report.sequence["warnings"]) <= {str(w.message) for w in caught}
+        rooms.append(report.series["room"]["mean"])
+        found = [line for line in report.series["warnings"] if "the room is running out" in line]
+        assert set(report.series["warnings"]) <= {str(w.message) for w in caught}
         told.append(bool(found))
     assert rooms == sorted(rooms, reverse=True)
     assert told == [running_out(rooms[: k + 1]) for k in range(3)] and told[0] is False and told[-1] is True
@@ -256,8 +256,8 @@ def test_a_drift_budget_is_warned_of_one_request_before_it_ends(chain: Chain) ->
     for budget, warns in ((2.5 * plain, False), (1.5 * plain, True)):
         own = Chain(chain.folder / str(budget), chain.original)
         report = own.fulfil(1, max_retain_drift=budget)
-        assert report.sequence["drift_used"]["budget"] == budget
-        assert ("drift budget is running out" in " ".join(report.sequence["warnings"])) == warns
+        assert report.series["drift_used"]["budget"] == budget
+        assert ("drift budget is running out" in " ".join(report.series["warnings"])) == warns
 
 
 def test_energy_steps_up_to_1() -> None:
@@ -271,7 +271,7 @@ def test_energy_steps_up_to_1() -> None:
 def test_a_row_is_forgotten_once(chain: Chain) -> None:
     chain.fulfil(1)
     with pytest.raises(DataError, match="request 1 already"):
-        RequestSequence(chain.ledger).begin([FORGET[1][0], FORGET[0][1]])
+        RequestSeries(chain.ledger).begin([FORGET[1][0], FORGET[0][1]])
 
 
 def test_another_model_is_refused_before_any_work(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +282,7 @@ def test_another_model_is_refused_before_any_work(chain: Chain, monkeypatch: pyt
     with pytest.raises(LedgerError, match="go on from that model"):
         request.fulfil(chain.args(2))
     inside = Request(chain.original, FORGET[0], {"forget": FORGET[0]}, chain.full)
-    inside.sequence = RequestSequence(Ledger(chain.folder / "out-2" / "ledger", KEY))
+    inside.series = RequestSeries(Ledger(chain.folder / "out-2" / "ledger", KEY))
     with pytest.raises(SettingsError, match="must not be in the output folder"):
         inside.fulfil(chain.args(2))
     with pytest.raises(SettingsError, match="choose another"):
@@ -303,7 +303,7 @@ def test_private_files_that_are_not_what_the_ledger_says_are_refused(harm: str, 
     else:
         (private / "request.json").unlink()
     with pytest.raises(LedgerError, match="_private" if harm == "record" else "collect afresh"):
-        RequestSequence(chain.ledger).statistics(chain.model(1))
+        RequestSeries(chain.ledger).statistics(chain.model(1))
 
 
 def test_killed_before_the_entry_the_sequence_is_where_it_was(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,8 +317,8 @@ def test_killed_before_the_entry_the_sequence_is_where_it_was(chain: Chain, monk
         with pytest.raises(KeyboardInterrupt):
             chain.fulfil(2)
     assert (chain.folder / "out-2").is_dir() and len(chain.ledger.requests()) == 1
-    sequence = RequestSequence(chain.ledger)
-    assert sequence.number == 2 and sequence.statistics(chain.model(1)) is not None
+    series = RequestSeries(chain.ledger)
+    assert series.number == 2 and series.statistics(chain.model(1)) is not None
     report = chain.fulfil(2, overwrite_output_dir=True)
     assert report.request["number"] == 2 and chain.ledger.verify().intact
     assert len(list((chain.folder / "ledger" / "_private").glob("*/statistics"))) == 1
@@ -338,7 +338,7 @@ def test_statistics_that_are_out_of_date_are_told_of(tmp_path: Path) -> None:
     for energy in (1.0, 0.05):
         chain = Chain(tmp_path / str(energy), tiny_llama(), constraint_settings={"energy": energy}, max_steps=8)
         reports = [chain.fulfil(number) for number in (1, 2)]
-        told[energy] = ["out of date" in " ".join(report.sequence["warnings"]) for report in reports]
+        told[energy] = ["out of date" in " ".join(report.series["warnings"]) for report in reports]
     assert told == {1.0: [False, False], 0.05: [False, True]}
 
 
@@ -348,8 +348,8 @@ def test_statistics_that_are_out_of_date_are_told_of(tmp_path: Path) -> None:
 def test_earlier_rows_are_given_back_where_they_are_those_and_else_it_is_said(chain: Chain) -> None:
     for number in (1, 2):
         request = chain.request(number)
-        assert request.sequence is not None
-        request.sequence.begin(FORGET[number - 1], {"place": number})
+        assert request.series is not None
+        request.series.begin(FORGET[number - 1], {"place": number})
         request.fulfil(chain.args(number))
 
     def load(where: dict[str, Any]) -> Any:
@@ -358,13 +358,13 @@ def test_earlier_rows_are_given_back_where_they_are_those_and_else_it_is_said(ch
         return list(reversed(FORGET[0]))
 
     request = chain.request(3)
-    sequence = request.sequence
-    assert sequence is not None and list(sequence.earlier(load)) == [1]
-    assert sequence.untested == {2: "not at hand"}
+    series = request.series
+    assert series is not None and list(series.earlier(load)) == [1]
+    assert series.untested == {2: "not at hand"}
     with pytest.warns(UserWarning, match=r"earlier requests \(2\) are not at hand"):
         report = request.fulfil(chain.args(3))
-    assert report.sequence["untested"] == {"2": "not at hand"}
-    other = RequestSequence(chain.ledger)
+    assert report.series["untested"] == {"2": "not at hand"}
+    other = RequestSeries(chain.ledger)
     assert other.earlier(lambda where: ROWS[5:7]) == {}
     assert set(other.untested.values()) == {"the rows found are not those of the request"}
 
@@ -396,12 +396,12 @@ def test_rows_that_come_back_are_told_of(low: float, told: bool, chain: Chain) -
     left = {"name": "accuracy", "split": "forget", "model": "unlearned", "value": 0.05, "high": 0.1}
     chain.ledger.append("request", {"request": 1, "metrics": [left]}, after=0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RequestSequence, "_record", lambda self, entry: {})
-        sequence = RequestSequence(chain.ledger)
+        patch.setattr(RequestSeries, "_record", lambda self, entry: {})
+        series = RequestSeries(chain.ledger)
     metrics = [Metric("accuracy", 0.5, "forgotten_1", "unlearned", 9, low, 0.9)]
-    found = list(sequence._came_back(UnlearningReport(metrics)))
+    found = list(series._came_back(UnlearningReport(metrics)))
     assert len(found) == told and all("request 1 came back" in line for line in found)
-    assert not list(sequence._came_back(UnlearningReport([replace(metrics[0], model="original")])))
+    assert not list(series._came_back(UnlearningReport([replace(metrics[0], model="original")])))
 
 
 @pytest.mark.parametrize("merge", [True, False])
@@ -417,9 +417,9 @@ def test_an_adapter_is_merged_before_the_next_request(merge: bool, tmp_path: Pat
             request.fulfil(chain.args(1))
         return
     request.fulfil(chain.args(1))
-    sequence = RequestSequence(chain.ledger)
-    sequence.check_model(chain.model(1))
+    series = RequestSeries(chain.ledger)
+    series.check_model(chain.model(1))
     with pytest.raises(LedgerError):
-        sequence.check_model(chain.original)
+        series.check_model(chain.original)
     chain.fulfil(2)
     assert [e.content["request"] for e in chain.ledger.requests()] == [1, 2]

@@ -443,7 +443,7 @@ def likelihood(predictions: Predictions, original: None, *, weight: float = 1.0)
 def test_a_function_is_a_loss() -> None:
     model, _, batch = with_alternates("gpt2")
     loss = build_loss(likelihood, {"weight": 2.0})
-    assert loss.name == "test_losses_pairs:likelihood" and not loss.needs_original
+    assert loss.name == f"{__name__}:likelihood" and not loss.needs_original
     p = [reference.softmax(z)[y] for z, y in reference.pairs(dense(model, batch["forget"]))]
     assert loss(model, batch).item() == pytest.approx(2 * np.mean(p), rel=1e-5)
     assert build_loss(loss) is loss
@@ -470,7 +470,7 @@ def test_a_loss_is_named_by_module_and_function(tmp_path: Path, monkeypatch: pyt
         assert named.kind is LOSSES["own_for_test"] and named.needs_original
         assert torch.isfinite(named(model, batch, before(model, original)))
     finally:
-        LOSSES.pop("own_for_test", None)
+        LOSSES.remove("own_for_test")
     with pytest.raises(SettingsError, match="cannot import loss 'own_losses_for_test:nothing'"):
         build_loss("own_losses_for_test:nothing")
     with pytest.raises(SettingsError, match="cannot import loss 'no_such_module_at_all:f': No module named"):
@@ -489,7 +489,7 @@ def test_a_term_with_the_wrong_number_of_values_is_an_error() -> None:
         with pytest.raises(SettingsError, match=r"must give one value per row \(4 here\), got \[\d+\]"):
             build_loss(name)(model, batch)
     finally:
-        LOSSES.pop(name, None)
+        LOSSES.remove(name)
 
 
 # Labels that cannot be

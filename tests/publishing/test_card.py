@@ -124,7 +124,7 @@ def test_a_request_in_a_row_says_its_number_its_room_and_its_warnings() -> None:
     report = make_report()
     assert cells(render_card(report, model_name="m"))["number in its ledger"] == "not recorded"
     report.request["number"] = 3
-    report.sequence = {
+    report.series = {
         "room": {"mean": 0.25}, "drift_used": {"relative": 0.0123, "budget": None}, "warnings": ["the room | runs out"],
     }  # fmt: skip
     said = cells(render_card(report, model_name="m"))

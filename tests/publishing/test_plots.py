@@ -207,14 +207,14 @@ def in_a_row(count: int, offset: float = 0.0) -> list[UnlearningReport]:
         metrics += [Metric("accuracy", 0.8 + offset, "holdout", "unlearned", 50)]
         metrics += [Metric("accuracy", 0.1 * number, "forget", "unlearned", 10)]
         metrics += [Metric("accuracy", 0.3 + offset, f"forgotten_{k}", "unlearned", 30) for k in range(1, number)]
-        reports.append(UnlearningReport(metrics, sequence={"drift_used": {"relative": 0.01 * number + offset}}))
+        reports.append(UnlearningReport(metrics, series={"drift_used": {"relative": 0.01 * number + offset}}))
     return reports
 
 
 def test_the_sequence_plot_draws_each_arm_over_the_requests(tmp_path: Path) -> None:
     joint = UnlearningReport([Metric("accuracy", 0.25, "forget", "unlearned", 40)], drift={"relative": 0.05})
     arms = {"carried": in_a_row(3), "fresh": in_a_row(3, 0.01), "joint": [joint]}
-    upper, lower = plots.sequence_figure(arms, "accuracy").axes
+    upper, lower = plots.series_figure(arms, "accuracy").axes
     curves = [(list(line.get_xdata()), list(line.get_ydata())) for line in upper.get_lines()]
     assert ([1, 2, 3], pytest.approx([0.1, (2 + 9) / 40, (3 + 18) / 70])) in curves
     assert ([1, 2, 3], pytest.approx([0.91] * 3)) in curves and ([3], [0.25]) in curves
@@ -222,5 +222,5 @@ def test_the_sequence_plot_draws_each_arm_over_the_requests(tmp_path: Path) -> N
     assert drifts == [pytest.approx([0.01, 0.02, 0.03]), pytest.approx([0.02, 0.03, 0.04]), [0.05]]
     assert [text.get_text() for text in lower.get_legend().get_texts()] == list(arms)
     before = dict(matplotlib.rcParams)
-    assert plots.save_sequence_plot(arms, tmp_path / "s.png", "accuracy").read_bytes().startswith(PNG)
+    assert plots.save_series_plot(arms, tmp_path / "s.png", "accuracy").read_bytes().startswith(PNG)
     assert dict(matplotlib.rcParams) == before

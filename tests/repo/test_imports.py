@@ -169,7 +169,8 @@ def test_importing_the_package_loads_no_heavy_library() -> None:
 
 def test_the_trainer_loads_no_library_for_plots_and_cards() -> None:
     heavy = ("matplotlib", "jinja2", "evaluate", "rouge_score")
-    assert loaded_by(f"import {PACKAGE}.trainer; {PACKAGE}.trainer.UnlearningTrainer", heavy) == []
+    own = set(loaded_by(f"import {PACKAGE}.trainer; {PACKAGE}.trainer.UnlearningTrainer", heavy))
+    assert own == set(loaded_by("from transformers import Trainer", heavy)) <= {"jinja2"}  # for chat templates
     # negative control: publishing does load them
     assert "matplotlib" in loaded_by(f"import {PACKAGE}.publishing.plots", heavy)
 

@@ -68,13 +68,13 @@ def test_it_ends_with_a_table_of_every_arm(
         "retrained",
     ]
     assert len({line.count("|") for line in table}) == 1
-    assert (tmp_path / "out" / "sequence.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "series.png").read_bytes().startswith(b"\x89PNG")
     for arm, carried in (("carried", True), ("again", True), ("fresh", False)):
         ledger = Ledger(tmp_path / "out" / arm / "ledger", recipe.read_key(tmp_path / "out" / "ledger.key"))
         assert ledger.verify().intact
         first, second = ledger.requests()
         assert second.content["weights"]["before"] == first.content["weights"]["after"]
-        assert bool(second.content["sequence"]["statistics_carried_from"]) == carried
+        assert bool(second.content["series"]["statistics_carried_from"]) == carried
         assert {m["split"] for m in second.content["metrics"]} >= {"forgotten_1", "forget", "retain", "holdout"}
     assert start(recipe, monkeypatch, "table", tmp_path / "out") == 0
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")] == table
@@ -136,7 +136,7 @@ def test_authors_in_a_row_by_the_command_line(
     assert table[8:] == table[:8]
     for arm, carried in (("carried", 1), ("again", 1), ("fresh", 0)):
         last = UnlearningReport.load(tmp_path / "out" / arm / "02")
-        assert len(last.sequence["statistics_carried_from"]) == carried
+        assert len(last.series["statistics_carried_from"]) == carried
         assert last.method["rows_forgotten_again"] == (20 if arm == "again" else 0)
         assert last.get("answer_probability", "forgotten_1").n == 20  # type: ignore[union-attr]
         assert not list((tmp_path / "out" / arm / "01").glob("*.safetensors"))

@@ -1,0 +1,13 @@
+from .base import BoundConstraint as BoundConstraint
+from .base import Constraint as Constraint
+from .binding import bind_constraints as bind_constraints
+from .drift import Drift as Drift
+from .energy import EnergyConstraint as EnergyConstraint
+from .energy_ridge import EnergyRidgeConstraint as EnergyRidgeConstraint
+from .kronecker import KroneckerConstraint as KroneckerConstraint
+from .registry import CONSTRAINTS as CONSTRAINTS
+from .registry import build_constraint as build_constraint
+from .registry import register_constraint as register_constraint
+from .ridge import RidgeConstraint as RidgeConstraint
+from .step_constrainer import StepConstrainer as StepConstrainer
+from .step_constrainer import constrain_optimizer as constrain_optimizer

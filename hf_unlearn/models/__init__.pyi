@@ -1,0 +1,13 @@
+from .fingerprint import weights_fingerprint as weights_fingerprint
+from .forward import Predictions as Predictions
+from .forward import predict as predict
+from .layers import Layer as Layer
+from .layers import find_layers as find_layers
+from .layers import known_layers as known_layers
+from .layers import register_layer as register_layer
+from .loading import load_model as load_model
+from .loading import load_processor as load_processor
+from .loading import load_tokenizer as load_tokenizer
+from .tasks import task_of as task_of
+from .trainable import Coverage as Coverage
+from .trainable import freeze_unprotected as freeze_unprotected
