@@ -169,7 +169,7 @@ def show(reports: "dict[str, UnlearningReport]", output_dir: str, metric: str) -
         lines.append(f"\n{name}: {report.method['stopped']}")
         for sample in report.samples:
             lines.append(f"  Q      {sample['prompt']}\n  before {sample['answer']}\n  after  {sample['after']}\n")
-    lines += _about_sequence(first)
+    lines += _series_lines(first)
     lines.append("\ntime: " + ", ".join(f"{phase} {value:.1f} s" for phase, value in first.timings.items()))
     several = "/<constraint>" if len(reports) > 1 else ""
     lines.append(f"checkpoint, report, card and plots: {output_dir}{several}")
@@ -177,7 +177,7 @@ def show(reports: "dict[str, UnlearningReport]", output_dir: str, metric: str) -
     return Answer("\n".join(lines), content)
 
 
-def _about_sequence(report: "UnlearningReport") -> list[str]:
+def _series_lines(report: "UnlearningReport") -> list[str]:
     """What one of several requests in a row has used, left, and must be told of."""
     about = report.series
     if not about:

@@ -1,4 +1,4 @@
 from .arguments import RunArguments as RunArguments
 from .ledger import Ledger as Ledger
 from .request import Request as Request
-from .series import RequestSequence as RequestSequence
+from .series import RequestSeries as RequestSeries
