@@ -98,7 +98,7 @@ def test_settings_of_matplotlib_are_restored_and_pyplot_is_not_loaded(tmp_path: 
     assert dict(matplotlib.rcParams) == before
     with matplotlib.rc_context(plots.STYLE):
         assert dict(matplotlib.rcParams) != before  # the style does differ from what is restored
-    code = "import sys, hf_unlearn.plots; print('matplotlib.pyplot' in sys.modules, 'matplotlib' in sys.modules)"
+    code = "import sys, hf_unlearn.publishing.plots; print('matplotlib.pyplot' in sys.modules, 'matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]
 
