@@ -195,15 +195,15 @@ def test_no_row_no_token_and_no_litter_leaves(hub: Hub, client: Client, tmp_path
     assert not set(stray) & set(hub.files("me/model"))
     # negative control: without the list the same search finds every one of them
     everything = """
-import hf_unlearn.core.hub, hf_unlearn.publish
+import hf_unlearn.core.hub, hf_unlearn.publishing.model_folder
 from pathlib import Path
-kept = hf_unlearn.publish.publishable, hf_unlearn.hub._refuse_tokens
-hf_unlearn.publish.publishable = lambda folder, patterns=None: kept[0](folder, patterns) if patterns else sorted(
+kept = hf_unlearn.publishing.model_folder.publishable, hf_unlearn.core.hub._refuse_tokens
+hf_unlearn.publishing.model_folder.publishable = lambda folder, patterns=None: kept[0](folder, patterns) if patterns else sorted(
     p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
-hf_unlearn.hub._refuse_tokens = lambda *args: None
+hf_unlearn.core.hub._refuse_tokens = lambda *args: None
 """
     client.run(f"{everything}\ntry:\n    {PUSH.strip().replace(chr(10), chr(10) + '    ')}\nfinally:\n"
-               "    hf_unlearn.publish.publishable, hf_unlearn.hub._refuse_tokens = kept",
+               "    hf_unlearn.publishing.model_folder.publishable, hf_unlearn.core.hub._refuse_tokens = kept",
                folder=str(folder), repo="me/open", options={})  # fmt: skip
     for secret in (*SECRETS, TOKEN):
         assert secret.encode() in hub.everything_published() and secret.encode() in hub.everything_received()

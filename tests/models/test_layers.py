@@ -152,7 +152,7 @@ def test_a_new_layer_type_is_one_registration() -> None:
 def test_conv1d_is_known_before_any_model_was_searched() -> None:
     """As when statistics are loaded in a fresh process, before `find_layers` ran."""
     code = (
-        "from transformers.pytorch_utils import Conv1D; from hf_unlearn.layers import describe_layer; "
+        "from transformers.pytorch_utils import Conv1D; from hf_unlearn.models.layers import describe_layer; "
         "layer = describe_layer(Conv1D(6, 4)); assert (layer.outputs, layer.inputs, layer.transposed) == (6, 4, True)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
