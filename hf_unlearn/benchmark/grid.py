@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from hf_unlearn.constraints.registry import CONSTRAINTS, needs_fisher
 from hf_unlearn.core.files import write_json
 from hf_unlearn.core.processes import gather, is_main, wait_for_all
-from hf_unlearn.data.row_identity import row_key
+from hf_unlearn.data.row_identity import row_hash
 from hf_unlearn.deletion.arguments import BenchmarkArguments
 from hf_unlearn.deletion.prepare import prepare
 from hf_unlearn.deletion.request import Request
@@ -222,7 +222,7 @@ class _Workplace:
         if self.request is None:
             args = replace(self.first.args, constraints=None)
             self.request = prepare(args, self.first.config, fisher=self.fisher)
-            keys = sorted(row_key(row) for row in self.request.forget)
+            keys = sorted(row_hash(row) for row in self.request.forget)
             self.about = {
                 "weights": weights_fingerprint(self.request.model),
                 "forget_rows": sha256(b"".join(keys)).hexdigest(),

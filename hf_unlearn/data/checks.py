@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from hf_unlearn.data.formats import LABELS
-from hf_unlearn.data.row_identity import row_key
+from hf_unlearn.data.row_identity import row_hash
 from hf_unlearn.errors import DataError
 from hf_unlearn.models.tasks import IGNORED
 
@@ -39,8 +39,8 @@ def require_labels(rows: Any, what: str) -> bool:
 
 def require_disjoint(forget: Any, retain: Any, what: str = "retain") -> None:
     """Raise `DataError` where a row is in the forget set and in the `what` set."""
-    keys = {row_key(forget[i]): i for i in range(len(forget))}
-    shared = [(keys[key], i) for i in range(len(retain)) if (key := row_key(retain[i])) in keys]
+    keys = {row_hash(forget[i]): i for i in range(len(forget))}
+    shared = [(keys[key], i) for i in range(len(retain)) if (key := row_hash(retain[i])) in keys]
     if shared:
         raise DataError(
             f"{len(shared)} forget rows are also in the {what} set (first: forget row {shared[0][0]} is {what} row "

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset
 from hf_unlearn.core.processes import world
 from hf_unlearn.data.checks import require_rows
 from hf_unlearn.data.formats import ENCODERS, MODEL_INPUTS, Encode, Encoding, Row
-from hf_unlearn.data.row_identity import row_key
+from hf_unlearn.data.row_identity import row_hash
 from hf_unlearn.data.wrong_answers import WRONG, with_alternatives
 from hf_unlearn.errors import DataError
 from hf_unlearn.models.tasks import Task, task_of
@@ -106,7 +106,7 @@ def _with_idk(encode: Encode, seed: int) -> Encode:
     answers = idk_answers()
 
     def with_answer(row: Row, index: int) -> dict[str, Any]:
-        drawn = hashlib.sha256(f"{seed}:".encode() + row_key(row)).digest()
+        drawn = hashlib.sha256(f"{seed}:".encode() + row_hash(row)).digest()
         return encode({**row, "alternate": answers[int.from_bytes(drawn, "big") % len(answers)]}, index)
 
     return with_answer

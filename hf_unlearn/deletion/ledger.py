@@ -33,7 +33,7 @@ from filelock import FileLock, Timeout
 
 from hf_unlearn.core.files import write_json
 from hf_unlearn.data.formats import Row
-from hf_unlearn.data.row_identity import row_identity
+from hf_unlearn.data.row_identity import row_hash
 from hf_unlearn.errors import LedgerError
 
 FORMAT_VERSION = 1
@@ -335,7 +335,7 @@ class Ledger:
 
     def tag(self, nonce: str, row: Row) -> str:
         """A row's commitment under the nonce of a request."""
-        return self._mac("row", nonce, row_identity(row))
+        return self._mac("row", nonce, row_hash(row).hex())
 
     def _mac(self, purpose: str, *parts: str) -> str:
         """HMAC-SHA256 of parts without newlines; `purpose` keeps the uses of the key apart."""

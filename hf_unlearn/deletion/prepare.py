@@ -11,7 +11,7 @@ from torch import nn
 from hf_unlearn.core.processes import wait_for_all
 from hf_unlearn.data.batches import default_collator, take
 from hf_unlearn.data.formats import Row
-from hf_unlearn.data.row_identity import labelled_row_key
+from hf_unlearn.data.row_identity import labelled_row_hash
 from hf_unlearn.deletion.arguments import RunArguments
 from hf_unlearn.deletion.fine_tuning import FineTuning, cache_folder, fine_tuned
 from hf_unlearn.deletion.next_request import begin, last_model
@@ -124,7 +124,7 @@ def _full_statistics(
         raise SettingsError("a constraint needs statistics; pass --statistics, or --train to collect them on")
     kind = f"{fisher} {config.sketch_above} {config.sketch_rank}"
     digest = sha256(
-        weights_fingerprint(model).encode() + b"".join(map(labelled_row_key, train)) + kind.encode()
+        weights_fingerprint(model).encode() + b"".join(map(labelled_row_hash, train)) + kind.encode()
     ).hexdigest()
     folder = cache / f"statistics-{digest[:20]}"
     if folder.is_dir():

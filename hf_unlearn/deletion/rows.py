@@ -10,7 +10,7 @@ from hf_unlearn.data.checks import require_disjoint
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.formats import Row
 from hf_unlearn.data.row_filters import read_requests, rows_by_index, rows_requested, rows_where
-from hf_unlearn.data.row_identity import row_key
+from hf_unlearn.data.row_identity import row_hash
 from hf_unlearn.data.splits import load_rows
 from hf_unlearn.deletion.arguments import RunArguments
 from hf_unlearn.errors import DataError, SettingsError
@@ -67,10 +67,10 @@ def load_splits(
     Rows that were forgotten `earlier` are in no train or retain split, and in splits of their own.
     """
     how: dict[str, Any] = {"max_length": max_length, "task": args.task}
-    gone = {row_key(row) for rows in (earlier or {}).values() for row in rows}
+    gone = {row_hash(row) for rows in (earlier or {}).values() for row in rows}
 
     def left(rows: Any) -> Any:
-        return [row for row in rows if row_key(row) not in gone] if gone else rows
+        return [row for row in rows if row_hash(row) not in gone] if gone else rows
 
     def encoded(splits: str, what: str) -> Any:
         return encode_dataset(load_rows(args.dataset_name, splits, what), tokenizer, what=what, **how)
@@ -81,8 +81,8 @@ def load_splits(
         retain = left(encoded(args.retain, "retain"))
         require_disjoint(forget, retain)
     else:
-        keys = {row_key(row) for row in forget}
-        retain = [row for row in train if row_key(row) not in keys]
+        keys = {row_hash(row) for row in forget}
+        retain = [row for row in train if row_hash(row) not in keys]
         if train and len(retain) != len(train) - len(forget):
             missing = len(retain) + len(forget) - len(train)
             raise DataError(f"{missing} forget rows are not in the train split {args.train!r}, or are in it twice")

@@ -17,7 +17,7 @@ from torch import nn
 
 from hf_unlearn.core.files import replace_file
 from hf_unlearn.core.processes import gather, is_main, wait_for_all
-from hf_unlearn.data.row_identity import labelled_row_key
+from hf_unlearn.data.row_identity import labelled_row_hash
 from hf_unlearn.data.wrong_answers import ALTERNATIVES
 from hf_unlearn.errors import DataError
 from hf_unlearn.evaluation.metrics.generation import generate_answers, true_answers
@@ -154,7 +154,7 @@ def _key(name: str, model_key: str, rows: Any) -> str:
     digest = sha256(f"{VERSION} {name} {model_key}".encode())
     for index in range(len(rows)):
         for row in _with_alternatives(rows[index]) if name == "alternatives" else [rows[index]]:
-            digest.update(labelled_row_key(row))
+            digest.update(labelled_row_hash(row))
     return digest.hexdigest()[:32]
 
 

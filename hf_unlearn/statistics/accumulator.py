@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hf_unlearn.core.processes import gather, gather_rows, sum_over_processes, world
 from hf_unlearn.core.sharding import whole
 from hf_unlearn.core.storage import Storage, from_own_rows, own_rows
-from hf_unlearn.data.row_identity import pair_hashes, row_hashes, rows_to_text
+from hf_unlearn.data.row_identity import batch_hashes, rows_to_text
 from hf_unlearn.errors import ModelError, SettingsError
 from hf_unlearn.models.adapters import without_wrapper
 from hf_unlearn.models.fingerprint import weights_fingerprint
@@ -161,10 +161,10 @@ class Collector:
         self._mask_BT = mask.bool() if mask is not None and mask.ndim == 2 else None
         self._last = self._encoded = None
         self._batch_size = len(next(iter(inputs.values())))
-        hashes = row_hashes(inputs, self._mask_BT)
+        hashes = batch_hashes(inputs)
         if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             self._encoder_mask_BS, self._mask_BT = self._mask_BT, decoder_mask(inputs)
-            hashes = pair_hashes(inputs, self._encoder_mask_BS, self._mask_BT)
+            hashes = batch_hashes(inputs, encoder_decoder=True)
         logits = output_logits(self.model, inputs)
         if self.fisher and self._summing:
             self._backward(logits, inputs, hashes)

@@ -14,7 +14,7 @@ import torch
 from helpers import tiny as cases
 from torch import Tensor, nn
 
-from hf_unlearn.data.row_identity import row_hashes
+from hf_unlearn.data.row_identity import batch_hashes
 from hf_unlearn.errors import OutputError, StatisticsError
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.statistics import retain_statistics as module
@@ -107,9 +107,10 @@ def test_the_data_fingerprint_has_no_order_and_adds_up(llama: nn.Module, full: R
 
 def test_row_hashes_read_the_unmasked_inputs_only() -> None:
     left, right = (cases.collate(cases.text_rows(3), side) for side in ("left", "right"))
-    hashes = [row_hashes(batch, batch["attention_mask"].bool()) for batch in (left, right)]
+    hashes = [batch_hashes(batch) for batch in (left, right)]
     assert hashes[0] == hashes[1] and len(set(hashes[0])) == 3
-    assert row_hashes(left, None) != row_hashes(right, None)
+    unmasked = [{"input_ids": batch["input_ids"]} for batch in (left, right)]
+    assert batch_hashes(unmasked[0]) != batch_hashes(unmasked[1])
 
 
 def test_the_weights_fingerprint_names_values_not_their_precision() -> None:
