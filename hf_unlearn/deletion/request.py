@@ -20,7 +20,7 @@ from hf_unlearn.evaluation.evaluate import evaluate_unlearning
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.models.adapters import merged_state_dict
 from hf_unlearn.models.fingerprint import state_fingerprint, weights_fingerprint
-from hf_unlearn.models.modes import flags_kept
+from hf_unlearn.models.modes import trainable_flags_restored
 from hf_unlearn.publishing.model_folder import complete_folder, push_unlearned_model
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
@@ -116,7 +116,7 @@ class Request:
                 self._retained = self._retain_statistics(args)
         statistics, timings = self._retained, dict(self.timings)
         with ExitStack() as ending:
-            ending.enter_context(flags_kept(self.model))
+            ending.enter_context(trainable_flags_restored(self.model))
             with _scratch(target) as scratch, clock(timings, "unlearn"):
                 with clock(timings, "decompose"):
                     own = args.but(output_dir=str(scratch), hub_model_id=args.hub_model_id or target.name)

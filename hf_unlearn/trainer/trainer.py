@@ -31,7 +31,7 @@ from hf_unlearn.losses.base import ForgetTerm, OriginalModel
 from hf_unlearn.losses.original_outputs import frozen_copy, original_outputs
 from hf_unlearn.models.adapters import with_adapter
 from hf_unlearn.models.forward import predict
-from hf_unlearn.models.loading import load_named
+from hf_unlearn.models.loading import load_model_and_processor
 from hf_unlearn.models.modes import hold_norm_statistics
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.trainer.adversary import relearned
@@ -101,7 +101,7 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
     ):
         if not isinstance(model, nn.Module):
-            model, processing_class = load_named(model, processing_class)
+            model, processing_class = load_model_and_processor(model, processing_class)
         assert isinstance(model, nn.Module)
         self.loss = args.build_loss() if loss is None else build_loss(loss)
         encode = encoder(model, processing_class, args, self.loss)

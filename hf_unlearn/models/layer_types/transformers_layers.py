@@ -15,7 +15,7 @@ ROUTERS = ("MixtralTopKRouter", "OlmoeTopKRouter", "Qwen2MoeTopKRouter", "Qwen3M
 _EXPERTS_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 
 
-def register_late(module: object) -> None:
+def register_late(module: Any) -> None:
     """Register `Conv1D`, and the type of `module` if it is one of experts or a router."""
     from transformers.pytorch_utils import Conv1D
 
