@@ -6,7 +6,7 @@ from huggingface_hub import CommitInfo
 from transformers import HfArgumentParser
 
 from hf_unlearn.cli.common import Answer, make_parser
-from hf_unlearn.core.hub import STATISTICS, publishable
+from hf_unlearn.core.published_files import STATISTICS, publishable
 from hf_unlearn.deletion.ledger import KEY_VARIABLE, Ledger, open_ledger
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation.report import UnlearningReport

@@ -1,7 +1,7 @@
 """Temporary changes to a model, each undone at the end of its scope, also on exceptions.
 
 - `eval_mode` puts every module in eval mode and restores each module's own mode.
-- `restored` also restores weights, buffers, gradients, `requires_grad` and the random state: anything may change inside.
+- `restored` also restores weights, buffers, gradients, `requires_grad` and the random state; anything may change.
 - `trainable_flags_restored` restores `requires_grad` of the parameters that were trainable: a run may freeze them.
 
 `hold_norm_statistics` is not a scope: `Trainer.training_step` puts the model into training mode at each step, which
@@ -93,7 +93,7 @@ def trainable_flags_restored(model: nn.Module) -> Iterator[None]:
 
 
 def hold_norm_statistics(model: nn.Module) -> None:
-    """Put batch norms in eval mode until the next `model.train()`, so forget batches do not change running statistics."""
+    """Put batch norms in eval mode until the next `model.train()`; forget batches do not change their statistics."""
     for module in model.modules():
         if getattr(module, "track_running_stats", False):
             module.eval()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, ModelCard
 
-from hf_unlearn.core.hub import WEIGHTS, publishable, push_folder
+from hf_unlearn.core.hub import push_folder
+from hf_unlearn.core.published_files import WEIGHTS, publishable
 from hf_unlearn.errors import OutputError, SettingsError
 from hf_unlearn.evaluation.report import REPORT, UnlearningReport
 from hf_unlearn.publishing.card import REQUEST_FIELDS, write_card

@@ -8,7 +8,8 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, ModelCardData
 
-from hf_unlearn.core.hub import STATISTICS, publishable, push_folder
+from hf_unlearn.core.hub import push_folder
+from hf_unlearn.core.published_files import STATISTICS, publishable
 
 
 def push_statistics(folder: str | os.PathLike, repo_id: str, **options: Any) -> CommitInfo:
