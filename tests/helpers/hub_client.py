@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from helpers.paths import ROOT
+from helpers.paths import ROOT, TESTS
 
 TOKEN = "hf_LoopbackOnlyLoopbackOnlyLoopbackOnly"
 LOAD = """
@@ -71,12 +71,11 @@ class Client:
 
 def start(folder: Path, url: str, **env: str) -> Client:
     """A client of the Hub at `url`, with its cache and its log in `folder`."""
-    root = str(ROOT)
     own = {
         "HF_ENDPOINT": url,
         "HF_TOKEN": TOKEN,
         "HF_HOME": str(folder / "home"),
-        "PYTHONPATH": root,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}",
         "NO_PROXY": "127.0.0.1,localhost",
         "OMP_NUM_THREADS": "1",
     }
