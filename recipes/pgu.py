@@ -32,7 +32,7 @@ from seed_nets import NETS
 from torch import nn
 from transformers import PrinterCallback, set_seed
 
-from hf_unlearn.cli.common import hush
+from hf_unlearn.cli.setup import hush
 from hf_unlearn.core.files import read_yaml, write_json
 from hf_unlearn.core.provenance import hardware, package_versions
 from hf_unlearn.core.text import spread

@@ -28,7 +28,8 @@ from hf_unlearn.benchmark import results
 from hf_unlearn.benchmark.grid import Cell, cells
 from hf_unlearn.benchmark.registry import BENCHMARKS, Benchmark, Column
 from hf_unlearn.cli.benchmark import parser as benchmark_parser
-from hf_unlearn.cli.common import check_choice, hush, parse
+from hf_unlearn.cli.parsers import check_choice, parse
+from hf_unlearn.cli.setup import hush
 from hf_unlearn.constraints.binding import bind_constraints
 from hf_unlearn.core.text import spread
 from hf_unlearn.deletion.prepare import prepare

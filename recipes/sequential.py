@@ -25,7 +25,7 @@ from typing import Any
 from transformers import ViTForImageClassification
 
 from hf_unlearn.cli import main as hf_unlearn
-from hf_unlearn.cli.common import hush
+from hf_unlearn.cli.setup import hush
 from hf_unlearn.core.files import read_yaml
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.deletion.ledger import Ledger, read_key

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from hf_unlearn.core.sharding import whole
@@ -239,6 +238,8 @@ def scale_for_share(values_K: Tensor, share: float) -> float:
         values_K: Eigenvalues above zero, in any order.
         share: Above 0.
     """
+    from scipy.optimize import brentq  # slow to import, and not needed for help texts
+
     if share >= 1 or not len(values_K):
         return math.inf
     values = values_K.double().cpu().numpy()

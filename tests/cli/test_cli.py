@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from hf_unlearn import __version__
 from hf_unlearn.cli import COMMANDS, main
-from hf_unlearn.cli.common import NO
+from hf_unlearn.cli.answers import NO
 from hf_unlearn.cli.completion import SHELLS, whole_parser
 from hf_unlearn.deletion import run as runs
 from hf_unlearn.deletion.arguments import RunArguments

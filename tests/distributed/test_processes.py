@@ -250,14 +250,14 @@ def test_fewer_processes_than_asked_is_an_error(
 ) -> None:
     monkeypatch.setenv("HF_UNLEARN_PROCESSES", "2")
     assert main(["run"]) == 2
-    assert "2 processes were asked for and 1 started" in capsys.readouterr().err
+    assert "2 processes were requested and 1 started" in capsys.readouterr().err
 
 
 def test_a_silent_single_process_of_accelerate_is_an_error() -> None:
     """`accelerate launch --cpu` starts one process, whatever number it is given."""
     line = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "-m", "hf_unlearn", "run"]
     done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode != 0 and "2 processes were asked for and 1 started" in done.stderr
+    assert done.returncode != 0 and "2 processes were requested and 1 started" in done.stderr
 
 
 @pytest.mark.parametrize(

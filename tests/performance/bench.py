@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback
 
-from hf_unlearn.cli.common import hush
+from hf_unlearn.cli.setup import hush
 from hf_unlearn.constraints.registry import CONSTRAINTS, build_constraint
 from hf_unlearn.constraints.step_constrainer import constrain_optimizer
 from hf_unlearn.core.provenance import hardware, package_versions
