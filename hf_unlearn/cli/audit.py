@@ -44,13 +44,15 @@ def main(argv: list[str]) -> Answer:
     settings = AuditSettings(
         args.relearn_rows, args.relearn_steps, args.relearn_learning_rate, shots=args.shots, seed=args.seed
     )
-    report = runs.attack(args, args.original, args.attacks, settings, args.per_device_eval_batch_size, args.max_length)
+    report = runs.audit_finished(
+        args, args.original, args.attacks, settings, args.per_device_eval_batch_size, args.max_length
+    )
     lines = [report.table() if report.metrics else "no attack could be run"]
     for title, found in (("verdict", report.audit["verdicts"]), ("not run", report.audit["not_run"])):
         lines += [f"{title}: {name}: {words}" for name, words in found.items()]
     if args.update_model:
         if is_main():
-            runs.add_to_model(report, Path(args.model_name_or_path), args.card_template)
+            runs.add_audit(report, Path(args.model_name_or_path), args.card_template)
         lines.append(f"added to the report and card in {args.model_name_or_path}")
     if args.output_dir:
         if is_main():

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> Answer:
     (args,) = parse(parser(), argv)
     join_processes()
     hush()
-    statistics = runs.collect(
+    statistics = runs.collect_split(
         args, args.rows, args.fisher, args.output_dir, args.overwrite_output_dir, max_length=args.max_length,
         keep_on=args.keep_statistics_on, max_memory=args.max_memory, sketch_above=args.sketch_above,
         sketch_rank=args.sketch_rank, tolerance=args.tolerance,

@@ -11,7 +11,7 @@ from hf_unlearn.cli.common import Answer, check_choice, hush, make_parser, parse
 from hf_unlearn.constraints.registry import CONSTRAINTS, needs_fisher
 from hf_unlearn.core.settings import setting
 from hf_unlearn.deletion.arguments import RunArguments
-from hf_unlearn.deletion.prepare import peft_config
+from hf_unlearn.deletion.build import peft_config
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.estimate import memory as estimate
 from hf_unlearn.estimate.memory import Memory, Settings, Work

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> Answer:
     hush()
     if args.output_dir:
         check_output(args.output_dir, args.overwrite_output_dir)
-    report = runs.evaluate(args, args.original, args.per_device_eval_batch_size, args.seed, args.max_length)
+    report = runs.evaluate_finished(args, args.original, args.per_device_eval_batch_size, args.seed, args.max_length)
     text = report.table()
     if args.output_dir:
         if is_main():

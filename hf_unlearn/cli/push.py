@@ -7,7 +7,8 @@ from transformers import HfArgumentParser
 
 from hf_unlearn.cli.common import Answer, make_parser
 from hf_unlearn.core.hub import STATISTICS, publishable
-from hf_unlearn.deletion.ledger import KEY_VARIABLE, Ledger, open_ledger
+from hf_unlearn.deletion.ledger import Ledger, open_ledger
+from hf_unlearn.deletion.ledger_key import KEY_VARIABLE
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.publishing.model_folder import push_unlearned_model

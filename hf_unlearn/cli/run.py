@@ -15,4 +15,4 @@ def parser() -> HfArgumentParser:
 def main(argv: list[str]) -> Answer:
     args, config = parse(parser(), argv)
     hush()
-    return show(runs.run(args, config), config.output_dir or "unlearned", "answer_probability")
+    return show(runs.run_request(args, config), config.output_dir or "unlearned", "answer_probability")
