@@ -39,7 +39,7 @@ def main(argv: list[str]) -> Answer:
     (args,) = parse(parser(), argv)
     from hf_unlearn.core.files import check_output, replace_folder
     from hf_unlearn.core.processes import is_main
-    from hf_unlearn.deletion.run import add_to_model, attack
+    from hf_unlearn.deletion.run import add_audit, audit_finished
     from hf_unlearn.evaluation.attacks.audit import AuditSettings
     from hf_unlearn.publishing.card import check_template
 
@@ -52,13 +52,15 @@ def main(argv: list[str]) -> Answer:
     settings = AuditSettings(
         args.relearn_rows, args.relearn_steps, args.relearn_learning_rate, shots=args.shots, seed=args.seed
     )
-    report = attack(args, args.original, args.attacks, settings, args.per_device_eval_batch_size, args.max_length)
+    report = audit_finished(
+        args, args.original, args.attacks, settings, args.per_device_eval_batch_size, args.max_length
+    )
     lines = [report.table() if report.metrics else "no attack could be run"]
     for title, reasons in (("verdict", report.audit["verdicts"]), ("not run", report.audit["not_run"])):
         lines += [f"{title}: {name}: {reason}" for name, reason in reasons.items()]
     if args.update_model:
         if is_main():
-            add_to_model(report, Path(args.model_name_or_path), args.card_template)
+            add_audit(report, Path(args.model_name_or_path), args.card_template)
         lines.append(f"added to the report and card in {args.model_name_or_path}")
     if args.output_dir:
         if is_main():

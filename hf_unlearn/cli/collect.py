@@ -38,11 +38,11 @@ def parser() -> "HfArgumentParser":
 
 def main(argv: list[str]) -> Answer:
     (args,) = parse(parser(), argv)
-    from hf_unlearn.deletion.run import collect
+    from hf_unlearn.deletion.run import collect_split
 
     join_processes()
     hush()
-    statistics = collect(
+    statistics = collect_split(
         args,
         args.rows,
         args.fisher,

@@ -112,7 +112,7 @@ def _trace(args: EstimateArguments, settings: EstimateSettings) -> Trace:
     import torch
 
     from hf_unlearn.deletion.arguments import RunArguments
-    from hf_unlearn.deletion.prepare import peft_config
+    from hf_unlearn.deletion.build import peft_config
     from hf_unlearn.losses import build_loss
 
     trace = trace_model(

@@ -33,13 +33,13 @@ def main(argv: list[str]) -> Answer:
     (args,) = parse(parser(), argv)
     from hf_unlearn.core.files import check_output, replace_folder
     from hf_unlearn.core.processes import is_main
-    from hf_unlearn.deletion.run import evaluate
+    from hf_unlearn.deletion.run import evaluate_finished
 
     join_processes()
     hush()
     if args.output_dir:
         check_output(args.output_dir, args.overwrite_output_dir)
-    report = evaluate(args, args.original, args.per_device_eval_batch_size, args.seed, args.max_length)
+    report = evaluate_finished(args, args.original, args.per_device_eval_batch_size, args.seed, args.max_length)
     text = report.table()
     if args.output_dir:
         if is_main():

@@ -9,7 +9,9 @@ from typing import Any
 from hf_unlearn.cli.answers import NO, Answer
 from hf_unlearn.cli.parsers import make_parser
 from hf_unlearn.core.text import align
-from hf_unlearn.deletion.ledger import KEY_VARIABLE, Entry, Ledger, Verdict, read_key
+from hf_unlearn.deletion.ledger import Ledger
+from hf_unlearn.deletion.ledger_entries import Entry, Verdict
+from hf_unlearn.deletion.ledger_key import KEY_VARIABLE, read_key
 from hf_unlearn.errors import DataError, SettingsError
 
 

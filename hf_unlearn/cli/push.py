@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from hf_unlearn.cli.answers import Answer
 from hf_unlearn.cli.parsers import make_parser
-from hf_unlearn.deletion.ledger import KEY_VARIABLE, Ledger, open_ledger
+from hf_unlearn.deletion.ledger import Ledger, open_ledger
+from hf_unlearn.deletion.ledger_key import KEY_VARIABLE
 from hf_unlearn.errors import SettingsError
 
 if TYPE_CHECKING:

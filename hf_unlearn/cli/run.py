@@ -18,7 +18,7 @@ def parser() -> "HfArgumentParser":
 
 def main(argv: list[str]) -> Answer:
     args, config = parse(parser(), argv)
-    from hf_unlearn.deletion.run import run
+    from hf_unlearn.deletion.run import run_request
 
     hush()
-    return reports_answer(run(args, config), config.output_dir or "unlearned", "answer_probability")
+    return reports_answer(run_request(args, config), config.output_dir or "unlearned", "answer_probability")

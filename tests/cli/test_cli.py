@@ -22,7 +22,7 @@ from hf_unlearn.cli.answers import NO
 from hf_unlearn.cli.completion import SHELLS, whole_parser
 from hf_unlearn.deletion import run as runs
 from hf_unlearn.deletion.arguments import RunArguments
-from hf_unlearn.deletion.ledger import KEY_VARIABLE
+from hf_unlearn.deletion.ledger_key import KEY_VARIABLE
 from hf_unlearn.errors import DataError, OutputError, SettingsError, UnlearningError
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.statistics.collect import collect_statistics
@@ -246,7 +246,7 @@ def test_flags_override_the_settings_file_and_it_the_defaults(tmp_path: Path, mo
         seen.append((args, config))
         raise Stop
 
-    monkeypatch.setattr(runs, "run", spy)
+    monkeypatch.setattr(runs, "run_request", spy)
     file = tmp_path / "run.yaml"
     file.write_text(
         "model_name_or_path: a\ndataset_name: b\nforget: c\nlearning_rate: 0.5\nloss: npo\nuse_cpu: true\n"

@@ -20,7 +20,7 @@ from hf_unlearn.core.files import read_yaml
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.data.splits import load_rows
 from hf_unlearn.deletion.arguments import BenchmarkArguments
-from hf_unlearn.deletion.request import Request
+from hf_unlearn.deletion.request import DeletionRequest, RequestModels, RequestRows
 from hf_unlearn.models.loading import load_model, load_processor
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.trainer.config import UnlearningConfig
@@ -226,7 +226,8 @@ def test_moments_are_those_of_single_rows_and_the_joint_map_is_the_minimum(tmp_p
     module, model, rows = recipe("two_sided"), cases.tiny_vit(), cases.image_rows(64)
     collator = PaddingCollator()
     statistics = collect_statistics(model, rows, collator=collator, fisher=True, progress=False)
-    request = Request(model, rows[:2], {"retain": rows}, statistics, collator=collator)
+    models = RequestModels(original=model, collator=collator)
+    request = DeletionRequest(models=models, rows=RequestRows(forget=rows[:2], evaluation={"retain": rows}))
     found = module.moments(request, statistics, 16)
     name = "vit.layers.0.mlp.fc1" if "vit.layers.0.mlp.fc1" in found else next(iter(found))
     weight = model.get_submodule(name).weight
@@ -264,7 +265,8 @@ def test_statistics_that_are_collected_again_are_those_of_the_moment(tmp_path: P
     config = UnlearningConfig(str(tmp_path), use_cpu=True, constraint="ridge")
     statistics = collect_statistics(model, rows, collator=collator, progress=False)
     trainer = UnlearningTrainer(model, config, rows[:2], statistics=statistics, data_collator=collator)
-    request = Request(model, rows[:2], {}, statistics, retain=rows, collator=collator)
+    models = RequestModels(original=model, collator=collator)
+    request = DeletionRequest(models=models, rows=RequestRows(forget=rows[:2], retain=rows))
     before = [part.bound for part in trainer.constrainer.parts]
     with torch.no_grad():
         for part in trainer.constrainer.parts:
