@@ -7,10 +7,11 @@ from transformers import HfArgumentParser
 
 from hf_unlearn.cli.common import Answer, make_parser
 from hf_unlearn.core.hub import STATISTICS, publishable
+from hf_unlearn.core.push_options import PushOptions
 from hf_unlearn.deletion.ledger import KEY_VARIABLE, Ledger, open_ledger
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation.report import UnlearningReport
-from hf_unlearn.publishing.model_folder import push_unlearned_model
+from hf_unlearn.publishing.model_folder import push_model_folder
 from hf_unlearn.statistics.publishing import push_statistics
 
 
@@ -34,16 +35,21 @@ def parser() -> HfArgumentParser:
 
 def main(argv: list[str]) -> Answer:
     args = parser().parse_args(argv)
-    folder, options = Path(args.folder), {name: getattr(args, name) for name in ("private", "revision", "update")}
+    folder = Path(args.folder)
+    options = PushOptions(private=args.private, revision=args.revision, update=args.update)
     if (folder / "statistics.json").is_file():
-        commit = push_statistics(folder, args.repo_id, **options)
+        commit = push_statistics(folder, args.repo_id, options)
         published = publishable(folder, STATISTICS)
     else:
         ledger, number = _entry(folder, args.ledger, args.ledger_key_file)
-        commit = push_unlearned_model(
-            folder, folder, args.repo_id, card_template=args.card_template, publish_samples=args.publish_samples,
-            **options,
-        )  # fmt: skip
+        commit = push_model_folder(
+            folder,
+            folder,
+            args.repo_id,
+            options,
+            card_template=args.card_template,
+            publish_samples=args.publish_samples,
+        )
         published = publishable(folder)
         if ledger is not None:
             ledger.record_push(number, commit.repo_url.repo_id, commit.oid)

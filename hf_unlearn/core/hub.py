@@ -19,6 +19,7 @@ from huggingface_hub import CommitInfo, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
 from hf_unlearn.core.files import sha256_of
+from hf_unlearn.core.push_options import PushOptions
 from hf_unlearn.errors import PushError, SettingsError, UnlearningError
 
 WEIGHTS = (
@@ -64,12 +65,8 @@ def push_folder(
     folder: str | Path,
     repo_id: str,
     files: Sequence[str],
+    options: PushOptions,
     *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    commit_message: str = "Unlearned model",
-    update: bool = False,
     flags: Sequence[str] = (),
 ) -> CommitInfo:
     """Upload `files` of `folder`, then compare the hash of each on the Hub with the local one.
@@ -81,18 +78,15 @@ def push_folder(
         folder: Finished local folder.
         repo_id: `user/repo`, or `repo` of the user whose token it is.
         files: Relative paths.
-        private: Visibility of a repository that is made; a public one that exists is refused where True.
-        token: Write token; default: `HF_TOKEN` or that of `hf auth login`.
-        revision: Branch, made where it is missing; default: `main`.
-        commit_message: First line of the commit.
-        update: Also push into a repository that has other files. Its older weights leave the branch but stay
-            reachable by commit; see `purge_history`.
+        options: Visibility, token, branch, commit message, and whether a repository with other files may be updated.
         flags: Further flags of the command that resumes.
 
     Raises:
         PushError: Whatever went wrong between here and the Hub; it names the folder and the command that resumes.
         SettingsError: A file that holds an access token, or a repository that `update` or `private` rule out.
     """
+    private, token, revision, update = options.private, options.token, options.revision, options.update
+    message = options.commit_message or "Unlearned model"
     command = resume_command(folder, repo_id, flags, private=private, revision=revision, update=update)
     _refuse_tokens(Path(folder), files, token)
     with one_failure(f"{folder} was not published as {repo_id}", command, token, str(folder)):
@@ -105,7 +99,7 @@ def push_folder(
         before = _remote(api, repo_id, revision)
         _check_repository(before, Path(folder), files, repo_id, private, update)
         commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message,
+            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message,
             allow_patterns=[glob.escape(name) for name in files],
             delete_patterns=[glob.escape(name) for name in _replaced(before, files)] if update else None,
         )  # fmt: skip

@@ -21,11 +21,12 @@ from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.models.adapters import merged_state_dict
 from hf_unlearn.models.fingerprint import state_fingerprint, weights_fingerprint
 from hf_unlearn.models.modes import flags_kept
-from hf_unlearn.publishing.model_folder import complete_folder, push_unlearned_model
+from hf_unlearn.publishing.model_folder import complete_folder, push_model_folder
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.trainer.config import UnlearningConfig
-from hf_unlearn.trainer.run_record import describe, name_base_model
+from hf_unlearn.trainer.hub import push_options
+from hf_unlearn.trainer.run_record import name_base_model, record_run
 from hf_unlearn.trainer.trainer import UnlearningTrainer
 
 
@@ -134,10 +135,8 @@ class Request:
             trainer.model.unload()
 
     def _push(self, folder: Path, report: UnlearningReport, args: UnlearningConfig) -> None:
-        commit = push_unlearned_model(
-            folder, folder, args.hub_model_id or folder.name, private=args.hub_private_repo, token=args.hub_token,
-            revision=args.hub_revision, update=args.push_unfinished, publish_samples=self.samples is not None,
-        )  # fmt: skip
+        repo_id, options = args.hub_model_id or folder.name, push_options(args)
+        commit = push_model_folder(folder, folder, repo_id, options, publish_samples=self.samples is not None)
         if self.series is not None:
             self.series.ledger.record_push(report.request["number"], commit.repo_url.repo_id, commit.oid)
 
@@ -201,7 +200,7 @@ class Request:
             processing_class=self.processing_class, peft_config=self.peft_config,
         )  # fmt: skip
         if self.series is not None:
-            trainer.stop_by(self.forget, self.series.mark(args.forget_metric))
+            trainer.set_stopping_rows(self.forget, self.series.mark(args.forget_metric))
         if args.disable_tqdm:  # Trainer would print each log line instead; the report has them
             trainer.remove_callback(PrinterCallback)
         return trainer
@@ -242,7 +241,8 @@ class Request:
             "source": self.source,
             "date": datetime.now(timezone.utc).date().isoformat(),
         }
-        describe(report, trainer, retain_rows=0 if self.retain is None else len(self.retain), merged=self.merge_adapter)
+        rows = 0 if self.retain is None else len(self.retain)
+        record_run(report, trainer, retain_rows=rows, merged=self.merge_adapter)
         report.method["rows_forgotten_again"] = len(self.again)
         report.timings = timings
 
