@@ -250,7 +250,7 @@ def unlearn(
             holdout_dataset=holdout.rows() if by_holdout else None,
         )  # fmt: skip
         if by_holdout:
-            trainer.stop_by(rows.rows(), mark)
+            trainer.set_stopping_rows(rows.rows(), mark)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         yield model.eval(), {

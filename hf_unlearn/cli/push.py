@@ -38,22 +38,24 @@ def parser() -> ArgumentParser:
 def main(argv: list[str]) -> Answer:
     args = parser().parse_args(argv)
     from hf_unlearn.core.published_files import STATISTICS, publishable
-    from hf_unlearn.publishing.model_folder import push_unlearned_model
+    from hf_unlearn.core.push_options import PushOptions
+    from hf_unlearn.publishing.model_folder import push_model_folder
     from hf_unlearn.statistics.publishing import push_statistics
 
-    folder, options = Path(args.folder), {name: getattr(args, name) for name in ("private", "revision", "update")}
+    folder = Path(args.folder)
+    options = PushOptions(private=args.private, revision=args.revision, update=args.update)
     if (folder / "statistics.json").is_file():
-        commit = push_statistics(folder, args.repo_id, **options)
+        commit = push_statistics(folder, args.repo_id, options)
         published = publishable(folder, STATISTICS)
     else:
         ledger, number = _entry(folder, args.ledger, args.ledger_key_file)
-        commit = push_unlearned_model(
+        commit = push_model_folder(
             folder,
             folder,
             args.repo_id,
+            options,
             card_template=args.card_template,
             publish_samples=args.publish_samples,
-            **options,
         )
         published = publishable(folder)
         if ledger is not None:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,17 @@ from huggingface_hub import CommitInfo, ModelCardData
 
 from hf_unlearn.core.hub import push_folder
 from hf_unlearn.core.published_files import STATISTICS, publishable
+from hf_unlearn.core.push_options import PushOptions
 
 
-def push_statistics(folder: str | os.PathLike, repo_id: str, **options: Any) -> CommitInfo:
-    """Publish retain statistics that were saved to `folder`, with a short card; options as in `hub.push_folder`."""
+def push_statistics(folder: str | os.PathLike, repo_id: str, options: PushOptions) -> CommitInfo:
+    """Publish retain statistics that were saved to `folder`, with a short card; see `hub.push_folder`."""
     root = Path(folder)
     if not (root / "README.md").is_file():
         content = json.loads((root / "statistics.json").read_text(encoding="utf-8"))
         (root / "README.md").write_text(_statistics_card(content), encoding="utf-8")
-    options.setdefault("commit_message", "Retain statistics")
-    return push_folder(root, repo_id, publishable(root, STATISTICS), **options)
+    options = replace(options, commit_message=options.commit_message or "Retain statistics")
+    return push_folder(root, repo_id, publishable(root, STATISTICS), options)
 
 
 def _statistics_card(content: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from hf_unlearn.core.files import replace_folder, sha256_of, write_json
 from hf_unlearn.core.processes import communication_device, from_owner, is_main, share_out, wait_for_all, world
 from hf_unlearn.core.provenance import package_versions
+from hf_unlearn.core.push_options import PushOptions
 from hf_unlearn.core.sharding import whole
 from hf_unlearn.core.storage import Storage, fetch, shard
 from hf_unlearn.data.row_identity import combine_rows
@@ -326,10 +327,7 @@ class RetainStatistics:
         if not is_main():
             scratch.rmdir()
             return None
-        commit = push_statistics(
-            folder, repo_id, private=private, token=token, revision=revision, commit_message=commit_message,
-            update=update,
-        )  # fmt: skip
+        commit = push_statistics(folder, repo_id, PushOptions(private, token, revision, commit_message, update))
         shutil.rmtree(scratch)
         return commit
 

@@ -171,7 +171,7 @@ def test_no_process_has_more_of_the_grams_than_its_share(processes: int, found: 
 @ddp
 def test_different_statistics_are_an_error_on_every_process(processes: int, found: Any) -> None:
     refused = found("ddp", processes)[0]["refused"]
-    assert refused == f"{processes} processes have 2 different statistics; give all the same"
+    assert refused == f"{processes} processes have 2 different statistics; pass the same to all"
     assert found("ddp", 1)[0]["refused"] == ""
 
 

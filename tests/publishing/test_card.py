@@ -18,7 +18,8 @@ from markdown_it import MarkdownIt
 
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation.report import Metric, UnlearningReport
-from hf_unlearn.publishing.card import default_template, is_hub_id, render_card, write_card
+from hf_unlearn.publishing.card import default_template, render_card, write_card
+from hf_unlearn.publishing.card_sections import is_hub_id
 from hf_unlearn.publishing.markdown import code, escape, text
 
 REVISION = "3f49326eb077187dfe1c2a2bb15fbd74e6ab91e3"
@@ -178,8 +179,8 @@ def test_layers_are_named_by_pattern_and_retained_energy_as_it_came_out() -> Non
     report.drift["by_layer"] = {f"model.layers.{i}.mlp.{name}": 0.1 for i in range(12) for name in ("up", "down")}
     report.drift["by_layer"]["score"] = 0.1
     found = cells(render_card(report, model_name="m"))
-    assert found["layers touched"] == "25: `model.layers.*.mlp.up` x 12, `model.layers.*.mlp.down` x 12, `score`"
-    energy = "retained energy: what steps may not touch"
+    assert found["layers trained"] == "25: `model.layers.*.mlp.up` x 12, `model.layers.*.mlp.down` x 12, `score`"
+    energy = "retained energy: what steps may not change"
     assert found[energy] == "0.9 of the spectrum (singular values); as share of the energy: not recorded"
     report.method["retained"] = {"energy": 0.9931, "rank": 0.25, "layers": 25}
     expected = "0.9 of the spectrum (singular values): 99.3% of the energy of the inputs, in 25.0% of their dimensions"

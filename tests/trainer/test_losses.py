@@ -252,7 +252,7 @@ def test_contradicting_sources_are_errors(tmp_path: Path) -> None:
         ({"original_model": model}, {}),
         ({"original_model": tiny_llama()}, {"original_logprobs": str(tmp_path / "outputs")}),
     ):
-        with pytest.raises(SettingsError, match="original_model must be a copy of its own; pass either it or"):
+        with pytest.raises(SettingsError, match="original_model must be a separate copy; pass either it or"):
             make(tmp_path, "npo", model=model, options=options, **changes)
     copied = tiny_llama().train()
     make(tmp_path, "npo", model=model, options={"original_model": copied})
