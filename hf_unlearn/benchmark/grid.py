@@ -22,9 +22,9 @@ from hf_unlearn.deletion.arguments import BenchmarkArguments
 from hf_unlearn.deletion.prepare import prepare
 from hf_unlearn.deletion.request import Request
 from hf_unlearn.errors import CoverageError, DataError, ModelError, NonFiniteLossError, OutputError, SettingsError
-from hf_unlearn.evaluation.attacks.audit import AuditSettings, audit
+from hf_unlearn.evaluation.attacks.auditing import AuditSettings, audit
 from hf_unlearn.evaluation.lm_eval import harness_metrics
-from hf_unlearn.evaluation.report import Metric, UnlearningReport, plain
+from hf_unlearn.evaluation.report import MetricValue, UnlearningReport, plain
 from hf_unlearn.losses import LOSSES
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.statistics.sketch import SKETCH_ABOVE, SKETCH_RANK
@@ -188,7 +188,7 @@ def _together(grid: Sequence[Cell]) -> Iterator[list[Cell]]:
     """Cells that share models, rows and statistics: of one seed, and with the same alternate answers."""
     groups: dict[tuple[int, str], list[Cell]] = {}
     for cell in grid:
-        groups.setdefault((cell.seed, cell.config.build_loss().kind.alternates), []).append(cell)
+        groups.setdefault((cell.seed, cell.config.build_loss().kind.alternate_answer), []).append(cell)
     yield from groups.values()
 
 
@@ -200,8 +200,8 @@ class _Workplace:
         self.fisher = any(needs_fisher(cell.constraint) for cell in part)
         self.folder = folder
         self.request: Request | None = None
-        self.attacked: list[Metric] | None = None
-        self.asked: list[Metric] | None = None
+        self.attacked: list[MetricValue] | None = None
+        self.asked: list[MetricValue] | None = None
         self.about: dict[str, str] = {}
 
     def run(self, cell: Cell, path: Path) -> str:
@@ -229,7 +229,7 @@ class _Workplace:
             }
         return self.request
 
-    def _attacks(self, cell: Cell, trainer: UnlearningTrainer) -> list[Metric]:
+    def _attacks(self, cell: Cell, trainer: UnlearningTrainer) -> list[MetricValue]:
         """The attacks asked for; the retrained model is attacked once."""
         request, args = self._prepared(), cell.args
         if not args.attacks or args.attacks == "none":
@@ -248,13 +248,13 @@ class _Workplace:
             self.attacked = [metric for metric in found if metric.model == "retrained"]
         return [metric for metric in found if metric.model != "retrained"] + self.attacked
 
-    def _harness(self, cell: Cell, trainer: UnlearningTrainer) -> list[Metric]:
+    def _harness(self, cell: Cell, trainer: UnlearningTrainer) -> list[MetricValue]:
         """Tasks of lm-evaluation-harness; the original and the retrained model are judged once."""
         request, args = self._prepared(), cell.args
         if not args.lm_eval_tasks:
             return []
 
-        def judge(model: nn.Module, name: str) -> list[Metric]:
+        def judge(model: nn.Module, name: str) -> list[MetricValue]:
             return harness_metrics(
                 model, request.processing_class, _names(args.lm_eval_tasks or "", "lm_eval_tasks"), name=name,
                 batch_size=cell.config.per_device_eval_batch_size, include_path=args.lm_eval_include_path,

@@ -11,7 +11,7 @@ from hf_unlearn.core.processes import is_main
 from hf_unlearn.core.settings import setting
 from hf_unlearn.deletion import run as runs
 from hf_unlearn.deletion.arguments import AttackArguments
-from hf_unlearn.evaluation.attacks.audit import AuditSettings
+from hf_unlearn.evaluation.attacks.auditing import AuditSettings
 from hf_unlearn.publishing.card import check_template
 
 

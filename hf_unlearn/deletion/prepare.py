@@ -19,7 +19,7 @@ from hf_unlearn.deletion.request import Request
 from hf_unlearn.deletion.rows import load_splits
 from hf_unlearn.deletion.series import RequestSeries
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.evaluation.metrics.generation import generate_answers
+from hf_unlearn.evaluation.generation import generate_answers
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.models.loading import load_model, load_processor
 from hf_unlearn.models.tasks import IGNORED
@@ -37,7 +37,7 @@ def prepare(
     last = last_model(args, series)
     tokenizer = load_processor(last or args.model_name_or_path, args.task)
     collator = default_collator(tokenizer)
-    idk_seed = config.seed if config.build_loss().kind.alternates == "idk" else None
+    idk_seed = config.seed if config.build_loss().kind.alternate_answer == "idk" else None
     how: dict[str, Any] = {"max_length": config.max_length, "task": args.task}
     earlier = begin(args, series, tokenizer, idk_seed=idk_seed, **how) if series is not None else {}
     splits = load_splits(args, tokenizer, config.max_length, idk_seed, earlier)

@@ -279,7 +279,7 @@ def _collect(model: Any, inputs: Mapping[str, Tensor], fisher: bool) -> tuple[Co
 
 def _train(model: Any, inputs: Mapping[str, Tensor], loss: UnlearningLoss) -> tuple[Meter, float, float]:
     """Forward and backward pass of the forget term, every position being a label; the gradients stay."""
-    if loss.kind.hidden:
+    if loss.kind.reads_hidden:
         raise SettingsError(f"loss {loss.name!r} reads a layer's outputs, which is not estimated; take ce_u")
     model.train()
     meter = Meter()
@@ -288,7 +288,7 @@ def _train(model: Any, inputs: Mapping[str, Tensor], loss: UnlearningLoss) -> tu
             parameter.register_post_accumulate_grad_hook(meter.count_gradient)
     with FlopCounterMode(display=False) as counter, meter:
         reference = None
-        if loss.kind.reads:
+        if loss.kind.reads_original:
             with torch.no_grad():
                 reference = _predictions(model, inputs, loss)
         value = loss.kind.term(_predictions(model, inputs, loss), reference, **loss.settings).sum()
@@ -300,7 +300,7 @@ def _train(model: Any, inputs: Mapping[str, Tensor], loss: UnlearningLoss) -> tu
 
 def _predictions(model: Any, inputs: Mapping[str, Tensor], loss: UnlearningLoss) -> Predictions:
     found = _predicted(model, inputs)
-    return replace(found, alternate=_predicted(model, inputs)) if loss.kind.alternates else found
+    return replace(found, alternate=_predicted(model, inputs)) if loss.kind.alternate_answer else found
 
 
 def _predicted(model: Any, inputs: Mapping[str, Tensor]) -> Predictions:

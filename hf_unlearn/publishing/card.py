@@ -20,7 +20,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from hf_unlearn.core.files import replace_file
 from hf_unlearn.core.text import is_finite
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.evaluation.report import Metric, UnlearningReport
+from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.publishing.markdown import NOT_MEASURED, NOT_RECORDED, UNDEFINED, code, escape, text, with_unit
 from hf_unlearn.publishing.plots import PICTURES
 
@@ -139,7 +139,7 @@ def _has_adapter(method: Mapping[str, Any]) -> bool:
     return bool(method.get("adapter")) and not method["adapter"].get("merged")
 
 
-def _eval_result(metric: Metric, task: str) -> EvalResult:
+def _eval_result(metric: MetricValue, task: str) -> EvalResult:
     return EvalResult(
         task_type=task,
         dataset_type="custom",
@@ -288,7 +288,7 @@ def _metric_rows(report: UnlearningReport, models: Sequence[str]) -> list[list[s
     return rows
 
 
-def _attack(metrics: Iterable[Metric], pattern: str) -> str:
+def _attack(metrics: Iterable[MetricValue], pattern: str) -> str:
     """One part per metric and split, in it the models in their usual order."""
     found = [m for m in metrics if re.search(pattern, f"{m.name} {m.split} {m.model}", re.IGNORECASE)]
     parts = []
@@ -315,7 +315,7 @@ def _series(report: UnlearningReport) -> list[tuple[str, str]]:
     return rows + [("warning", escape(line)) for line in about.get("warnings") or ()]
 
 
-def _undefined(metrics: Iterable[Metric]) -> list[str]:
+def _undefined(metrics: Iterable[MetricValue]) -> list[str]:
     """Why a number has no value, each reason once."""
     reasons = (f"{code(m.name)} on {escape(m.split)}: {escape(m.reason)}" for m in metrics if m.reason)
     return list(dict.fromkeys(reasons))
@@ -339,7 +339,7 @@ def _sample_header(samples: Sequence[Mapping[str, str]]) -> list[str]:
     return [escape(titles.get(key, key.capitalize())) for key in _sample_keys(samples)]
 
 
-def _value(metric: Metric) -> str:
+def _value(metric: MetricValue) -> str:
     if not is_finite(metric.value):
         return UNDEFINED
     bounded = is_finite(metric.low) and is_finite(metric.high)

@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from hf_unlearn.core.text import is_finite
 from hf_unlearn.evaluation.metrics.classification import SMALLEST_ENTROPY, entropy_distance, log_entropies
-from hf_unlearn.evaluation.report import Metric, UnlearningReport
+from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.evaluation.tables import forgotten_so_far
 
 DPI = 150
@@ -415,7 +415,7 @@ def _shortest_endings(names: Sequence[str]) -> list[str]:
 
 
 def _draw_bars(
-    axes: Axes, name: str, splits: Sequence[str], models: Sequence[str], metrics: Mapping[tuple[str, str], Metric]
+    axes: Axes, name: str, splits: Sequence[str], models: Sequence[str], metrics: Mapping[tuple[str, str], MetricValue]
 ) -> None:
     width = min(0.82 / len(models), 0.4)
     for i, model in enumerate(models):
@@ -435,7 +435,7 @@ def _draw_bars(
     axes.set_title(TITLES[name])
 
 
-def _draw_bar(axes: Axes, place: float, metric: Metric, width: float) -> None:
+def _draw_bar(axes: Axes, place: float, metric: MetricValue, width: float) -> None:
     axes.bar(place, metric.value, width * 0.94, color=MODEL_COLOURS[metric.model], label=metric.model)
     top = metric.value
     if is_finite(metric.low) and is_finite(metric.high):

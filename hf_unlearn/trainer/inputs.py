@@ -26,7 +26,7 @@ def encoder(
     def encode(dataset: Any, what: str) -> Any:
         if dataset is None and what != "forget":
             return None
-        seed = args.seed if what == "forget" and loss.kind.alternates == "idk" else None
+        seed = args.seed if what == "forget" and loss.kind.alternate_answer == "idk" else None
         return encode_dataset(
             dataset, processing_class, what=what, max_length=args.max_length, model=model, idk_seed=seed
         )

@@ -25,10 +25,10 @@ from hf_unlearn.data.checks import require_alternates, require_disjoint, require
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.pairs import PairedCollator, PairedDataset, attackers_rows
 from hf_unlearn.errors import ModelError, NonFiniteLossError, SettingsError
-from hf_unlearn.evaluation.metrics import RowScores, row_scores
+from hf_unlearn.evaluation.row_scores import RowScores, score_predictions
 from hf_unlearn.losses import UnlearningLoss, build_loss
-from hf_unlearn.losses.base import ForgetTerm, OriginalModel
 from hf_unlearn.losses.original_outputs import frozen_copy, original_outputs
+from hf_unlearn.losses.registry import ForgetTerm, OriginalModel
 from hf_unlearn.models.adapters import with_adapter
 from hf_unlearn.models.forward import predict
 from hf_unlearn.models.loading import load_named
@@ -61,10 +61,10 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
         peft_config: Train a LoRA adapter of this configuration instead of the weights; the constraint holds for the
             merged weights. `model` may also have an untrained adapter already.
         loss: A loss of your own, in place of `args.loss`: a forget term `(predictions, original) -> values` (see
-            `losses.base.LossKind`) or what `losses.build_loss` gives.
+            `losses.LossKind`) or what `losses.build_loss` gives.
         original_model: A frozen copy for losses that read the original model; default: its weights, or the model
             without its adapter, put in for the moment (no copy), or `args.original_logprobs`.
-        judge: Further metrics of the model at each evaluation, such as `evaluation.training_judge` gives.
+        extra_metrics: Further metrics of the model at each evaluation, such as `evaluation.training_metrics` gives.
         callbacks, optimizers, compute_metrics: As in Trainer.
 
     Attributes:
@@ -95,7 +95,7 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
         peft_config: Any = None,
         loss: str | ForgetTerm | UnlearningLoss | None = None,
         original_model: nn.Module | None = None,
-        judge: Callable[[nn.Module], Mapping[str, float]] | None = None,
+        extra_metrics: Callable[[nn.Module], Mapping[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
@@ -111,10 +111,10 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
             if other is not None:
                 require_disjoint(forget, other, what)
         self.loss.check_labels(tokens=require_labels(forget, "forget"))
-        if self.loss.kind.alternates:
+        if self.loss.kind.alternate_answer:
             require_alternates(forget, self.loss.name)
         collator = data_collator or default_collator(processing_class)
-        self.judge = judge
+        self.extra_metrics = extra_metrics
         if self.loss.kind.needs_retain and retain is None:
             raise SettingsError(
                 f"loss {self.loss.name!r} needs retain rows; pass retain_dataset or choose another loss"
@@ -135,7 +135,7 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
             args=args,
             data_collator=PairedCollator(collator, attacker=args.adversary_steps > 0),
             train_dataset=PairedDataset(
-                forget, retain if self.loss.has_retain_term else None, args.seed, bool(self.loss.kind.alternates)
+                forget, retain if self.loss.has_retain_term else None, args.seed, bool(self.loss.kind.alternate_answer)
             ),
             eval_dataset=splits or None,
             processing_class=processing_class,
@@ -268,7 +268,7 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            scores_B4 = row_scores(predict(model, inputs))
+            scores_B4 = score_predictions(predict(model, inputs))
         return scores_B4[:, 0].mean(), scores_B4, scores_B4[:, 0]
 
     def _original_source(self, copy: nn.Module | None, forget: Any, retain: Any, collator: Callable) -> OriginalModel:
@@ -281,7 +281,7 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
         if folder is None or not self.loss.needs_original:
             return self.constrainer.original
         rows = {"forget": forget, "retain": retain}
-        if self.loss.kind.alternates:
+        if self.loss.kind.alternate_answer:
             rows["alternate"] = [row["alternate"] for row in forget]
         stored = original_outputs(
             self.model, self.loss, rows, folder, collator=collator, batch_size=self.args.per_device_eval_batch_size,
@@ -293,10 +293,10 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """As Trainer; the metrics of `judge` come with those of the splits."""
+        """As Trainer; the metrics of `extra_metrics` come with those of the splits."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.judge is not None and eval_dataset is None:
-            judged = {f"{metric_key_prefix}_{name}": value for name, value in self.judge(self.model).items()}
+        if self.extra_metrics is not None and eval_dataset is None:
+            judged = {f"{metric_key_prefix}_{name}": value for name, value in self.extra_metrics(self.model).items()}
             self.log(judged)
             metrics |= judged
         return metrics
