@@ -40,7 +40,7 @@ def main(argv: list[str]) -> Answer:
     from hf_unlearn.core.files import check_output, replace_folder
     from hf_unlearn.core.processes import is_main
     from hf_unlearn.deletion.run import add_audit, audit_finished
-    from hf_unlearn.evaluation.attacks.audit import AuditSettings
+    from hf_unlearn.evaluation.attacks.auditing import AuditSettings
     from hf_unlearn.publishing.card import check_template
 
     if args.card_template is not None:

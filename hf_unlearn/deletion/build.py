@@ -27,7 +27,7 @@ from hf_unlearn.deletion.request import (
 from hf_unlearn.deletion.rows import EncodedSplits, RowEncoding, load_splits
 from hf_unlearn.deletion.series import BegunRequest, RequestSeries
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.evaluation.metrics.generation import generate_answers
+from hf_unlearn.evaluation.generation import generate_answers
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.models.loading import load_model, load_processor
 from hf_unlearn.models.tasks import IGNORED
@@ -66,7 +66,7 @@ def build_request(
     encoding = RowEncoding(
         task=args.task,
         max_length=config.max_length,
-        idk_seed=config.seed if config.build_loss().kind.alternates == "idk" else None,
+        idk_seed=config.seed if config.build_loss().kind.alternate_answer == "idk" else None,
     )
     begun: BegunRequest | None = None
     earlier: Mapping[str, Sequence[Row]] = {}

@@ -24,7 +24,7 @@ from hf_unlearn.deletion.next_request import next_config, open_series
 from hf_unlearn.deletion.request import Rows
 from hf_unlearn.deletion.rows import RowEncoding, load_splits
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.evaluation.attacks.audit import AuditSettings, audit
+from hf_unlearn.evaluation.attacks.auditing import AuditSettings, audit
 from hf_unlearn.evaluation.evaluate import evaluate_unlearning
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.models.loading import load_model, load_processor

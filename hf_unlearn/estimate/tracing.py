@@ -332,7 +332,7 @@ def _collect(model: PreTrainedModel, inputs: Mapping[str, Tensor], fisher: bool)
 
 def _train(model: nn.Module, inputs: Mapping[str, Tensor], loss: UnlearningLoss) -> tuple[Meter, float, float]:
     """Trace the forward and backward pass of the forget term; every position has a label, gradients are kept."""
-    if loss.kind.hidden:
+    if loss.kind.reads_hidden:
         raise SettingsError(f"loss {loss.name!r} reads a layer's outputs, which is not estimated; use --loss ce_u")
     model.train()
     meter = Meter()
@@ -341,7 +341,7 @@ def _train(model: nn.Module, inputs: Mapping[str, Tensor], loss: UnlearningLoss)
             parameter.register_post_accumulate_grad_hook(meter.count_gradient)
     with FlopCounterMode(display=False) as counter, meter:
         reference = None
-        if loss.kind.reads:
+        if loss.kind.reads_original:
             with torch.no_grad():
                 reference = _predictions(model, inputs, loss)
         value = loss.kind.term(_predictions(model, inputs, loss), reference, **loss.settings).sum()
@@ -353,7 +353,7 @@ def _train(model: nn.Module, inputs: Mapping[str, Tensor], loss: UnlearningLoss)
 
 def _predictions(model: nn.Module, inputs: Mapping[str, Tensor], loss: UnlearningLoss) -> Predictions:
     predictions = _predict(model, inputs)
-    return replace(predictions, alternate=_predict(model, inputs)) if loss.kind.alternates else predictions
+    return replace(predictions, alternate=_predict(model, inputs)) if loss.kind.alternate_answer else predictions
 
 
 def _predict(model: nn.Module, inputs: Mapping[str, Tensor]) -> Predictions:

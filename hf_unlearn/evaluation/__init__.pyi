@@ -1,10 +1,10 @@
-from .attacks.audit import audit as audit
+from .attacks.auditing import audit as audit
 from .attacks.subject import AuditSettings as AuditSettings
 from .attacks.subject import Shadow as Shadow
 from .evaluate import evaluate_unlearning as evaluate_unlearning
-from .evaluate import training_judge as training_judge
+from .evaluate import training_metrics as training_metrics
 from .metrics.intervals import Estimate as Estimate
-from .metrics.rows import RowScores as RowScores
-from .metrics.rows import score_rows as score_rows
-from .report import Metric as Metric
+from .report import MetricValue as MetricValue
 from .report import UnlearningReport as UnlearningReport
+from .row_scores import RowScores as RowScores
+from .row_scores import score_rows as score_rows

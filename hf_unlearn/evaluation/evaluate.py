@@ -15,10 +15,10 @@ from hf_unlearn.core.sharding import is_sharded
 from hf_unlearn.data.batches import default_collator
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.errors import DataError, ModelError
-from hf_unlearn.evaluation.measurements import Tools, measure
-from hf_unlearn.evaluation.metrics import Estimate, Undefined
+from hf_unlearn.evaluation.measurements import MeasurementTools, measure
+from hf_unlearn.evaluation.metrics.intervals import Estimate, Undefined
 from hf_unlearn.evaluation.metrics.registry import JUDGES, TEACHER, Found, choose, judge_all, needed
-from hf_unlearn.evaluation.report import Metric, UnlearningReport
+from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.models.adapters import without_wrapper
 from hf_unlearn.models.fingerprint import model_fingerprint
 
@@ -65,7 +65,7 @@ def evaluate_unlearning(
     """
     rows = _encoded(splits, processing_class, model)
     names = choose(metrics, rows)
-    tools = Tools(collator or default_collator(processing_class), processing_class, batch_size)
+    tools = MeasurementTools(collator or default_collator(processing_class), processing_class, batch_size)
     cache = None if cache_dir is None else Path(cache_dir)
     wanted = needed(names, rows)
     wanted["forget"].add("rows")  # the histogram of entropies
@@ -85,7 +85,7 @@ def evaluate_unlearning(
     return report
 
 
-def training_judge(
+def training_metrics(
     splits: Mapping[str, Any],
     metrics: Sequence[str],
     *,
@@ -94,7 +94,7 @@ def training_judge(
     collator: Callable | None = None,
     batch_size: int = 16,
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """What `UnlearningTrainer(judge=...)` takes: any metrics at each evaluation, as `{split}_{metric}`.
+    """What `UnlearningTrainer(extra_metrics=...)` takes: any metrics at each evaluation, as `{split}_{metric}`.
 
     `metric_for_best_model="forget_forget_quality"` or `"retain_model_utility"` then keeps the best checkpoint by them.
     The retrained model is measured once, here; it also says what raw rows are to become (without it, rows of a language
@@ -102,7 +102,7 @@ def training_judge(
     """
     rows = _encoded(splits, processing_class, retrained)
     names = choose(metrics, rows)
-    tools = Tools(collator or default_collator(processing_class), processing_class, batch_size)
+    tools = MeasurementTools(collator or default_collator(processing_class), processing_class, batch_size)
     wanted = needed(names, rows)
     fixed = {} if retrained is None else {"retrained": _columns(retrained, rows, wanted, tools, None)}
 
@@ -119,14 +119,18 @@ def _encoded(splits: Mapping[str, Any], processing_class: Any, model: nn.Module 
     return {name: encode_dataset(data, processing_class, what=name, model=model) for name, data in splits.items()}
 
 
-def record(name: str, split: str, model: str, found: Estimate, seed: int) -> Metric:
+def record(name: str, split: str, model: str, found: Estimate, seed: int) -> MetricValue:
     """An estimate as the report has it."""
     reason = found.reason if isinstance(found, Undefined) else ""
-    return Metric(name, found.value, split, model, found.n, found.low, found.high, seed, reason)
+    return MetricValue(name, found.value, split, model, found.n, found.low, found.high, seed, reason)
 
 
 def _columns(
-    model: nn.Module, rows: Mapping[str, Any], wanted: Mapping[str, set[str]], tools: Tools, cache: Path | None
+    model: nn.Module,
+    rows: Mapping[str, Any],
+    wanted: Mapping[str, set[str]],
+    tools: MeasurementTools,
+    cache: Path | None,
 ) -> dict[str, Any]:
     cache = None if is_sharded(model) else cache  # its weights are not all here to be told from another's
     key = "" if cache is None else model_fingerprint(model)

@@ -20,10 +20,10 @@ from hf_unlearn.core.processes import gather, is_main, wait_for_all
 from hf_unlearn.data.row_identity import labelled_row_hash
 from hf_unlearn.data.wrong_answers import ALTERNATIVES
 from hf_unlearn.errors import DataError
-from hf_unlearn.evaluation.metrics.generation import generate_answers, true_answers
+from hf_unlearn.evaluation.generation import generate_answers, true_answers
 from hf_unlearn.evaluation.metrics.language import rouge_l
 from hf_unlearn.evaluation.metrics.membership import compressed_lengths, gradient_norms
-from hf_unlearn.evaluation.metrics.rows import score_classes, score_rows
+from hf_unlearn.evaluation.row_scores import score_classes, score_rows
 from hf_unlearn.models.tasks import Collator
 
 Columns = Mapping[str, NDArray]
@@ -32,7 +32,7 @@ STOPS = ("\n\n", "\nQuestion", "Question:")  # where MUSE cuts an answer
 
 
 @dataclass(frozen=True)
-class Tools:
+class MeasurementTools:
     """What rows are measured with: `collator` pads them, `tokenizer` reads generated text."""
 
     collator: Collator
@@ -40,16 +40,16 @@ class Tools:
     batch_size: int = 16
 
 
-def _rows(model: nn.Module, rows: Any, tools: Tools) -> Columns:
+def _rows(model: nn.Module, rows: Any, tools: MeasurementTools) -> Columns:
     return vars(score_rows(model, rows, tools.collator, tools.batch_size))
 
 
-def _classes(model: nn.Module, rows: Any, tools: Tools) -> Columns:
+def _classes(model: nn.Module, rows: Any, tools: MeasurementTools) -> Columns:
     scores, probabilities_NC = score_classes(model, rows, tools.collator, tools.batch_size)
     return {**vars(scores), "probabilities": probabilities_NC}
 
 
-def _alternatives(model: nn.Module, rows: Any, tools: Tools) -> Columns:
+def _alternatives(model: nn.Module, rows: Any, tools: MeasurementTools) -> Columns:
     """Losses of the paraphrase (of the answer itself where there is none: real authors, world facts) and wrong answers,
     the latter one row's after another's, `wrong_count` of them a row."""
     others = [_other_answers(rows[i], i) for i in range(len(rows))]
@@ -83,10 +83,10 @@ def wrong_losses(columns: Columns) -> list[NDArray]:
 
 def _answers(
     new_tokens: int = 200, measure: str = "recall", stemmer: bool = True, stops: tuple[str, ...] = (), cut: bool = False
-) -> Callable[[nn.Module, Any, Tools], Columns]:
+) -> Callable[[nn.Module, Any, MeasurementTools], Columns]:
     """ROUGE-L of generated answers; `cut` shortens the true ones to `new_tokens` too."""
 
-    def scores(model: nn.Module, rows: Any, tools: Tools) -> Columns:
+    def scores(model: nn.Module, rows: Any, tools: MeasurementTools) -> Columns:
         found = generate_answers(model, rows, tools.tokenizer, new_tokens, tools.batch_size)
         for stop in stops:
             found = [text.split(stop)[0] for text in found]
@@ -96,16 +96,16 @@ def _answers(
     return scores
 
 
-def _gradients(model: nn.Module, rows: Any, tools: Tools) -> Columns:
+def _gradients(model: nn.Module, rows: Any, tools: MeasurementTools) -> Columns:
     return {"gradient_norm": gradient_norms(model, rows, tools.collator)}
 
 
-def _texts(model: nn.Module, rows: Any, tools: Tools) -> Columns:
+def _texts(model: nn.Module, rows: Any, tools: MeasurementTools) -> Columns:
     """Compressed length of each row's answer, in bytes."""
     return {"compressed": compressed_lengths(true_answers(rows, tools.tokenizer))}
 
 
-MEASURES: dict[str, Callable[[nn.Module, Any, Tools], Columns]] = {
+MEASURES: dict[str, Callable[[nn.Module, Any, MeasurementTools], Columns]] = {
     "rows": _rows,
     "classes": _classes,
     "alternatives": _alternatives,
@@ -118,7 +118,12 @@ MEASURES: dict[str, Callable[[nn.Module, Any, Tools], Columns]] = {
 
 
 def measure(
-    names: Iterable[str], model: nn.Module, rows: Any, tools: Tools, cache: Path | None = None, model_key: str = ""
+    names: Iterable[str],
+    model: nn.Module,
+    rows: Any,
+    tools: MeasurementTools,
+    cache: Path | None = None,
+    model_key: str = "",
 ) -> dict[str, NDArray]:
     """The columns of several `MEASURES` of one split under one model, from `cache` where they are there.
 

@@ -17,7 +17,7 @@ FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Metric:
+class MetricValue:
     """One measured number with its provenance.
 
     Attributes:
@@ -61,7 +61,7 @@ class UnlearningReport:
         samples: Answers before and after on rows that may be shown (demo data only).
     """
 
-    metrics: list[Metric] = field(default_factory=list)
+    metrics: list[MetricValue] = field(default_factory=list)
     request: dict[str, Any] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class UnlearningReport:
     series: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
 
-    def get(self, name: str, split: str, model: str = "unlearned") -> Metric | None:
+    def get(self, name: str, split: str, model: str = "unlearned") -> MetricValue | None:
         """The metric of this name, or None where it was not measured."""
         return next((m for m in self.metrics if (m.name, m.split, m.model) == (name, split, model)), None)
 
@@ -121,12 +121,12 @@ class UnlearningReport:
         return cls(**{key: value for key, value in content.items() if key in known})
 
 
-def _metric(content: Mapping[str, Any]) -> Metric:
+def _metric(content: Mapping[str, Any]) -> MetricValue:
     value = content["value"]
-    return Metric(**{**content, "value": math.nan if value is None else value})
+    return MetricValue(**{**content, "value": math.nan if value is None else value})
 
 
-def _cell(metric: Metric | None) -> str:
+def _cell(metric: MetricValue | None) -> str:
     if metric is None:
         return "not measured"
     if not math.isfinite(metric.value):

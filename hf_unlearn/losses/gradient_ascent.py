@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hf_unlearn.data.row_identity import batch_hashes
 from hf_unlearn.errors import DataError
-from hf_unlearn.losses.base import register_loss
+from hf_unlearn.losses.registry import register_loss
 from hf_unlearn.models.forward import Predictions
 
 

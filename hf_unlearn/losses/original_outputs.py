@@ -25,8 +25,8 @@ from hf_unlearn.core.files import replace_folder, write_json
 from hf_unlearn.core.processes import gather, is_main, wait_for_all
 from hf_unlearn.data.row_identity import labelled_batch_hashes, rows_to_text
 from hf_unlearn.errors import DataError, SettingsError
-from hf_unlearn.losses import UnlearningLoss
-from hf_unlearn.losses.base import OriginalModel
+from hf_unlearn.losses.base import UnlearningLoss
+from hf_unlearn.losses.registry import OriginalModel
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.models.forward import Hidden, Predictions, label_positions, predict
 from hf_unlearn.models.modes import eval_mode

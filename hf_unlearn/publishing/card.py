@@ -16,7 +16,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from hf_unlearn.core.files import replace_file
 from hf_unlearn.core.text import is_finite
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.evaluation.report import Metric, UnlearningReport
+from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.publishing.card_sections import names_base_model, template_variables
 
 TEMPLATE = "model_card_template.md"
@@ -127,7 +127,7 @@ def _is_unmerged_adapter(method: Mapping[str, Any]) -> bool:
     return bool(method.get("adapter")) and not method["adapter"].get("merged")
 
 
-def _eval_result(metric: Metric, task: str) -> EvalResult:
+def _eval_result(metric: MetricValue, task: str) -> EvalResult:
     return EvalResult(
         task_type=task,
         dataset_type="custom",

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from hf_unlearn.core.text import is_finite
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.evaluation.report import Metric, UnlearningReport
+from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.publishing.markdown import (
     NOT_MEASURED,
     NOT_RECORDED,
@@ -203,7 +203,7 @@ def _metric_rows(report: UnlearningReport, models: Sequence[str]) -> list[list[s
     return rows
 
 
-def _attack(metrics: Iterable[Metric], pattern: str) -> str:
+def _attack(metrics: Iterable[MetricValue], pattern: str) -> str:
     """Return the results of an attack by metric and split, each with the models in their usual order."""
     results = [m for m in metrics if re.search(pattern, f"{m.name} {m.split} {m.model}", re.IGNORECASE)]
     lines = []
@@ -216,14 +216,14 @@ def _attack(metrics: Iterable[Metric], pattern: str) -> str:
     return "; ".join(lines) or NOT_MEASURED
 
 
-def _value(metric: Metric) -> str:
+def _value(metric: MetricValue) -> str:
     if not is_finite(metric.value):
         return UNDEFINED
     has_interval = is_finite(metric.low) and is_finite(metric.high)
     return f"{metric.value:.3f}" + (f" [{metric.low:.3f}, {metric.high:.3f}]" if has_interval else "")
 
 
-def _undefined(metrics: Iterable[Metric]) -> list[str]:
+def _undefined(metrics: Iterable[MetricValue]) -> list[str]:
     """Return why numbers are undefined, each reason once."""
     reasons = (f"{code(m.name)} on {escape(m.split)}: {escape(m.reason)}" for m in metrics if m.reason)
     return list(dict.fromkeys(reasons))

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from hf_unlearn.core.text import is_finite
 from hf_unlearn.evaluation.metrics.classification import SMALLEST_ENTROPY, entropy_distance, log_entropies
-from hf_unlearn.evaluation.report import Metric, UnlearningReport
+from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.publishing.layer_plot import drift_by_layer
 from hf_unlearn.publishing.plot_style import (
     DPI,
@@ -250,7 +250,7 @@ def metrics_bars(report: UnlearningReport) -> Figure | None:
 
 
 def _draw_bars(
-    axes: Axes, name: str, splits: Sequence[str], models: Sequence[str], metrics: Mapping[tuple[str, str], Metric]
+    axes: Axes, name: str, splits: Sequence[str], models: Sequence[str], metrics: Mapping[tuple[str, str], MetricValue]
 ) -> None:
     width = min(0.82 / len(models), 0.4)
     for i, model in enumerate(models):
@@ -270,7 +270,7 @@ def _draw_bars(
     axes.set_title(TITLES[name])
 
 
-def _draw_bar(axes: Axes, place: float, metric: Metric, width: float) -> None:
+def _draw_bar(axes: Axes, place: float, metric: MetricValue, width: float) -> None:
     axes.bar(place, metric.value, width * 0.94, color=MODEL_COLOURS[metric.model], label=metric.model)
     top = metric.value
     if is_finite(metric.low) and is_finite(metric.high):

@@ -20,8 +20,8 @@ from hf_unlearn.data.formats import Row
 from hf_unlearn.data.pairs import PairedCollator, PairedDataset
 from hf_unlearn.errors import SettingsError, StatisticsError
 from hf_unlearn.losses import UnlearningLoss, build_loss
-from hf_unlearn.losses.base import ForgetTerm, OriginalModel
 from hf_unlearn.losses.original_outputs import frozen_copy, original_outputs
+from hf_unlearn.losses.registry import ForgetTerm, OriginalModel
 from hf_unlearn.models.adapters import with_adapter
 from hf_unlearn.models.layers import find_layers
 from hf_unlearn.models.loading import load_model_and_processor
@@ -73,7 +73,7 @@ class TrainerInputs:
     def training_pairs(self, seed: int) -> PairedDataset:
         """Return the forget rows, each with a retain row and an alternate answer if the loss reads them."""
         retain = self.retain if self.loss.has_retain_term else None
-        return PairedDataset(self.forget, retain, seed, bool(self.loss.kind.alternates))
+        return PairedDataset(self.forget, retain, seed, bool(self.loss.kind.alternate_answer))
 
     def paired_collator(self, *, attacker: bool) -> PairedCollator:
         """Return the collator of `training_pairs`; with an `attacker` a third of the rows are a batch of their own."""
@@ -127,7 +127,7 @@ def row_encoder(
     def encode(dataset: "Rows | None", what: str) -> Any:
         if dataset is None and what != "forget":
             return None
-        seed = args.seed if what == "forget" and loss.kind.alternates == "idk" else None
+        seed = args.seed if what == "forget" and loss.kind.alternate_answer == "idk" else None
         return encode_dataset(
             dataset, processing_class, what=what, max_length=args.max_length, model=model, idk_seed=seed
         )
@@ -141,7 +141,7 @@ def check_rows(loss: UnlearningLoss, forget: "Rows", retain: "Rows | None", hold
         if other is not None:
             require_disjoint(forget, other, what)
     loss.check_labels(tokens=require_labels(forget, "forget"))
-    if loss.kind.alternates:
+    if loss.kind.alternate_answer:
         require_alternates(forget, loss.name)
     if loss.kind.needs_retain and retain is None:
         raise SettingsError(f"loss {loss.name!r} needs retain rows; pass retain_dataset or choose another loss")
@@ -241,7 +241,7 @@ def original_source(
     if folder is None or not inputs.loss.needs_original:
         return constrainer.original
     rows = {"forget": inputs.forget, "retain": inputs.retain}
-    if inputs.loss.kind.alternates:
+    if inputs.loss.kind.alternate_answer:
         rows["alternate"] = [row["alternate"] for row in inputs.forget]
     stored = original_outputs(
         inputs.model,

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from hf_unlearn.constraints.step_constrainer import StepConstrainer
 from hf_unlearn.core.processes import sum_over_processes, world
-from hf_unlearn.evaluation.metrics import row_scores
-from hf_unlearn.evaluation.metrics.rows import RowScores
+from hf_unlearn.evaluation.row_scores import RowScores, score_predictions
 from hf_unlearn.models.forward import predict
 from hf_unlearn.models.modes import eval_mode
 from hf_unlearn.models.tasks import Batch
@@ -71,7 +70,7 @@ class RowStopping:
             return
         with torch.enable_grad(), eval_mode(model):
             predictions = predict(model, batch)
-            low_B = row_scores(predictions)[:, COLUMNS["probability"]] < self.lowest
+            low_B = score_predictions(predictions)[:, COLUMNS["probability"]] < self.lowest
             self._count("pull", low_B)
             if not low_B.any():
                 return
@@ -90,7 +89,7 @@ class RowStopping:
         effect.
         """
         with torch.no_grad(), eval_mode(model):
-            score_B = row_scores(predict(model, inputs["forget"]))[:, COLUMNS[self.metric]]
+            score_B = score_predictions(predict(model, inputs["forget"]))[:, COLUMNS[self.metric]]
         reached_B = score_B >= self.mark if self.metric == "loss" else score_B <= self.mark
         pushed_B = ~reached_B  # so that NaN is pushed: the loss then raises
         self._count("push", pushed_B)

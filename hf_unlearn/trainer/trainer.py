@@ -21,10 +21,10 @@ from hf_unlearn.core.sharding import check_sharding, shard_on_cpu, sharding_of
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.pairs import PairedDataset, attackers_rows
 from hf_unlearn.errors import ModelError, NonFiniteLossError, SettingsError
-from hf_unlearn.evaluation.metrics import RowScores, row_scores
 from hf_unlearn.evaluation.report import UnlearningReport
+from hf_unlearn.evaluation.row_scores import RowScores, score_predictions
 from hf_unlearn.losses import UnlearningLoss
-from hf_unlearn.losses.base import ForgetTerm
+from hf_unlearn.losses.registry import ForgetTerm
 from hf_unlearn.models.forward import predict
 from hf_unlearn.models.modes import hold_norm_statistics
 from hf_unlearn.models.tasks import Batch, Collator
@@ -64,8 +64,8 @@ class UnlearningTrainer(Trainer):
         original_model: A frozen copy for losses that read the original model. By default no copy is needed: its outputs
             come from `args.original_logprobs`, or the original weights are put into the model temporarily (an adapter
             is disabled).
-        judge: More metrics of the model at each evaluation: a function `model -> {name: value}` such as
-            `evaluation.training_judge` returns.
+        extra_metrics: More metrics of the model at each evaluation: a function `model -> {name: value}` such as
+            `evaluation.training_metrics` returns.
         callbacks: As in Trainer.
         optimizers: As in Trainer.
         compute_metrics: As in Trainer; by default evaluations report mean loss, probability, accuracy and entropy.
@@ -119,7 +119,7 @@ class UnlearningTrainer(Trainer):
         peft_config: "PeftConfig | None" = None,
         loss: str | ForgetTerm | UnlearningLoss | None = None,
         original_model: nn.Module | None = None,
-        judge: Callable[[nn.Module], Mapping[str, float]] | None = None,
+        extra_metrics: Callable[[nn.Module], Mapping[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
@@ -151,7 +151,7 @@ class UnlearningTrainer(Trainer):
             compute_metrics=compute_metrics or _mean_scores,
         )
         self.loss_is_scaled_for_ga = True  # by the counts of get_batch_samples
-        self.loss, self.coverage, self.judge = inputs.loss, inputs.coverage, judge
+        self.loss, self.coverage, self.extra_metrics = inputs.loss, inputs.coverage, extra_metrics
         self.constrainer = StepConstrainer(
             self.model, inputs.statistics, inputs.constraint, relative_step=args.relative_step
         )
@@ -375,7 +375,7 @@ class UnlearningTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            scores_B4 = row_scores(predict(model, inputs))
+            scores_B4 = score_predictions(predict(model, inputs))
         return scores_B4[:, 0].mean(), scores_B4, scores_B4[:, 0]
 
     def evaluate(
@@ -384,12 +384,12 @@ class UnlearningTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Evaluate as Trainer does, and add the metrics of `judge` to those of the splits."""
+        """Evaluate as Trainer does, and add the metrics of `extra_metrics` to those of the splits."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.judge is not None and eval_dataset is None:
-            judged = {f"{metric_key_prefix}_{name}": value for name, value in self.judge(self.model).items()}
-            self.log(judged)
-            metrics |= judged
+        if self.extra_metrics is not None and eval_dataset is None:
+            more = {f"{metric_key_prefix}_{name}": value for name, value in self.extra_metrics(self.model).items()}
+            self.log(more)
+            metrics |= more
         return metrics
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:

@@ -17,8 +17,8 @@ from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.deletion import request as requests
 from hf_unlearn.deletion.request import Request
 from hf_unlearn.errors import CoverageError, DataError, NonFiniteLossError, OutputError
-from hf_unlearn.evaluation.metrics import score_rows
 from hf_unlearn.evaluation.report import UnlearningReport
+from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.presets import PRESETS

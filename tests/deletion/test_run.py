@@ -23,8 +23,8 @@ from hf_unlearn.deletion.rows import forget_rows
 from hf_unlearn.deletion.run import collect, evaluate, run
 from hf_unlearn.errors import DataError, SettingsError, UnlearningError
 from hf_unlearn.evaluation import measurements as measures
-from hf_unlearn.evaluation.metrics import score_rows
 from hf_unlearn.evaluation.report import UnlearningReport
+from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.models.loading import load_model, load_tokenizer
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.trainer.config import UnlearningConfig

@@ -25,7 +25,7 @@ from hf_unlearn.deletion.request import Request
 from hf_unlearn.deletion.room import room_left, running_out
 from hf_unlearn.deletion.series import RequestSeries, stepped
 from hf_unlearn.errors import DataError, LedgerError, SettingsError
-from hf_unlearn.evaluation.report import Metric, UnlearningReport
+from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
@@ -398,7 +398,7 @@ def test_rows_that_come_back_are_told_of(low: float, told: bool, chain: Chain) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RequestSeries, "_record", lambda self, entry: {})
         series = RequestSeries(chain.ledger)
-    metrics = [Metric("accuracy", 0.5, "forgotten_1", "unlearned", 9, low, 0.9)]
+    metrics = [MetricValue("accuracy", 0.5, "forgotten_1", "unlearned", 9, low, 0.9)]
     found = list(series._came_back(UnlearningReport(metrics)))
     assert len(found) == told and all("request 1 came back" in line for line in found)
     assert not list(series._came_back(UnlearningReport([replace(metrics[0], model="original")])))

@@ -32,13 +32,13 @@ from hf_unlearn.data.wrong_answers import ALTERNATIVES
 from hf_unlearn.errors import DataError, ModelError, SettingsError
 from hf_unlearn.evaluation import measurements as measures
 from hf_unlearn.evaluation.evaluate import evaluate_unlearning, random_twin
-from hf_unlearn.evaluation.measurements import Tools, measure, wrong_losses
-from hf_unlearn.evaluation.metrics import score_rows
-from hf_unlearn.evaluation.metrics.generation import generate_answers, true_answers
+from hf_unlearn.evaluation.generation import generate_answers, true_answers
+from hf_unlearn.evaluation.measurements import MeasurementTools, measure, wrong_losses
 from hf_unlearn.evaluation.metrics.registry import JUDGES, SUITES
+from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.models.fingerprint import model_fingerprint
 
-TOOLS = Tools(PaddingCollator(), None, 3)
+TOOLS = MeasurementTools(PaddingCollator(), None, 3)
 
 
 # Other answers

@@ -14,8 +14,8 @@ from helpers import reference_metrics as reference
 from hf_unlearn.data.wrong_answers import ALTERNATIVES
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.evaluation.measurements import MEASURES
-from hf_unlearn.evaluation.metrics import RowScores
 from hf_unlearn.evaluation.metrics.registry import JUDGES, SUITES, TEACHER, Found, choose, judge_all, needed
+from hf_unlearn.evaluation.row_scores import RowScores
 
 SIZES = {
     "forget": 6, "retain": 8, "holdout": 7, "real_authors_perturbed": 5, "world_facts": 4, "forget_verbmem": 3,

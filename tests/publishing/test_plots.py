@@ -18,7 +18,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hf_unlearn.evaluation.report import Metric, UnlearningReport
+from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.publishing import layer_plot, plot_style, plots, series_plot
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -31,7 +31,7 @@ def entropies(seed: int, centre: float, n: int = 40) -> list[float]:
 def make_report(retrained: bool = True, layers: int = 12) -> UnlearningReport:
     models = {"original": 1.0, "unlearned": 0.87, **({"retrained": 0.88} if retrained else {})}
     metrics = [
-        Metric("accuracy", value - 0.01 * i, split, model, 50, value - 0.05, min(value + 0.05, 1))
+        MetricValue("accuracy", value - 0.01 * i, split, model, 50, value - 0.05, min(value + 0.05, 1))
         for model, value in models.items()
         for i, split in enumerate(("forget", "retain", "holdout"))
     ]
@@ -203,16 +203,16 @@ def in_a_row(count: int, offset: float = 0.0) -> list[UnlearningReport]:
     """`count` reports: 10 rows forgotten at each, the earlier ones tested again."""
     reports = []
     for number in range(1, count + 1):
-        metrics = [Metric("accuracy", 0.9 + offset, "retain", "unlearned", 50)]
-        metrics += [Metric("accuracy", 0.8 + offset, "holdout", "unlearned", 50)]
-        metrics += [Metric("accuracy", 0.1 * number, "forget", "unlearned", 10)]
-        metrics += [Metric("accuracy", 0.3 + offset, f"forgotten_{k}", "unlearned", 30) for k in range(1, number)]
+        metrics = [MetricValue("accuracy", 0.9 + offset, "retain", "unlearned", 50)]
+        metrics += [MetricValue("accuracy", 0.8 + offset, "holdout", "unlearned", 50)]
+        metrics += [MetricValue("accuracy", 0.1 * number, "forget", "unlearned", 10)]
+        metrics += [MetricValue("accuracy", 0.3 + offset, f"forgotten_{k}", "unlearned", 30) for k in range(1, number)]
         reports.append(UnlearningReport(metrics, series={"drift_used": {"relative": 0.01 * number + offset}}))
     return reports
 
 
 def test_the_sequence_plot_draws_each_arm_over_the_requests(tmp_path: Path) -> None:
-    joint = UnlearningReport([Metric("accuracy", 0.25, "forget", "unlearned", 40)], drift={"relative": 0.05})
+    joint = UnlearningReport([MetricValue("accuracy", 0.25, "forget", "unlearned", 40)], drift={"relative": 0.05})
     arms = {"carried": in_a_row(3), "fresh": in_a_row(3, 0.01), "joint": [joint]}
     upper, lower = series_plot.series_figure(arms, "accuracy").axes
     curves = [(list(line.get_xdata()), list(line.get_ydata())) for line in upper.get_lines()]

@@ -17,7 +17,7 @@ from hf_unlearn.constraints.step_constrainer import StepConstrainer
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.data.pairs import PairedCollator, attackers_rows
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.evaluation.attacks.audit import AuditSettings, audit
+from hf_unlearn.evaluation.attacks.auditing import AuditSettings, audit
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.trainer.adversary import relearned_weights
 from hf_unlearn.trainer.config import UnlearningConfig

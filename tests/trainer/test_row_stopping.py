@@ -15,7 +15,7 @@ from helpers.tiny import collate, text_rows, tiny_llama
 from helpers.training import FORGET, HOLDOUT, RETAIN, settings, trained
 
 from hf_unlearn.constraints.step_constrainer import StepConstrainer
-from hf_unlearn.evaluation.metrics import score_rows
+from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.trainer.presets import preset
 from hf_unlearn.trainer.row_stopping import RowStopping

@@ -19,7 +19,7 @@ from transformers import TrainerControl
 
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.errors import DataError, NonFiniteLossError, SettingsError, StatisticsError
-from hf_unlearn.evaluation.metrics import score_rows
+from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.stopping import OverUnlearningCallback

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from hf_unlearn.data.wrong_answers import ALTERNATIVES
 from hf_unlearn.evaluation.attacks.subject import NotRun, Outcome, Subject
-from hf_unlearn.evaluation.metrics import bootstrap_auc, bootstrap_mean, map_rows, score_classes, undefined
-from hf_unlearn.evaluation.metrics.intervals import auc
+from hf_unlearn.evaluation.metrics.intervals import auc, bootstrap_auc, bootstrap_mean, undefined
 from hf_unlearn.evaluation.metrics.membership import ShadowAttack
+from hf_unlearn.evaluation.row_scores import map_rows, score_classes
 from hf_unlearn.models.tasks import IGNORED, context_length
 
 FOLDS, FEWEST = 5, 4

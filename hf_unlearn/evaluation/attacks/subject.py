@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from hf_unlearn.evaluation.measurements import Tools
-from hf_unlearn.evaluation.metrics import Estimate, score_rows
+from hf_unlearn.evaluation.measurements import MeasurementTools
+from hf_unlearn.evaluation.metrics.intervals import Estimate
+from hf_unlearn.evaluation.row_scores import score_rows
 
 Memory = Literal["more", "less", "either", "none"]
 
@@ -63,7 +64,7 @@ class Subject:
 
     model: nn.Module
     rows: Mapping[str, Any]
-    tools: Tools
+    tools: MeasurementTools
     settings: AuditSettings
     original: NDArray | None = None
     shadows: Sequence[Shadow] = ()

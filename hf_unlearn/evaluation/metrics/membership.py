@@ -19,7 +19,7 @@ from torch import nn
 from hf_unlearn.core.sharding import require_whole
 from hf_unlearn.evaluation.metrics.base import NUMBER, NUMBERS, TEXT, UnlearningMetric
 from hf_unlearn.evaluation.metrics.intervals import Estimate, auc, bootstrap, bootstrap_auc, bootstrap_mean, undefined
-from hf_unlearn.evaluation.metrics.rows import map_rows
+from hf_unlearn.evaluation.row_scores import map_rows
 from hf_unlearn.models.forward import predict
 from hf_unlearn.models.tasks import Collator
 

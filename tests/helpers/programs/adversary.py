@@ -10,7 +10,7 @@ from helpers.tiny import text_rows, tiny_llama
 from hf_unlearn.core.processes import gather, leave
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.evaluation.metrics import score_rows
+from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.statistics.retain_statistics import RetainStatistics

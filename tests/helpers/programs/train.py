@@ -22,7 +22,7 @@ from hf_unlearn.core.processes import gather, leave, wait_for_all
 from hf_unlearn.core.sharding import local_part, whole
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.errors import StatisticsError
-from hf_unlearn.evaluation.metrics import score_rows
+from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.trainer.config import UnlearningConfig

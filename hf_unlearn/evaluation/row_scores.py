@@ -57,11 +57,11 @@ class RowScores:
 
     @classmethod
     def from_matrix(cls, scores_BS: NDArray) -> "RowScores":
-        """Rebuild from the columns of `row_scores`, as a Trainer gathers them."""
+        """Rebuild from the columns of `score_predictions`, as a Trainer gathers them."""
         return cls(*(np.asarray(scores_BS[:, i], dtype=np.float64) for i in range(len(fields(cls)))))
 
 
-def row_scores(predictions: Predictions) -> Tensor:
+def score_predictions(predictions: Predictions) -> Tensor:
     """`[B, S]`: the scores of each row, in `RowScores`' order, float64.
 
     Raises:
@@ -141,7 +141,7 @@ def score_rows(model: nn.Module, dataset: Any, collator: Collator, batch_size: i
     Raises:
         DataError: A row has no label to predict.
     """
-    return RowScores.from_matrix(map_predictions(row_scores, model, dataset, collator, batch_size))
+    return RowScores.from_matrix(map_predictions(score_predictions, model, dataset, collator, batch_size))
 
 
 def score_classes(
@@ -156,7 +156,7 @@ def score_classes(
     def score(predictions: Predictions) -> Tensor:
         if len(predictions.labels_L) != predictions.n_rows:
             raise DataError("rows with a sequence of labels have no class probabilities: this is for classifiers")
-        return torch.cat([row_scores(predictions), predictions.logits_LV.double().softmax(-1)], dim=1)
+        return torch.cat([score_predictions(predictions), predictions.logits_LV.double().softmax(-1)], dim=1)
 
     found = map_predictions(score, model, dataset, collator, batch_size)
     count = len(fields(RowScores))

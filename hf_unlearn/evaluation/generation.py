@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hf_unlearn.core.processes import world
 from hf_unlearn.errors import DataError, ModelError, SettingsError
-from hf_unlearn.evaluation.metrics.rows import map_rows
+from hf_unlearn.evaluation.row_scores import map_rows
 from hf_unlearn.models.tasks import IGNORED, context_length
 
 NEW_TOKENS = 200  # TOFU; MUSE takes 128 for a continuation and 32 for an answer

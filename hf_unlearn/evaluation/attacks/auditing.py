@@ -18,10 +18,10 @@ from hf_unlearn.evaluation.attacks.inputs import few_shot_prompts, linear_probe,
 from hf_unlearn.evaluation.attacks.subject import Attack, AuditSettings, NotRun, Outcome, Shadow, Subject
 from hf_unlearn.evaluation.attacks.weights import quantisation, recalibration, relearning, relearning_on_other_data
 from hf_unlearn.evaluation.evaluate import ModelOrScope, evaluate_unlearning, opened, record
-from hf_unlearn.evaluation.measurements import Tools
+from hf_unlearn.evaluation.measurements import MeasurementTools
 from hf_unlearn.evaluation.metrics.classification import AnamnesisIndex
 from hf_unlearn.evaluation.metrics.registry import JUDGES, SUITES
-from hf_unlearn.evaluation.report import Metric, UnlearningReport
+from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 
 __all__ = ["ATTACKS", "AuditSettings", "Shadow", "audit"]
 
@@ -82,7 +82,7 @@ def audit(
     if "forget" not in splits:
         raise DataError(f"the splits are {sorted(splits)}; one must be named 'forget'")
     rows = {name: encode_dataset(data, processing_class, what=name, model=model) for name, data in splits.items()}
-    tools = Tools(collator or default_collator(processing_class), processing_class, batch_size)
+    tools = MeasurementTools(collator or default_collator(processing_class), processing_class, batch_size)
     report = UnlearningReport(versions=package_versions(), hardware=hardware())
     before = None
     if original is not None:
@@ -106,7 +106,7 @@ def audit(
     return report
 
 
-def _membership(subjects: Mapping[str, Subject], not_run: dict[str, str]) -> list[Metric]:
+def _membership(subjects: Mapping[str, Subject], not_run: dict[str, str]) -> list[MetricValue]:
     """The six attacks, and the classifier of retain against held-out rows."""
     subject, retrained = subjects["unlearned"], subjects.get("retrained")
     names = []
@@ -133,9 +133,9 @@ def _membership(subjects: Mapping[str, Subject], not_run: dict[str, str]) -> lis
 
 def _attack(
     name: str, subjects: Mapping[str, Subject], not_run: dict[str, str]
-) -> tuple[list[Metric], Mapping[str, str]]:
+) -> tuple[list[MetricValue], Mapping[str, str]]:
     """One attack on each model; a metric for each number, and what it tells of memory."""
-    found: list[Metric] = []
+    found: list[MetricValue] = []
     outcomes: dict[str, list[Outcome]] = {}
     for kind, subject in subjects.items():
         try:
@@ -160,7 +160,7 @@ def _steps(outcomes: Sequence[Outcome]) -> float:
     return np.inf if np.isnan(value) else value
 
 
-def _verdicts(metrics: Sequence[Metric], memory: Mapping[str, str]) -> dict[str, str]:
+def _verdicts(metrics: Sequence[MetricValue], memory: Mapping[str, str]) -> dict[str, str]:
     """What each number of the unlearned model says next to the retrained model's."""
     by_model = {(m.name, m.split, m.model): m for m in metrics}
     found = {}
@@ -172,7 +172,7 @@ def _verdicts(metrics: Sequence[Metric], memory: Mapping[str, str]) -> dict[str,
     return found
 
 
-def verdict(metric: Metric, retrained: Metric | None, memory: str) -> str:
+def verdict(metric: MetricValue, retrained: MetricValue | None, memory: str) -> str:
     """The unlearned model's number against the retrained one's, in words.
 
     They are taken to differ where their 95% intervals do not overlap. That no difference was shown is no proof of none:
@@ -194,6 +194,6 @@ def verdict(metric: Metric, retrained: Metric | None, memory: str) -> str:
     return "remembers more than the retrained model" if above == (memory == "more") else "remembers less than it"
 
 
-def _bounds(metric: Metric) -> tuple[float, float]:
+def _bounds(metric: MetricValue) -> tuple[float, float]:
     low, high = metric.low, metric.high
     return (metric.value if low is None else low), (metric.value if high is None else high)
