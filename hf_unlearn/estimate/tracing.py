@@ -27,7 +27,7 @@ from hf_unlearn.models.layers import find_layers
 from hf_unlearn.models.loading import MODELS
 from hf_unlearn.models.tasks import Task, context_length, shifts_labels
 from hf_unlearn.models.trainable import freeze_unprotected
-from hf_unlearn.statistics.accumulator import Collector
+from hf_unlearn.statistics.accumulator import Accumulator
 from hf_unlearn.statistics.fisher import sample_labels
 from hf_unlearn.statistics.sketch import EXACT, Sketching
 
@@ -243,8 +243,8 @@ def _inputs(config: Any, batch_size: int, length: int) -> dict[str, Tensor]:
     return inputs
 
 
-class _Sizes(Collector):
-    """A `Collector` of tensors without values: there is nothing to check or to send at its end."""
+class _Sizes(Accumulator):
+    """A `Accumulator` of tensors without values: there is nothing to check or to send at its end."""
 
     def _complete(self, names: Sequence[str]) -> None:
         pass
@@ -256,7 +256,7 @@ class _Sizes(Collector):
         return tensor.reshape(-1, tensor.shape[-1]).clone()  # a mask copies the rows
 
 
-def _collect(model: Any, inputs: Mapping[str, Tensor], fisher: bool) -> tuple[Collector, int, float]:
+def _collect(model: Any, inputs: Mapping[str, Tensor], fisher: bool) -> tuple[Accumulator, int, float]:
     """The second batch of a collecting pass: its sums are there already."""
     collector = _Sizes(model, find_layers(model), fisher, Storage())
 

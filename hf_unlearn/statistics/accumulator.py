@@ -31,7 +31,7 @@ from hf_unlearn.statistics.retain_statistics import LayerSums, RetainStatistics
 from hf_unlearn.statistics.sketch import EXACT, Sketching, add_sketch, is_sketch
 
 
-class Collector:
+class Accumulator:
     """The mutable sums behind one `collect_statistics` call: one pass over the data for each group of layers."""
 
     def __init__(

@@ -14,9 +14,9 @@ from hf_unlearn.data.batches import default_collator, own_batches, take
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.errors import ModelError, SettingsError
 from hf_unlearn.models.layers import find_layers
-from hf_unlearn.statistics.accumulator import Collector
-from hf_unlearn.statistics.early_stop import Convergence, in_random_order
-from hf_unlearn.statistics.retain_statistics import SAMPLED, RetainStatistics
+from hf_unlearn.statistics.accumulator import Accumulator
+from hf_unlearn.statistics.early_stop import EarlyStop, in_random_order
+from hf_unlearn.statistics.retain_statistics import SAMPLED_FROM, RetainStatistics
 from hf_unlearn.statistics.sketch import SKETCH_ABOVE, SKETCH_RANK, Sketching
 
 
@@ -67,7 +67,7 @@ def collect_statistics(
             constraint counts it (`constraints`). Default: 12288, whose Gram takes 1.2 GB.
         sketch_rank: Rank of the sketches: how many leading directions they can hold.
         tolerance: Take the rows in random order (a stream as it comes), and stop once doubling them has moved less than
-            this share of the energy out of any Gram's leading directions (`convergence.Convergence`). Rows used and
+            this share of the energy out of any Gram's leading directions (`convergence.EarlyStop`). Rows used and
             last change are in `summary()`; nothing can be subtracted from statistics that stopped before the end.
         progress: Show a progress bar.
 
@@ -82,11 +82,11 @@ def collect_statistics(
     rows = take(encode_dataset(dataset, processing_class, what="statistics", model=model, streams=True), max_rows)
     if any(hasattr(p, "ds_id") and not hasattr(p, "_z3_optimizer") for p in model.parameters()):
         raise ModelError("DeepSpeed has cut the weights up at loading; load the model before UnlearningConfig is made")
-    convergence = None if tolerance is None else Convergence(tolerance)
+    convergence = None if tolerance is None else EarlyStop(tolerance)
     if convergence is not None and hasattr(rows, "__len__"):
         rows = Subset(rows, in_random_order(len(rows)))
     sketching = Sketching(sketch_above, sketch_rank)
-    collector = Collector(model, find_layers(model, layers, fisher), fisher, Storage(keep_on), sketching)
+    collector = Accumulator(model, find_layers(model, layers, fisher), fisher, Storage(keep_on), sketching)
     collate = collator or default_collator(processing_class)
     device = next(model.parameters()).device
 
@@ -113,7 +113,7 @@ def collect_statistics(
     if convergence is not None:
         settings |= {"tolerance": tolerance, "change": convergence.change}
         given, seen = len(rows) if hasattr(rows, "__len__") else "a stream's", sum(gather(collector.rows))
-        settings |= {SAMPLED: given} if convergence.stopped and seen != given else {}
+        settings |= {SAMPLED_FROM: given} if convergence.stopped and seen != given else {}
     return collector.finish(settings)
 
 

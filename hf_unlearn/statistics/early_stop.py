@@ -8,13 +8,13 @@ from torch import Tensor
 
 from hf_unlearn.core.processes import gather
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.statistics.accumulator import Collector
-from hf_unlearn.statistics.eigen import Eigen, eigen
+from hf_unlearn.statistics.accumulator import Accumulator
+from hf_unlearn.statistics.eigen import Eigen, eigendecomposition
 
 ENERGY = 0.9
 
 
-class Convergence:
+class EarlyStop:
     """The rule behind `collect_statistics(tolerance=...)`.
 
     After 1, 2, 4, 8, ... batches each Gram's basis of 90% of the energy is compared with what it was at half the rows:
@@ -36,14 +36,14 @@ class Convergence:
         self._bases: dict[str, list[Tensor]] = {}
         self._batches = 0
 
-    def settled(self, collector: Collector) -> bool:
+    def settled(self, collector: Accumulator) -> bool:
         """Whether to stop after this batch; every process must ask after each of its batches, and is told the same."""
         self._batches += 1
         if self._batches & (self._batches - 1):  # no power of two
             return False
         changes = []
         for name, sums in collector.grams_so_far():
-            blocks = eigen(sums).blocks()
+            blocks = eigendecomposition(sums).blocks()
             old = self._bases.get(name, [])
             changes += [lost_energy(block, basis_IK) for block, basis_IK in zip(blocks, old, strict=False)]
             self._bases[name] = [block.vectors_II[:, : block.rank(ENERGY)].float() for block in blocks]

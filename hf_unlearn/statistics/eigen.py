@@ -126,7 +126,7 @@ def _bands(size: int) -> list[slice]:
     return [slice(start, min(start + width, size)) for start in range(0, size, width)]
 
 
-def eigen(gram_II: Tensor, rows: int | None = None) -> Eigen:
+def eigendecomposition(gram_II: Tensor, rows: int | None = None) -> Eigen:
     """Decompose a symmetric matrix in float64 (float32 spectra turn negative on the steep Grams of real networks).
 
     Also a stack of them `[G, I, I]`, a diagonal one as a vector `[I]`, and a sketch `[I, R + 1]` or a stack of those.
@@ -255,5 +255,5 @@ def leading_basis(
     gram_II: Tensor, energy: float, spectrum: Spectrum = "eigenvalues", min_rank_share: float = 0.0
 ) -> Tensor:
     """Orthonormal `basis_IK` of the core gradient space of `gram_II`; see `rank_for_energy` for the rule."""
-    parts = eigen(gram_II)
+    parts = eigendecomposition(gram_II)
     return parts.vectors_II[:, : parts.rank(energy, spectrum, min_rank_share)]

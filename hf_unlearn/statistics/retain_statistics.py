@@ -27,11 +27,11 @@ from hf_unlearn.data.row_identity import combine_rows
 from hf_unlearn.errors import StatisticsError
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.models.layers import known_layers, layer_at
-from hf_unlearn.statistics.eigen import Eigen, eigen, rank_for_energy
+from hf_unlearn.statistics.eigen import Eigen, eigendecomposition, rank_for_energy
 from hf_unlearn.statistics.sketch import SKETCH_RANK, exact_shape, is_sketch
 
 FORMAT_VERSION = 2  # 1, which knows no sketches, is still written where there are none
-SAMPLED = "sampled_from"
+SAMPLED_FROM = "sampled_from"
 """Setting of statistics that stopped before the last row: of how many rows theirs are a random sample."""
 TENSORS, METADATA = "statistics.safetensors", "statistics.json"
 
@@ -123,7 +123,7 @@ class RetainStatistics:
             matrix = fetch(matrix, device or matrix.device)
             if owners[kind, key] == world()[0]:
                 own[kind, key] = matrix
-        found = {job: eigen(own.pop(job), self.positions[self.layers[jobs[job]].inputs]).rounded() for job in list(own)}
+        found = {job: eigendecomposition(own.pop(job), self.positions[self.layers[jobs[job]].inputs]).rounded() for job in list(own)}
         for job in jobs:
             parts = found.pop(job, None)
             parts = self._from_owner(job, parts, owners[job])
@@ -154,7 +154,7 @@ class RetainStatistics:
 
     def _decomposed(self, kind: str, key: str, matrix: Callable[[str], Tensor], layer: str) -> Eigen:
         if (kind, key) not in self._eigen:
-            parts = eigen(whole(matrix(layer)), self.positions[self.layers[layer].inputs]).rounded()
+            parts = eigendecomposition(whole(matrix(layer)), self.positions[self.layers[layer].inputs]).rounded()
             self._eigen[kind, key] = replace(parts, vectors_II=self.storage.keep(parts.vectors_II))
         return self._eigen[kind, key]
 
@@ -169,9 +169,9 @@ class RetainStatistics:
         if other.rows > self.rows:
             raise StatisticsError(f"cannot subtract statistics of {other.rows} rows from those of {self.rows} rows")
         for one in (self, other):
-            if SAMPLED in one.settings:
+            if SAMPLED_FROM in one.settings:
                 raise StatisticsError(
-                    f"statistics of a sample ({one.rows} of {one.settings[SAMPLED]} rows, stopped by a tolerance) do "
+                    f"statistics of a sample ({one.rows} of {one.settings[SAMPLED_FROM]} rows, stopped by a tolerance) do "
                     "not subtract: which rows they have was left to chance; collect them on the retain rows, or "
                     "without tolerance"
                 )
@@ -255,7 +255,7 @@ class RetainStatistics:
             f"{'missed':>8} {'negative':>9}",
         ]
         if "tolerance" in self.settings:
-            rest = f" of {self.settings[SAMPLED]}" if SAMPLED in self.settings else ", the last"
+            rest = f" of {self.settings[SAMPLED_FROM]}" if SAMPLED_FROM in self.settings else ", the last"
             lines[0] += f"; stopped at row {self.rows}{rest}, change {self.settings['change']}"
         for key, gram in self.gram_sums.items():
             parts = self.gram_eigen(key)

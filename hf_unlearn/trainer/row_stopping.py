@@ -59,7 +59,7 @@ class Band:
 
     @property
     def _weights(self) -> list[nn.Parameter]:
-        return [part.parameter for part in self.constrainer.parts]
+        return [part.parameter for part in self.constrainer.weights]
 
     def pull(self, model: nn.Module, batch: Batch) -> None:
         """Add the gradient of those rows of `batch` (with `labels` `[B, T]` or `[B]`) that are too improbable."""
@@ -103,7 +103,7 @@ class Band:
         """Before the last backward pass of a step: whether any row, of any process, asks for a move."""
         if world()[1] > 1:
             sum_over_processes(self._asked)
-        self.constrainer.still = not any(asked[0] for asked in self._asked.values())
+        self.constrainer.skip_next_step = not any(asked[0] for asked in self._asked.values())
 
     @torch.no_grad()
     def combine(self) -> None:

@@ -68,7 +68,7 @@ class OverUnlearningCallback(TrainerCallback):
         elif self.by_row and self.target is None:
             self.band = self._both_sides()
         if self.previous is None:  # else of the checkpoint that this run resumes
-            self.previous = (state.global_step, self.constrainer.weights())
+            self.previous = (state.global_step, self.constrainer.copy_weights())
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs: Any
@@ -80,7 +80,7 @@ class OverUnlearningCallback(TrainerCallback):
         least = self.band.lowest if self.band is not None else None
         too_low = least is not None and metrics.get("eval_forget_probability", math.inf) < least
         if not self._reached(forget) or too_low:
-            self.previous = (state.global_step, self.constrainer.weights())
+            self.previous = (state.global_step, self.constrainer.copy_weights())
             return
         if self.target is None and least is None and self.previous is not None and self.previous[0] < state.global_step:
             forget, step = self._shorten(forget, *self.previous, state.global_step)
@@ -103,7 +103,7 @@ class OverUnlearningCallback(TrainerCallback):
     def _shorten(self, forget: float, before: int, start: list[Tensor], after: int) -> tuple[float, float]:
         """Go back from the end of the last stretch to a point that has just reached the mark."""
         assert self.mark is not None
-        end = self.constrainer.weights()
+        end = self.constrainer.copy_weights()
         low, high = 0.0, 1.0
         for _ in range(self.HALVINGS):
             if abs(forget - self.mark) <= self.TOLERANCE:
@@ -133,12 +133,12 @@ class DriftBudgetCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._within = self.constrainer.weights()
+        self._within = self.constrainer.copy_weights()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         drift = self.constrainer.drift().relative
         if drift <= self.budget:
-            self._within = self.constrainer.weights()
+            self._within = self.constrainer.copy_weights()
             return
         self.constrainer.restore(self._within)
         control.should_training_stop = True
@@ -169,7 +169,7 @@ class RetainDropCallback(TrainerCallback):
     ) -> None:
         with self.constrainer.original():
             self._before = self.score("retain")
-        self._within = self.constrainer.weights()
+        self._within = self.constrainer.copy_weights()
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs: Any
@@ -179,7 +179,7 @@ class RetainDropCallback(TrainerCallback):
             return
         drop = retain - self._before if self.metric == "loss" else self._before - retain
         if drop <= self.budget:
-            self._within = self.constrainer.weights()
+            self._within = self.constrainer.copy_weights()
             return
         self.constrainer.restore(self._within)
         control.should_training_stop = True

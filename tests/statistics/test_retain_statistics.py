@@ -19,7 +19,7 @@ from hf_unlearn.errors import OutputError, StatisticsError
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.statistics import retain_statistics as module
 from hf_unlearn.statistics.collect import collect_statistics
-from hf_unlearn.statistics.eigen import eigen
+from hf_unlearn.statistics.eigen import eigendecomposition
 from hf_unlearn.statistics.retain_statistics import METADATA, TENSORS, LayerSums, RetainStatistics
 
 
@@ -332,7 +332,7 @@ def test_a_process_that_made_no_decomposition_has_room_for_the_one_that_it_is_se
         {"a": rows_NI.T @ rows_NI}, {}, {"a": LayerSums("a", 4, False)}, {"a": 9}, 9, 0, weights="0", data="0"
     )
     sent: list[Tensor] = []
-    own = eigen(statistics.gram("a"), 9).rounded()
+    own = eigendecomposition(statistics.gram("a"), 9).rounded()
     monkeypatch.setattr("hf_unlearn.statistics.retain_statistics.world", lambda: (0, 2))
     monkeypatch.setattr(
         "hf_unlearn.statistics.retain_statistics.from_owner", lambda tensors, owner: sent.extend(tensors)
