@@ -8,6 +8,7 @@ from hf_unlearn.cli.common import Answer, hush, join_processes, make_run_parser,
 from hf_unlearn.core.settings import setting
 from hf_unlearn.deletion import run as runs
 from hf_unlearn.deletion.arguments import DataArguments
+from hf_unlearn.statistics.options import CollectionOptions
 from hf_unlearn.statistics.sketch import SKETCH_ABOVE, SKETCH_RANK
 
 
@@ -35,11 +36,16 @@ def main(argv: list[str]) -> Answer:
     (args,) = parse(parser(), argv)
     join_processes()
     hush()
-    statistics = runs.collect(
-        args, args.rows, args.fisher, args.output_dir, args.overwrite_output_dir, max_length=args.max_length,
-        keep_on=args.keep_statistics_on, max_memory=args.max_memory, sketch_above=args.sketch_above,
-        sketch_rank=args.sketch_rank, tolerance=args.tolerance,
-    )  # fmt: skip
+    options = CollectionOptions(
+        fisher=args.fisher,
+        max_rows=args.max_rows,
+        keep_on=args.keep_statistics_on,
+        max_memory=args.max_memory,
+        sketch_above=args.sketch_above,
+        sketch_rank=args.sketch_rank,
+        tolerance=args.tolerance,
+    )
+    statistics = runs.collect(args, args.rows, options, args.output_dir, args.overwrite_output_dir, args.max_length)
     content = {
         "output_dir": args.output_dir, "rows": statistics.rows, "weights": statistics.weights, "data": statistics.data,
         "fisher": bool(statistics.fisher_sums), "layers": list(statistics.layers),

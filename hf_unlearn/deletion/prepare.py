@@ -23,7 +23,8 @@ from hf_unlearn.evaluation.metrics.generation import generate_answers
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.models.loading import load_model, load_processor
 from hf_unlearn.models.tasks import IGNORED
-from hf_unlearn.statistics.collect import collect_statistics
+from hf_unlearn.statistics.collect import collect_with_options
+from hf_unlearn.statistics.options import CollectionOptions
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.trainer.config import UnlearningConfig
 
@@ -130,11 +131,8 @@ def _full_statistics(
     if folder.is_dir():
         statistics = RetainStatistics.from_pretrained(folder, model=model, keep_on=config.keep_statistics_on)
         return statistics, time.perf_counter() - start
-    statistics = collect_statistics(
-        model, train, collator=collator, fisher=fisher, batch_size=config.per_device_eval_batch_size,
-        keep_on=config.keep_statistics_on, max_memory=config.max_memory, sketch_above=config.sketch_above,
-        sketch_rank=config.sketch_rank, progress=not config.disable_tqdm,
-    )  # fmt: skip
+    options = CollectionOptions.from_config(config, fisher=fisher)
+    statistics = collect_with_options(model, train, options, collator=collator)
     seconds = time.perf_counter() - start
     statistics.save_pretrained(folder)
     wait_for_all()

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from hf_unlearn.models.adapters import merged_state_dict
 from hf_unlearn.models.fingerprint import state_fingerprint, weights_fingerprint
 from hf_unlearn.models.modes import flags_kept
 from hf_unlearn.publishing.model_folder import complete_folder, push_unlearned_model
-from hf_unlearn.statistics.collect import collect_statistics
+from hf_unlearn.statistics.collect import collect_with_options
+from hf_unlearn.statistics.options import CollectionOptions
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.run_record import describe, name_base_model
@@ -145,11 +146,10 @@ class Request:
         """Statistics of the full set minus those of the forget rows on the current model (PGU, section 3.3)."""
         if self.statistics is None or not self.subtract_forget:
             return self.statistics
-        forget = collect_statistics(
-            self.model, self.forget, collator=self.collator, processing_class=self.processing_class,
-            batch_size=args.per_device_eval_batch_size, keep_on=args.keep_statistics_on, max_memory=args.max_memory,
-            progress=not args.disable_tqdm, **self.statistics.same_kind,
-        )  # fmt: skip
+        options = replace(CollectionOptions.from_config(args), **self.statistics.matching_arguments)
+        forget = collect_with_options(
+            self.model, self.forget, options, collator=self.collator, processing_class=self.processing_class
+        )
         self._forgotten = forget
         return self.statistics - forget
 

@@ -23,7 +23,8 @@ from hf_unlearn.evaluation.evaluate import evaluate_unlearning
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.models.loading import load_model, load_processor
 from hf_unlearn.publishing.model_folder import complete_folder
-from hf_unlearn.statistics.collect import collect_statistics
+from hf_unlearn.statistics.collect import collect_with_options
+from hf_unlearn.statistics.options import CollectionOptions
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.trainer.config import UnlearningConfig
 
@@ -54,23 +55,19 @@ def run(args: RunArguments, config: UnlearningConfig) -> dict[str, UnlearningRep
 def collect(
     args: DataArguments,
     rows: str,
-    fisher: bool,
+    options: CollectionOptions,
     output_dir: str,
     overwrite: bool,
     max_length: int | None = 512,
-    **options: Any,
 ) -> RetainStatistics:
-    """`hf-unlearn collect`: statistics of a split, saved to `output_dir`; rows are cut as `run` cuts them.
-
-    Further options are those of `collect_statistics`.
-    """
+    """`hf-unlearn collect`: statistics of a split, saved to `output_dir`; rows are cut as `run` cuts them."""
     check_output(output_dir, overwrite)
     tokenizer = load_processor(args.model_name_or_path, args.task)
     loaded = load_rows(args.dataset_name, rows, "rows")
     model = load_model(args.model_name_or_path, args.task)
     data = encode_dataset(loaded, tokenizer, what="statistics", max_length=max_length, model=model)
     collator = default_collator(tokenizer)
-    statistics = collect_statistics(model, data, collator=collator, fisher=fisher, max_rows=args.max_rows, **options)
+    statistics = collect_with_options(model, data, options, collator=collator)
     statistics.save_pretrained(output_dir, overwrite=overwrite)
     statistics.decompose(statistics.layers)  # for its summary: here, where every process is
     wait_for_all()

@@ -43,7 +43,8 @@ from hf_unlearn.deletion.room import room_left, running_out
 from hf_unlearn.errors import DataError, LedgerError
 from hf_unlearn.evaluation.report import REPORT, UnlearningReport, plain
 from hf_unlearn.models.fingerprint import weights_fingerprint
-from hf_unlearn.statistics.retain_statistics import TENSORS, RetainStatistics
+from hf_unlearn.statistics.retain_statistics import RetainStatistics
+from hf_unlearn.statistics.serialisation import TENSORS
 
 PRIVATE, RECORD, STATISTICS = "_private", "request.json", "statistics"
 

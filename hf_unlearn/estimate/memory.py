@@ -15,8 +15,8 @@ from hf_unlearn.constraints.base import Constraint
 from hf_unlearn.constraints.registry import CONSTRAINTS, needs_fisher
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.estimate.tracing import Trace
-from hf_unlearn.statistics.eigen import products_share
 from hf_unlearn.statistics.sketch import EXACT, Sketching
+from hf_unlearn.statistics.sums import products_share
 
 OPTIMIZERS: Mapping[str, tuple[float, float]] = {
     "sgd": (0, 1),
@@ -152,7 +152,7 @@ def decomposition_peak(
 
     A process first has all its own matrices (float64), then replaces one after the other by its vectors (float32);
     LAPACK's `dsyevd` takes the matrix, its copy and twice its size, four matrices in all; the SVD of a sketch as many.
-    Of a layer that sees fewer positions than half its features it takes less (`linalg.eigen`): this is an upper bound.
+    Of a layer that sees fewer positions than half its features it takes less: this is an upper bound.
 
     Args:
         kept: Share of the finished vectors that stays on the device.

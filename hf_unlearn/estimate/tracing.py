@@ -219,8 +219,9 @@ def _trace(
     meter, forward, backward = _train(model, inputs, loss)
     trained = [p for p in model.parameters() if p.requires_grad]
     owners = {layer_of(name)[0] for name, p in model.named_parameters() if p.requires_grad}
+    gram_of = collector.shared_inputs.gram_of
     layers = {
-        name: LayerSize(size.outputs, size.inputs, collector.owner[name], size.transposed, name in owners)
+        name: LayerSize(size.outputs, size.inputs, gram_of[name], size.transposed, name in owners)
         for name, size in collector.sizes.items()
     }
     return Trace(
@@ -244,13 +245,13 @@ def _inputs(config: Any, batch_size: int, length: int) -> dict[str, Tensor]:
 
 
 class _Sizes(Accumulator):
-    """A `Accumulator` of tensors without values: there is nothing to check or to send at its end."""
+    """An `Accumulator` of tensors without values: there is nothing to check or to send at its end."""
 
-    def _complete(self, names: Sequence[str]) -> None:
+    def complete(self, names: Sequence[str]) -> None:
         pass
 
     @staticmethod
-    def _unmasked(tensor: Tensor, mask: Tensor | None, blocks: int = 1) -> Tensor:
+    def unmasked(tensor: Tensor, mask: Tensor | None, blocks: int = 1) -> Tensor:
         if blocks > 1:
             return tensor.reshape(-1, *tensor.shape[-2:]).transpose(0, 1).clone()
         return tensor.reshape(-1, tensor.shape[-1]).clone()  # a mask copies the rows
@@ -261,7 +262,7 @@ def _collect(model: Any, inputs: Mapping[str, Tensor], fisher: bool) -> tuple[Ac
     collector = _Sizes(model, find_layers(model), fisher, Storage())
 
     def batch() -> None:
-        collector._last = None
+        collector.shared_inputs.start_batch()
         logits = output_logits(model, inputs)
         if fisher:
             logits_LV = _labelled(logits, model).float()

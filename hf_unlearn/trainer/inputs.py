@@ -13,7 +13,8 @@ from hf_unlearn.errors import SettingsError, StatisticsError
 from hf_unlearn.losses import UnlearningLoss
 from hf_unlearn.models.layers import find_layers
 from hf_unlearn.models.trainable import Coverage, freeze_all_but, freeze_unprotected, is_weight_of
-from hf_unlearn.statistics.collect import collect_statistics
+from hf_unlearn.statistics.collect import collect_with_options
+from hf_unlearn.statistics.options import CollectionOptions
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.trainer.config import UnlearningConfig
 
@@ -52,12 +53,8 @@ def usable_statistics(
                 f"constraint {args.constraint!r} needs statistics; pass `statistics`, or retain_dataset to collect "
                 "them, or choose constraint none"
             )
-        fisher = needs_fisher(args.constraint)
-        return collect_statistics(
-            model, retain, collator=collator, batch_size=args.per_device_eval_batch_size, fisher=fisher,
-            keep_on=args.keep_statistics_on, max_memory=args.max_memory, sketch_above=args.sketch_above,
-            sketch_rank=args.sketch_rank, progress=not args.disable_tqdm,
-        )  # fmt: skip
+        options = CollectionOptions.from_config(args, fisher=needs_fisher(args.constraint))
+        return collect_with_options(model, retain, options, collator=collator)
     if isinstance(given, (str, os.PathLike)):
         given = RetainStatistics.from_pretrained(given, keep_on=args.keep_statistics_on)
     if given is not None:

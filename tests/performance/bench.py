@@ -192,7 +192,9 @@ def decomposing(rounds: int) -> list[Figure]:
         times = in_turn(lambda gram=gram: eigendecomposition(gram), lambda rows=rows: rows.T @ rows, rounds)
         found.append(Figure("decomposition", f"eigh in float64, width {width}", "its product", *times))
         few = rows[: width // 4].T @ rows[: width // 4]
-        times = in_turn(lambda few=few: eigendecomposition(few, len(few) // 4), lambda few=few: eigendecomposition(few), rounds)
+        times = in_turn(
+            lambda few=few: eigendecomposition(few, len(few) // 4), lambda few=few: eigendecomposition(few), rounds
+        )
         found.append(Figure("decomposition", f"of {width // 4} rows, width {width}", "eigh in float64", *times))
     return found
 

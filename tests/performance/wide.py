@@ -22,8 +22,9 @@ from hf_unlearn.constraints.ridge import RidgeConstraint
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.statistics.early_stop import lost_energy
-from hf_unlearn.statistics.eigen import Eigen, add_products, eigendecomposition, mirror
+from hf_unlearn.statistics.eigen import Eigen, eigendecomposition
 from hf_unlearn.statistics.sketch import add_sketch, sketch_of
+from hf_unlearn.statistics.sums import add_products, mirror
 
 SHARES = (16, 8, 4, 2)
 ENERGY = EnergyConstraint(0.9, "eigenvalues")

@@ -13,13 +13,12 @@ from torch import Tensor
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.statistics.eigen import (
     Eigen,
-    add_products,
     eigendecomposition,
     leading_basis,
-    mirror,
     numerical_rank,
     rank_for_energy,
 )
+from hf_unlearn.statistics.sums import add_products, mirror
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(0, 2**20))

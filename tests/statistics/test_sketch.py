@@ -30,7 +30,8 @@ from hf_unlearn.errors import ModelError, SettingsError, StatisticsError
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.statistics.early_stop import EarlyStop, lost_energy
 from hf_unlearn.statistics.eigen import Eigen, eigendecomposition, rank_for_energy
-from hf_unlearn.statistics.retain_statistics import METADATA, LayerSums, RetainStatistics
+from hf_unlearn.statistics.retain_statistics import LayerSums, RetainStatistics
+from hf_unlearn.statistics.serialisation import METADATA
 from hf_unlearn.statistics.sketch import SIGNS, Sketching, add_sketch, image, is_sketch, sketch_map, sketch_of
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
@@ -357,7 +358,7 @@ def test_statistics_with_sketches_subtract_save_and_load(llama: nn.Module, tmp_p
     loaded = RetainStatistics.from_pretrained(folder, model=llama)
     assert torch.equal(loaded.gram_sums[name], (full - forget).gram_sums[name])
     assert json.loads((folder / METADATA).read_text())["format_version"] == 2
-    assert loaded.same_kind == {"layers": None} | SKETCHED
+    assert loaded.matching_arguments == {"layers": None} | SKETCHED
     exact = collect(llama, rows).save_pretrained(tmp_path / "exact")
     assert json.loads((exact / METADATA).read_text())["format_version"] == 1  # older versions read it
     with pytest.raises(StatisticsError, match="belong to another model"):
@@ -375,7 +376,7 @@ def test_only_sketches_of_one_kind_combine(llama: nn.Module) -> None:
         one - collect(llama, rows[:1], fisher=True)
     with pytest.raises(StatisticsError, match="rank 20 here and a sketch of rank 10 there"):
         one + collect(llama, rows, **(SKETCHED | {"sketch_rank": 10}))
-    assert (one - collect(llama, rows[:1], **one.same_kind)).rows == 2
+    assert (one - collect(llama, rows[:1], **one.matching_arguments)).rows == 2
 
 
 def test_the_summary_says_what_was_missed(llama: nn.Module) -> None:
