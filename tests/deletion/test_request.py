@@ -222,7 +222,7 @@ def test_a_folder_that_is_not_empty_is_refused_before_any_work(tmp_path: Path, m
         raise AssertionError("work began")
 
     asked = asking()
-    for name in ("collect_statistics", "UnlearningTrainer", "evaluate_unlearning"):
+    for name in ("collect_with_options", "UnlearningTrainer", "evaluate_unlearning"):
         monkeypatch.setattr(requests, name, never)
     with pytest.raises(OutputError, match="is not empty"):
         asked.fulfil(settings(tmp_path))
@@ -241,14 +241,14 @@ def test_several_runs_start_from_the_same_original_and_judge_it_once(
     retrained = tiny_vit(seed=3)
     asked, alone = asking(retrained=retrained), asking(retrained=retrained)
     before = weights(asked.model)
-    judge, collect, given, collected = requests.evaluate_unlearning, requests.collect_statistics, [], []
+    judge, collect, given, collected = requests.evaluate_unlearning, requests.collect_with_options, [], []
 
     def evaluate(*args: Any, **options: Any) -> UnlearningReport:
         given.append((options["original"] is not None, options["retrained"] is not None))
         return judge(*args, **options)
 
     monkeypatch.setattr(requests, "evaluate_unlearning", evaluate)
-    monkeypatch.setattr(requests, "collect_statistics", lambda *a, **o: (collected.append(1), collect(*a, **o))[1])
+    monkeypatch.setattr(requests, "collect_with_options", lambda *a, **o: (collected.append(1), collect(*a, **o))[1])
     reports = [asked.fulfil(settings(tmp_path / name, constraint=name)) for name in ("none", "energy")]
     assert given == [(True, True), (False, False)] and len(collected) == 1
     assert all(torch.equal(weight, before[name]) for name, weight in weights(asked.model).items())

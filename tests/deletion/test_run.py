@@ -26,6 +26,7 @@ from hf_unlearn.evaluation import measurements as measures
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.models.loading import load_model, load_tokenizer
+from hf_unlearn.statistics.options import CollectionOptions
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.trainer.config import UnlearningConfig
 
@@ -198,7 +199,7 @@ def test_collected_statistics_are_what_a_run_takes(
 
 def test_max_rows_of_collect_takes_the_first_ones(places: dict[str, str], tmp_path: Path) -> None:
     args = arguments(places, max_rows=3)
-    assert collect(args, "full[0:5]", False, str(tmp_path / "s"), False).rows == 3
+    assert collect(args, "full[0:5]", CollectionOptions(max_rows=3), str(tmp_path / "s"), False).rows == 3
     assert RetainStatistics.from_pretrained(tmp_path / "s").rows == 3
 
 
@@ -276,7 +277,7 @@ def test_training_without_rows_to_train_on_is_refused(
 
 
 def test_statistics_and_forget_rows_are_all_that_a_request_needs(places: dict[str, str], tmp_path: Path) -> None:
-    collect(arguments(places), "full[4:12]", False, str(tmp_path / "statistics"), False)
+    collect(arguments(places), "full[4:12]", CollectionOptions(), str(tmp_path / "statistics"), False)
     args = arguments(
         places, train="", fine_tune=False, holdout=None, statistics=str(tmp_path / "statistics"), subtract_forget=False
     )

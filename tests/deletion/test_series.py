@@ -278,7 +278,7 @@ def test_another_model_is_refused_before_any_work(chain: Chain, monkeypatch: pyt
     chain.fulfil(1)
     request = chain.request(2)
     request.model = chain.original
-    monkeypatch.setattr(requests, "collect_statistics", lambda *a, **o: pytest.fail("work began"))
+    monkeypatch.setattr(requests, "collect_with_options", lambda *a, **o: pytest.fail("work began"))
     with pytest.raises(LedgerError, match="go on from that model"):
         request.fulfil(chain.args(2))
     inside = Request(chain.original, FORGET[0], {"forget": FORGET[0]}, chain.full)
