@@ -28,6 +28,7 @@ from hf_unlearn.models.layers import find_layers
 from hf_unlearn.models.loading import MODELS
 from hf_unlearn.models.tasks import Task, context_length, shifts_labels
 from hf_unlearn.models.trainable import freeze_unprotected
+from hf_unlearn.statistics.accumulator import Accumulator
 from hf_unlearn.statistics.fisher import sample_labels
 from hf_unlearn.statistics.sketch import EXACT, Sketching
 
