@@ -355,8 +355,8 @@ def test_no_model_is_scored_twice_on_the_same_rows(
     places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored: list[int] = []
-    score = measures.MEASURES["rows"]
-    monkeypatch.setitem(measures.MEASURES, "rows", lambda *given: (scored.append(1), score(*given))[1])
+    score = measures.score_rows
+    monkeypatch.setattr(measures, "score_rows", lambda *given: (scored.append(1), score(*given))[1])
     args = arguments(places, retrained=places["model"], constraints="energy,none", cache_dir=str(tmp_path / "cache"))
     reports = run(args, settings(tmp_path / "out", max_steps=1))
     splits = len({metric.split for metric in reports["energy"].metrics})
