@@ -10,7 +10,7 @@ from helpers.append_entries import KEY
 from helpers.tiny import tiny_gpt2
 from transformers.utils import logging
 
-from hf_unlearn.deletion.ledger import KEY_VARIABLE
+from hf_unlearn.deletion.ledger_key import KEY_VARIABLE
 from hf_unlearn.statistics.collect import collect_statistics
 
 WORDS = "who wrote the red book anna did and where was it found in paris".split()

@@ -10,7 +10,7 @@ from helpers.command_lines import answered, refused, run_line
 
 from hf_unlearn.cli import main
 from hf_unlearn.cli.answers import NO
-from hf_unlearn.deletion.ledger import KEY_VARIABLE
+from hf_unlearn.deletion.ledger_key import KEY_VARIABLE
 from hf_unlearn.evaluation.report import UnlearningReport
 
 
