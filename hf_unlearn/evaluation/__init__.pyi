@@ -11,6 +11,7 @@ from .evaluate import training_metrics as training_metrics
 from .measurements import MEASUREMENTS as MEASUREMENTS
 from .measurements import MeasurementTools as MeasurementTools
 from .measurements import register_measurement as register_measurement
+from .metrics.base import NUMBER as NUMBER
 from .metrics.base import UnlearningMetric as UnlearningMetric
 from .metrics.intervals import Estimate as Estimate
 from .metrics.intervals import bootstrap as bootstrap
