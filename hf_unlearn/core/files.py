@@ -73,8 +73,10 @@ def write_json(path: Path, content: object) -> None:
 
     >>> path = Path(tempfile.mkdtemp()) / "a.json"
     >>> write_json(path, {"b": 1})
-    >>> path.read_text()
-    '{\n  "b": 1\n}\n'
+    >>> print(path.read_text(), end="")
+    {
+      "b": 1
+    }
     """
     text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)  # first, because it may raise
     with replace_file(path) as partial:

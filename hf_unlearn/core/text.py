@@ -30,8 +30,8 @@ def align(rows: Sequence[Sequence[str]]) -> str:
 def spread(values: Sequence[float], digits: int = 3) -> str:
     """Return the mean and range of values; the mean alone if all are equal, and a dash if there are none.
 
-    >>> spread([0.975, 0.990]), spread([0.5, 0.5]), spread([])
-    ('0.983 (0.975-0.990)', '0.500', '-')
+    >>> spread([0.97, 0.99]), spread([0.5, 0.5]), spread([])
+    ('0.980 (0.970-0.990)', '0.500', '-')
     """
     if not values:
         return "-"
