@@ -184,9 +184,7 @@ def predict(model: nn.Module, inputs: Batch, skip_first: bool = False, layer: in
         raise DataError(f"the batch has no column 'labels', only {sorted(inputs)}; a label is what is forgotten")
     mask = label_positions(model, labels, skip_first)
     if not mask.any():
-        raise DataError(
-            f"every label of a batch of {len(labels)} rows is -100 (masked); give the batch a label to predict"
-        )
+        raise DataError(f"every label of a batch of {len(labels)} rows is -100 (masked); nothing is left to predict")
     recording: AbstractContextManager[list[Tensor]] = nullcontext([]) if layer is None else _outputs_of(model, layer)
     with recording as outputs:
         if labels.ndim == 2 and shifts_labels(model):
@@ -231,7 +229,7 @@ def find_module(model: nn.Module, layer: int | str) -> nn.Module:
     True
 
     Raises:
-        SettingsError: There is no such module.
+        SettingsError: The model has no such module.
     """
     model = without_wrapper(getattr(model, "module", model))
     if isinstance(layer, int) and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
