@@ -49,7 +49,9 @@ def rows_where(rows: Rows, expression: str, what: str = "forget") -> list[int]:
     columns = set(rows[0])
     for column, *_ in comparisons:
         if column not in columns:
-            raise DataError(f"filter {expression!r}: there is no column {column!r}, only {', '.join(sorted(columns))}")
+            raise DataError(
+                f"filter {expression!r}: unknown column {column!r}; use one of {', '.join(sorted(columns))}"
+            )
     numbers = [i for i in range(len(rows)) if all(_holds(rows[i], test, expression) for test in comparisons)]
     if not numbers:
         raise DataError(f"filter {expression!r} selects none of the {len(rows)} rows of the {what} set")
@@ -176,7 +178,7 @@ def rows_requested(rows: Rows, path: str, what: str = "forget") -> list[int]:
     for number, request in enumerate(read_requests(path), 1):
         if unknown := sorted(set(request) - columns):
             raise DataError(
-                f"{path}, request {number}: there is no column {unknown[0]!r}, only {', '.join(sorted(columns))}"
+                f"{path}, request {number}: unknown column {unknown[0]!r}; use one of {', '.join(sorted(columns))}"
             )
         fits = [i for i, row in enumerate(all_rows) if all(_same(row[name], value) for name, value in request.items())]
         if not fits:

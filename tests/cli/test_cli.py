@@ -112,7 +112,7 @@ def test_a_wrong_settings_file_is_refused(
         ({"loss": "nowhere:f"}, "cannot import loss 'nowhere:f'"),
         ({"loss": "dpo"}, "needs an alternate answer for each forget row"),
         ({"loss": "random_label"}, "'random_label' is for rows with a class label"),
-        ({"forget_filter": "colour == 1"}, "there is no column 'colour'"),
+        ({"forget_filter": "colour == 1"}, "unknown column 'colour'"),
         ({"forget_filter": 'completion == "?"'}, "selects none of the"),
         ({"forget_indices": "./no/such/file"}, "cannot read"),
         ({"holdout": "full[0:2]"}, "also in the holdout set"),
