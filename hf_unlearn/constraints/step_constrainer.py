@@ -41,21 +41,28 @@ def constrain_optimizer(
     `constrainer` is a `StepConstrainer` (drift, original weights).
 
     >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from hf_unlearn.constraints import EnergyConstraint, constrain_optimizer
+    >>> from hf_unlearn.models.trainable import freeze_unprotected
     >>> from hf_unlearn.statistics import collect_statistics
     >>> _ = torch.manual_seed(0)
-    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4, bias=False))
-    >>> retain = [{"input": torch.randn(8)} for _ in range(3)]
-    >>> def collate(rows):
-    ...     return {"input": torch.stack([row["input"] for row in rows])}
-    >>> statistics = collect_statistics(model, retain, collator=collate, progress=False)
-    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    ... )
+    >>> model = LlamaForCausalLM(config).eval()
+    >>> statistics = collect_statistics(model, [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}], progress=False)
+    >>> _ = freeze_unprotected(model, statistics.layers)
+    >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     >>> optimizer = constrain_optimizer(optimizer, model, statistics, EnergyConstraint(1.0))
-    >>> before = model(collate(retain)["input"]).detach()
-    >>> model(torch.randn(5, 8)).square().sum().backward()
+    >>> retain, forget = torch.tensor([[1, 2, 3]]), torch.tensor([[7, 8, 9]])
+    >>> with torch.no_grad():
+    ...     retain_before, forget_before = model(retain).logits, model(forget).logits
+    >>> (-model(forget, labels=forget).loss).backward()  # gradient ascent on the forget row
     >>> optimizer.step()
-    >>> torch.allclose(model(collate(retain)["input"]), before, atol=1e-5)
+    >>> torch.allclose(model(retain).logits, retain_before, atol=1e-5)
     True
+    >>> torch.allclose(model(forget).logits, forget_before, atol=1e-3)
+    False
     >>> optimizer.constrainer.drift().relative < 1e-5
     True
 

@@ -76,8 +76,7 @@ def collect_statistics(
 
     Args:
         model: Any model with layers of known types; see `register_layer`.
-        dataset: Rows in a format of `encode_dataset`, also streamed (`datasets.IterableDataset`), or anything that
-            `collator` takes.
+        dataset: Rows in a format of `encode_dataset`, also streamed (`datasets.IterableDataset`).
         collator: Rows to batch; default: padding on the right.
         processing_class: Tokenizer or image processor, needed for raw rows.
         batch_size, fisher, layers, max_rows, keep_on, max_memory, sketch_above, sketch_rank, tolerance, progress: As in

@@ -55,18 +55,20 @@ class RetainStatistics:
     `a + b` is what one pass over both data sets would have collected, `a - b` what a pass over `a`'s rows without
     `b`'s would have (PGU, WACV 2024, section 3.3: no retained row is read). Both need statistics of the same weights.
 
-    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from hf_unlearn.statistics import collect_statistics
-    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2))
-    >>> rows = [{"input": torch.ones(3)}, {"input": torch.tensor([1.0, 0.0, 0.0])}]
-    >>> def collate(rows):
-    ...     return {"input": torch.stack([row["input"] for row in rows])}
-    >>> full = collect_statistics(model, rows, collator=collate, progress=False)
-    >>> forget = collect_statistics(model, rows[1:], collator=collate, progress=False)
-    >>> (full - forget).gram("0")
-    tensor([[1., 1., 1.],
-            [1., 1., 1.],
-            [1., 1., 1.]], dtype=torch.float64)
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    ... )
+    >>> model = LlamaForCausalLM(config)
+    >>> rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4, 5], "labels": [4, 5]}]
+    >>> full = collect_statistics(model, rows, progress=False)
+    >>> forget = collect_statistics(model, rows[:1], progress=False)
+    >>> retain = full - forget
+    >>> retain.rows, retain.positions["model.layers.0.mlp.down_proj"]
+    (1, 2)
+    >>> retain.data == collect_statistics(model, rows[1:], progress=False).data
+    True
 
     Attributes:
         gram_sums: Float64 `[I, I]` by the name of the first layer that reads the input; `[G, I, I]` of a layer of G
