@@ -21,10 +21,10 @@ def build_loss(loss: str | ForgetTerm | UnlearningLoss, settings: Mapping[str, A
     >>> loss = build_loss("npo", {"beta": 0.2})
     >>> loss.all_settings
     {'gamma': 1.0, 'alpha': 1.0, 'retain': 'nll', 'beta': 0.2}
-    >>> build_loss("nop")
+    >>> build_loss("npo", {"betta": 0.2})
     Traceback (most recent call last):
         ...
-    hf_unlearn.errors.SettingsError: unknown loss 'nop'; did you mean 'npo'? choose from ...
+    hf_unlearn.errors.SettingsError: loss 'npo' has no setting 'betta', only gamma, alpha, retain, beta
 
     Args:
         loss: A registered name, `module:function` of a forget term (see `LossKind.term`; the working folder is searched
