@@ -12,6 +12,9 @@ from hf_unlearn.core.files import write_json
 from hf_unlearn.errors import OutputError
 from hf_unlearn.evaluation.tables import report_table
 
+Record = dict[str, Any]
+"""A record of JSON values; others are converted by `plain`."""
+
 REPORT = "unlearning_report.json"
 FORMAT_VERSION = 1
 
@@ -74,17 +77,17 @@ class UnlearningReport:
     """
 
     metrics: list[MetricValue] = field(default_factory=list)
-    request: dict[str, Any] = field(default_factory=dict)
-    method: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    request: Record = field(default_factory=dict)
+    method: Record = field(default_factory=dict)
+    settings: Record = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     hardware: str = ""
     timings: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    drift: dict[str, Any] = field(default_factory=dict)
+    history: list[Record] = field(default_factory=list)
+    drift: Record = field(default_factory=dict)
     entropies: dict[str, list[float]] = field(default_factory=dict)
     audit: dict[str, dict[str, str]] = field(default_factory=dict)
-    series: dict[str, Any] = field(default_factory=dict)
+    series: Record = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
 
     def __repr__(self) -> str:
@@ -111,7 +114,7 @@ class UnlearningReport:
         write_json(path, self.content())
         return path
 
-    def content(self) -> dict[str, Any]:
+    def content(self) -> Record:
         """Return what `save` writes: JSON values only."""
         return plain({"format_version": FORMAT_VERSION, **asdict(self)})
 
@@ -135,7 +138,7 @@ class UnlearningReport:
         return cls(**{key: value for key, value in content.items() if key in known})
 
 
-def _metric_from_json(content: Mapping[str, Any]) -> MetricValue:
+def _metric_from_json(content: Record) -> MetricValue:
     value = content["value"]
     return MetricValue(**{**content, "value": math.nan if value is None else value})
 

@@ -173,7 +173,8 @@ def test_a_split_named_forget_is_required() -> None:
 
 
 def test_an_unknown_metric_names_the_known_ones() -> None:
-    with pytest.raises(SettingsError, match=r"unknown metric 'rouge'; did you mean 'rouge_l'\? choose from accuracy, .*membership_auc"):
+    known = r"unknown metric 'rouge'; did you mean 'rouge_l'\? choose from accuracy, .*membership_auc"
+    with pytest.raises(SettingsError, match=known):
         evaluate_unlearning(tiny_mlp(), {"forget": vector_rows(2)}, metrics=["loss", "rouge"])
 
 

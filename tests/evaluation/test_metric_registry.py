@@ -78,9 +78,8 @@ def test_every_measurement_is_needed_by_a_metric_and_every_suite_names_metrics()
     declared = {measurement for metric in METRICS.values() for needs in metric.needs.values() for measurement in needs}
     assert declared == set(MEASUREMENTS)
     assert {name for suite in SUITES.values() for name in suite} <= set(METRICS)
-    assert choose_metrics(["tofu", "rouge_l"], ROWS) == list(SUITES["tofu"]) and choose_metrics("attacks", ROWS) == list(
-        SUITES["attacks"]
-    )
+    assert choose_metrics(["tofu", "rouge_l"], ROWS) == list(SUITES["tofu"])
+    assert choose_metrics("attacks", ROWS) == list(SUITES["attacks"])
     with pytest.raises(SettingsError, match="unknown metric 'nonsense'"):
         choose_metrics(["nonsense"], ROWS)
 

@@ -255,7 +255,7 @@ def test_rmu_layer_is_a_block_or_a_name_and_errors_say_which_there_are() -> None
     model.requires_grad_(False)
     model.lm_head.requires_grad_(True)
     model.transformer.wte.requires_grad_(False)
-    with pytest.raises(ModelError, match="depends on no trained weight"):
+    with pytest.raises(ModelError, match="does not depend on a trainable weight"):
         build_loss("rmu", {"layer": 1})(model, batch)
 
 
@@ -475,18 +475,18 @@ def test_a_loss_is_named_by_module_and_function(tmp_path: Path, monkeypatch: pyt
         build_loss("own_losses_for_test:nothing")
     with pytest.raises(SettingsError, match="cannot import loss 'no_such_module_at_all:f': No module named"):
         build_loss("no_such_module_at_all:f")
-    with pytest.raises(SettingsError, match="is no function of"):
+    with pytest.raises(SettingsError, match="is not a function of"):
         build_loss("own_losses_for_test:number")
 
 
 def test_a_term_with_the_wrong_number_of_values_is_an_error() -> None:
     model, _, batch = with_alternates("gpt2")
-    with pytest.raises(SettingsError, match=r"must give one value per label \(\d+ here\), got \[\]"):
+    with pytest.raises(SettingsError, match=r"must return one value per label \(\d+ here\), got \[\]"):
         build_loss(lambda predictions, original: predictions.nll_L.mean())(model, batch)
     name = "by_row_for_test"
     try:
         register_loss(name, unit="row")(lambda predictions, original: predictions.nll_L)
-        with pytest.raises(SettingsError, match=r"must give one value per row \(4 here\), got \[\d+\]"):
+        with pytest.raises(SettingsError, match=r"must return one value per row \(4 here\), got \[\d+\]"):
             build_loss(name)(model, batch)
     finally:
         LOSSES.remove(name)

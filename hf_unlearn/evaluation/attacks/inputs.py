@@ -4,7 +4,6 @@ Shapes: B rows, T positions, D features of a hidden state, N rows.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -116,5 +115,5 @@ def _mean(states_LTD: Tensor, mask_T: Tensor) -> NDArray:
     return ((states_LTD * weights_T[:, None]).sum(1) / weights_T.sum()).double().cpu().numpy()
 
 
-def _as_list(rows: Rows) -> list[Any]:
+def _as_list(rows: Rows) -> list[Row]:
     return [rows[i] for i in range(len(rows))]

@@ -3,15 +3,18 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import datasets
 import evaluate
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from hf_unlearn.evaluation.measurements import Columns
 from hf_unlearn.evaluation.metrics.intervals import Estimate, Undefined
+
+if TYPE_CHECKING:
+    from datasets.features.features import FeatureType
 
 NUMBER, TEXT = datasets.Value("float64"), datasets.Value("string")
 NUMBERS = datasets.Sequence(NUMBER)
@@ -47,7 +50,7 @@ class MeasuredColumns:
         return RETRAINED in self.columns
 
 
-def first_present(split: str, splits: Mapping[str, Any]) -> str | None:
+def first_present(split: str, splits: Mapping[str, object]) -> str | None:
     """Return the first of the split names `a|b` that is a key of `splits`, or None."""
     return next((name for name in split.split("|") if name in splits), None)
 
@@ -75,7 +78,7 @@ class UnlearningMetric(evaluate.Metric):
         needs_teacher: Whether it compares with a randomly initialised model, the teacher.
     """
 
-    inputs: ClassVar[Mapping[str, Any]]
+    inputs: ClassVar[Mapping[str, "FeatureType"]]
     needs: ClassVar[Mapping[str, tuple[str, ...]]] = {EACH_SPLIT: ROWS}
     against_retrained: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
@@ -109,7 +112,7 @@ class UnlearningMetric(evaluate.Metric):
             features=datasets.Features(dict(self.inputs)),
         )
 
-    def _compute(self, **columns: Any) -> dict[str, Any]:
+    def _compute(self, **columns: ArrayLike) -> dict[str, float | str | None]:
         arrays = {name: _array(value, self.inputs.get(name)) for name, value in columns.items()}
         estimate = self.estimate(**arrays)
         result = {self.name: estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
@@ -132,6 +135,6 @@ def _input_column(name: str, measured: MeasuredColumns, model: str, split: str) 
     return measured.of(model, split)[name]
 
 
-def _array(value: Any, feature: Any) -> Any:
+def _array(value: ArrayLike, feature: "FeatureType | None") -> ArrayLike:
     """Convert a column of numbers to float64; lists of numbers, texts and options of `compute` stay as they are."""
     return np.asarray(value, dtype=np.float64) if feature is NUMBER else value

@@ -4,7 +4,7 @@ Shapes: N rows, C classes. Accuracies and rates are shares in [0, 1].
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -107,7 +107,7 @@ def _gaps(
     group: Sequence[str],
     score: ArrayLike,
     retrained_score: ArrayLike | None,
-    combine: Callable[[list[NDArray]], Any],
+    combine: Callable[[list[NDArray]], NDArray],
     seed: int,
 ) -> Estimate:
     """Combine each group's absolute difference of means; the two scores of a row are resampled together."""
@@ -129,9 +129,9 @@ class ActivationDistance(UnlearningMetric):
     against_retrained = True
 
     @staticmethod
-    def estimate(probabilities: Any, retrained_probabilities: Any, seed: int = 0) -> Estimate:
+    def estimate(probabilities: ArrayLike, retrained_probabilities: ArrayLike | None, seed: int = 0) -> Estimate:
         if retrained_probabilities is None:
-            return undefined(NO_RETRAINED, len(probabilities))
+            return undefined(NO_RETRAINED, len(np.asarray(probabilities)))
         p_NC, q_NC = (np.asarray(p, dtype=np.float64) for p in (probabilities, retrained_probabilities))
         return bootstrap_mean(np.linalg.norm(p_NC - q_NC, axis=1), seed)
 
@@ -146,9 +146,9 @@ class JSDivergence(UnlearningMetric):
     against_retrained = True
 
     @staticmethod
-    def estimate(probabilities: Any, retrained_probabilities: Any, seed: int = 0) -> Estimate:
+    def estimate(probabilities: ArrayLike, retrained_probabilities: ArrayLike | None, seed: int = 0) -> Estimate:
         if retrained_probabilities is None:
-            return undefined(NO_RETRAINED, len(probabilities))
+            return undefined(NO_RETRAINED, len(np.asarray(probabilities)))
         return bootstrap_mean(js_divergences(probabilities, retrained_probabilities), seed)
 
 
@@ -168,11 +168,11 @@ class ZeroRetrainForgetting(UnlearningMetric):
     needs_teacher = True
 
     @staticmethod
-    def estimate(probabilities: Any, teacher_probabilities: Any, seed: int = 0) -> Estimate:
+    def estimate(probabilities: ArrayLike, teacher_probabilities: ArrayLike, seed: int = 0) -> Estimate:
         return bootstrap_mean(1 - js_divergences(probabilities, teacher_probabilities), seed)
 
 
-def js_divergences(p_NC: Any, q_NC: Any) -> NDArray:
+def js_divergences(p_NC: ArrayLike, q_NC: ArrayLike) -> NDArray:
     """Return the Jensen-Shannon divergence of each row's two distributions, in nats: `[N]`."""
     p_NC, q_NC = np.asarray(p_NC, dtype=np.float64), np.asarray(q_NC, dtype=np.float64)
     middle_NC = (p_NC + q_NC) / 2
@@ -209,7 +209,7 @@ def entropy_distance(logs: ArrayLike, other_logs: ArrayLike) -> float:
     return float(wasserstein_distance(logs, other_logs))
 
 
-def _sorted_distance(logs_2N: NDArray, axis: int) -> Any:
+def _sorted_distance(logs_2N: NDArray, axis: int) -> NDArray:
     """Return the same distance for two samples of equal size: the mean difference of their sorted values.
 
     Unlike scipy's function, it takes many resamples at once.

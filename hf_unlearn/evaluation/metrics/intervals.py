@@ -3,10 +3,9 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.stats import mannwhitneyu
 
 RESAMPLES = 1000
@@ -61,7 +60,7 @@ def bootstrap_mean(values: ArrayLike, seed: int = 0) -> Estimate:
     return bootstrap((values,), np.mean, seed)
 
 
-def auc(members: ArrayLike, others: ArrayLike, axis: int = -1) -> Any:
+def auc(members: ArrayLike, others: ArrayLike, axis: int = -1) -> NDArray:
     """Return the probability that a member scores above a non-member; ties count half (Mann-Whitney U / (n m))."""
     members, others = np.asarray(members), np.asarray(others)
     statistic = mannwhitneyu(members, others, axis=axis, method="asymptotic").statistic
@@ -77,7 +76,7 @@ def bootstrap_auc(members: ArrayLike, others: ArrayLike, seed: int = 0) -> Estim
     return bootstrap((members, others), auc, seed)
 
 
-def bootstrap(samples: Sequence[ArrayLike], statistic: Callable[..., Any], seed: int = 0) -> Estimate:
+def bootstrap(samples: Sequence[ArrayLike], statistic: Callable[..., NDArray | np.floating], seed: int = 0) -> Estimate:
     """Estimate `statistic(*samples, axis=-1)` with its interval; each sample is resampled independently.
 
     >>> bootstrap([[1.0, 2.0, 4.0]], np.max)

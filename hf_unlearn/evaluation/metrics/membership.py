@@ -4,7 +4,7 @@ Shapes: N rows, C classes. Scores of `MembershipAUC` are higher for rows that lo
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -135,7 +135,7 @@ class PrivLeak(UnlearningMetric):
         return cls.estimate(member_N, score_N, retrained_N, measured.seed)
 
 
-def _priv_leak(members_2N: NDArray, others_2N: NDArray, axis: int) -> Any:
+def _priv_leak(members_2N: NDArray, others_2N: NDArray, axis: int) -> NDArray:
     left, right = (1 - auc(members_2N[i], others_2N[i], axis) for i in range(2))
     with np.errstate(divide="ignore", invalid="ignore"):
         return 100 * (left - right) / right
@@ -198,7 +198,7 @@ class ShadowAttack(UnlearningMetric):
     inputs = {"role": TEXT, "probabilities": NUMBERS, "label": NUMBER}
 
     @staticmethod
-    def estimate(role: Sequence[str], probabilities: Any, label: ArrayLike, seed: int = 0) -> Estimate:
+    def estimate(role: Sequence[str], probabilities: ArrayLike, label: ArrayLike, seed: int = 0) -> Estimate:
         roles = np.asarray(role)
         features = np.column_stack([np.asarray(probabilities, dtype=np.float64), np.asarray(label, dtype=np.float64)])
         shadow, forget = np.isin(roles, ("shadow_member", "shadow_other")), roles == "forget"

@@ -1,7 +1,7 @@
 """The metrics by name, and suites of them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from hf_unlearn.core.registry import Registry
 from hf_unlearn.data.wrong_answers import ALTERNATIVES
@@ -59,7 +59,7 @@ SUITES: dict[str, tuple[str, ...]] = {
 }
 
 
-def register_metric(name: str, **settings: Any) -> Callable[[Kind], Kind]:
+def register_metric(name: str, **settings: object) -> Callable[[Kind], Kind]:
     """Class decorator: make an `UnlearningMetric` available under `name` in `evaluate_unlearning` and in commands.
 
     Example, the largest loss of a row instead of the mean:
@@ -114,7 +114,7 @@ def choose_metrics(names: Sequence[str] | str | None, splits: Mapping[str, Rows]
     return list(dict.fromkeys(chosen))
 
 
-def missing_splits(metric: type[UnlearningMetric], splits: Mapping[str, Any]) -> list[str]:
+def missing_splits(metric: type[UnlearningMetric], splits: Mapping[str, object]) -> list[str]:
     """Return the splits that a metric needs and that are not given, alternatives as `a or b`."""
     needed = [split for split in metric.needs if split != EACH_SPLIT]
     return [" or ".join(split.split("|")) for split in needed if first_present(split, splits) is None]

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -79,7 +78,7 @@ def harmonic_mean(groups: Mapping[str, ArrayLike], seed: int = 0) -> Estimate:
     return bootstrap(list(groups.values()), lambda *means, axis: harmonic(*(m.mean(axis=axis) for m in means)), seed)
 
 
-def harmonic(*values: ArrayLike) -> Any:
+def harmonic(*values: ArrayLike) -> NDArray:
     """Return the harmonic mean of non-negative values, element by element; 0 where one of them is 0.
 
     >>> float(harmonic(1.0, 0.5))
