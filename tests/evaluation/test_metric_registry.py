@@ -25,9 +25,15 @@ from hf_unlearn.evaluation.metrics.registry import (
 from hf_unlearn.evaluation.row_scores import RowScores
 
 SIZES = {
-    "forget": 6, "retain": 8, "holdout": 7, "real_authors_perturbed": 5, "world_facts": 4, "forget_verbmem": 3,
-    "forget_knowmem": 3, "retain_knowmem": 3,
-}  # fmt: skip
+    "forget": 6,
+    "retain": 8,
+    "holdout": 7,
+    "real_authors_perturbed": 5,
+    "world_facts": 4,
+    "forget_verbmem": 3,
+    "forget_knowmem": 3,
+    "retain_knowmem": 3,
+}
 ROWS: dict[str, Any] = {name: [{ALTERNATIVES: {"wrong": [1]}}] * n for name, n in SIZES.items()}
 MODELS = ("unlearned", "retrained", TEACHER)
 
@@ -38,7 +44,8 @@ def made_up(measurement: str, n: int, rng: np.random.Generator) -> dict[str, np.
         "rows": scores,
         "classes": scores | {"probabilities": rng.dirichlet(np.ones(4), n)},
         "alternatives": {
-            "paraphrase_loss": rng.exponential(1, n), "wrong_loss": rng.exponential(1, 2 * n),
+            "paraphrase_loss": rng.exponential(1, n),
+            "wrong_loss": rng.exponential(1, 2 * n),
             "wrong_count": np.full(n, 2),
         },
         "answers": {"rouge_l_recall_200": rng.uniform(0.1, 1, n)},
@@ -46,7 +53,7 @@ def made_up(measurement: str, n: int, rng: np.random.Generator) -> dict[str, np.
         "short_answers": {"rouge_l_fmeasure_32": rng.uniform(0.1, 1, n)},
         "gradients": {"gradient_norm": rng.exponential(1, n)},
         "texts": {"compressed": rng.integers(20, 90, n).astype(float)},
-    }[measurement]  # fmt: skip
+    }[measurement]
 
 
 def columns_of(names: list[str], models: tuple[str, ...] = MODELS, rows: Any = ROWS) -> MeasuredColumns:
@@ -84,7 +91,7 @@ def test_every_measurement_is_needed_by_a_metric_and_every_suite_names_metrics()
         choose_metrics(["nonsense"], ROWS)
 
 
-def test_a_split_of_another_name_does_not_stand_in() -> None:
+def test_a_split_of_another_name_is_not_used_instead() -> None:
     assert choose_metrics(None, {"forget": ROWS["forget"]}) == [n for n in SUITES["default"] if n != "membership_auc"]
     with pytest.raises(DataError, match="'priv_leak' needs a split test or holdout; the splits are forget, held"):
         choose_metrics(["priv_leak"], {"forget": ROWS["forget"], "held": ROWS["holdout"]})
@@ -97,14 +104,21 @@ def test_the_aggregate_is_made_of_its_parts_by_hand() -> None:
     forget = measured.columns["unlearned"]["forget"]
     paraphrase = np.exp(-forget["paraphrase_loss"])
     wrong = np.exp(-forget["wrong_loss"].reshape(-1, 2).mean(axis=1))
-    memorisation = reference.harmonic([
-        1 - forget["extraction_strength"].mean(), 1 - forget["accuracy"].mean(), 1 - paraphrase.mean(),
-        1 - (paraphrase / (paraphrase + wrong)).mean(),
-    ])  # fmt: skip
+    memorisation = reference.harmonic(
+        [
+            1 - forget["extraction_strength"].mean(),
+            1 - forget["accuracy"].mean(),
+            1 - paraphrase.mean(),
+            1 - (paraphrase / (paraphrase + wrong)).mean(),
+        ]
+    )
     private = []
     for score in (
-        lambda c: c["loss"], lambda c: c["loss"] / c["compressed"], lambda c: c["min_k"], lambda c: c["min_k_plus_plus"]
-    ):  # fmt: skip
+        lambda c: c["loss"],
+        lambda c: c["loss"] / c["compressed"],
+        lambda c: c["min_k"],
+        lambda c: c["min_k_plus_plus"],
+    ):
         mine, other = (
             reference.auc(*(-score(measured.columns[kind][split]) for split in ("forget", "holdout")))
             for kind in ("unlearned", "retrained")
