@@ -85,18 +85,16 @@ class UnlearningTrainer(Trainer):
 
     Example:
 
-    >>> import tempfile, torch, transformers
+    >>> import contextlib, io, tempfile, torch, transformers
     >>> from hf_unlearn.trainer.config import UnlearningConfig
     >>> _ = torch.manual_seed(0)
     >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))
     >>> forget = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]
     >>> retain = [{"input_ids": [8, 9, 10], "labels": [-100, 9, 10]}]
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     args = UnlearningConfig(folder, max_steps=1, eval_strategy="no", logging_strategy="no", disable_tqdm=True,
-    ...                             use_cpu=True)
+    >>> with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):  # hides log lines
+    ...     args = UnlearningConfig(folder, max_steps=1, disable_tqdm=True, use_cpu=True)
     ...     trainer = UnlearningTrainer(model, args, forget, retain)
-    ...     trainer.remove_callback(transformers.PrinterCallback)
     ...     _ = trainer.train()
     >>> trainer.stop_reason
     'all 1 steps were made'
