@@ -8,11 +8,12 @@ Shapes: B rows, T positions, N = B * T, I and O features of a layer, V classes o
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -112,7 +113,9 @@ class Meter(TorchDispatchMode):
         self.attention = 0.0
         self._seen: dict[int, weakref.finalize] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         outputs = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(outputs):
@@ -239,7 +242,7 @@ def _fill(model: nn.Module) -> None:
 
 def _trace(
     base: PreTrainedModel,
-    model: nn.Module,
+    model: PreTrainedModel,
     config: PretrainedConfig,
     loss: UnlearningLoss,
     batch_size: int,

@@ -48,9 +48,9 @@ def test_a_finished_model_is_audited_and_its_card_says_so(
     assert report.audit["verdicts"] and report.get("answer_probability", "forget") is not None
     assert "quantised" in card and "relearned" in card
     assert (folder / "model.safetensors").read_bytes() == weights
-    own = tmp_path / "own.md"
-    own.write_text("---\n{{ card_data }}\n---\n\nOur words on {{ model_name }}.\n")
-    assert main([*argv, "--update_model", "True", "--card_template", str(own)]) == 0
+    template = tmp_path / "own.md"
+    template.write_text("---\n{{ card_data }}\n---\n\nOur words on {{ model_name }}.\n")
+    assert main([*argv, "--update_model", "True", "--card_template", str(template)]) == 0
     assert "Our words on out." in (folder / "README.md").read_text()
     assert main([*argv, "--card_template", str(tmp_path / "missing.md")]) == 2
     assert "missing.md" in capsys.readouterr().err

@@ -63,8 +63,8 @@ def test_a_closed_pipe_is_not_an_error_message() -> None:
         )
         assert done.returncode == 1 and not done.stderr
     os.close(write)
-    whole = subprocess.run([sys.executable, "-m", "hf_unlearn", "--help"], capture_output=True, timeout=120)
-    assert whole.returncode == 0 and whole.stdout  # negative control
+    complete = subprocess.run([sys.executable, "-m", "hf_unlearn", "--help"], capture_output=True, timeout=120)
+    assert complete.returncode == 0 and complete.stdout  # negative control
 
 
 def test_a_wrong_demo_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
