@@ -457,7 +457,7 @@ def test_requests_in_a_row_by_flags_alone_and_their_ledger(
     path = tmp_path / "ledger" / "ledger.jsonl"
     path.write_text(path.read_text().replace("full[0:2]", "full[0:3]"))
     assert main(["ledger", "verify", *ledger]) == NO and main(["ledger", "show", *ledger]) == NO
-    assert "not to be trusted" in refused(["ledger", "prove", rows[0], *keyed], capsys)
+    assert "cannot be trusted" in refused(["ledger", "prove", rows[0], *keyed], capsys)
 
 
 def test_a_moved_model_and_statistics_collected_afresh_go_on(
