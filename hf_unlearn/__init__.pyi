@@ -27,7 +27,7 @@ from .evaluation import AuditSettings as AuditSettings
 from .evaluation import UnlearningReport as UnlearningReport
 from .evaluation import audit as audit
 from .evaluation import evaluate_unlearning as evaluate_unlearning
-from .evaluation import training_judge as training_judge
+from .evaluation import training_metrics as training_metrics
 from .losses import UnlearningLoss as UnlearningLoss
 from .losses import build_loss as build_loss
 from .losses import register_loss as register_loss

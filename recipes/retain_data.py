@@ -29,7 +29,8 @@ from hf_unlearn.benchmark.cell import Cell
 from hf_unlearn.benchmark.grid import grid_cells
 from hf_unlearn.benchmark.registry import BENCHMARKS, Benchmark, Column
 from hf_unlearn.cli.benchmark import parser as benchmark_parser
-from hf_unlearn.cli.common import check_choice, hush, parse
+from hf_unlearn.cli.parsers import check_choice, parse
+from hf_unlearn.cli.setup import hush
 from hf_unlearn.constraints.binding import bind_constraints
 from hf_unlearn.core.text import spread
 from hf_unlearn.deletion.build import build_request
@@ -151,7 +152,7 @@ class CollectAgain(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         bound = bind_constraints(collected(self.request, args), args.build_constraint())
-        for part in self.trainer.constrainer.parts:
+        for part in self.trainer.constrainer.weights:
             if part.bound is not None:
                 part.bound = bound[part.owner]
 

@@ -25,7 +25,7 @@ from typing import Any
 from transformers import ViTForImageClassification
 
 from hf_unlearn.cli import main as hf_unlearn
-from hf_unlearn.cli.common import hush
+from hf_unlearn.cli.setup import hush
 from hf_unlearn.core.files import read_yaml
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.deletion.fulfil import fulfil_request
@@ -37,7 +37,7 @@ from hf_unlearn.demo.digits import Rows, digits_processor, digits_splits, train_
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation.report import REPORT, UnlearningReport
 from hf_unlearn.evaluation.tables import forgotten_so_far
-from hf_unlearn.publishing.plots import save_series_plot
+from hf_unlearn.publishing.series_plot import save_series_plot
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.trainer.config import UnlearningConfig
 

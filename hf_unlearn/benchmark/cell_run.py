@@ -11,14 +11,14 @@ from torch import nn
 
 from hf_unlearn.benchmark.cell import Cell
 from hf_unlearn.constraints.registry import needs_fisher
-from hf_unlearn.data.row_identity import row_key
+from hf_unlearn.data.row_identity import row_hash
 from hf_unlearn.deletion.build import build_request
 from hf_unlearn.deletion.fulfil import PreparedRequest, UnlearnedModel, prepare_request
 from hf_unlearn.deletion.references import ReferenceResults
 from hf_unlearn.errors import CoverageError, DataError, ModelError, NonFiniteLossError, SettingsError
-from hf_unlearn.evaluation.attacks.audit import AuditSettings, audit
+from hf_unlearn.evaluation.attacks.auditing import AuditSettings, audit
 from hf_unlearn.evaluation.lm_eval import harness_metrics
-from hf_unlearn.evaluation.report import Metric, UnlearningReport
+from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.models.fingerprint import weights_fingerprint
 
 CELL_ERRORS = (SettingsError, DataError, ModelError, CoverageError, NonFiniteLossError)
@@ -43,15 +43,15 @@ class GroupReferences:
     """
 
     results: ReferenceResults
-    attacks: Sequence[Metric]
-    lm_eval: Sequence[Metric]
+    attacks: Sequence[MetricValue]
+    lm_eval: Sequence[MetricValue]
 
 
 def groups_of(cells: Sequence[Cell]) -> list[list[Cell]]:
     """Group the cells that share models, rows and statistics: those of one seed with the same alternate answers."""
     groups: dict[tuple[int, str], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell.seed, cell.config.build_loss().kind.alternates), []).append(cell)
+        groups.setdefault((cell.seed, cell.config.build_loss().kind.alternate_answer), []).append(cell)
     return list(groups.values())
 
 
@@ -73,7 +73,7 @@ def run_group(
     prepared = prepare_request(request, first.config)
     provenance = {
         "weights": weights_fingerprint(request.models.original),
-        "forget_rows": sha256(b"".join(sorted(row_key(row) for row in request.rows.forget))).hexdigest(),
+        "forget_rows": sha256(b"".join(sorted(row_hash(row) for row in request.rows.forget))).hexdigest(),
     }
     references: GroupReferences | None = None
     for cell in unfinished:
@@ -105,7 +105,7 @@ def run_cell(
 
 def _attack(
     cell: Cell, prepared: PreparedRequest, result: UnlearnedModel, references: GroupReferences | None
-) -> tuple[list[Metric], Sequence[Metric]]:
+) -> tuple[list[MetricValue], Sequence[MetricValue]]:
     """Run the attacks of the cell; return the results of the unlearned and of the retrained model."""
     models, args = prepared.request.models, cell.args
     if not args.attacks or args.attacks == "none":
@@ -132,14 +132,14 @@ def _attack(
 
 def _lm_eval(
     cell: Cell, prepared: PreparedRequest, result: UnlearnedModel, references: GroupReferences | None
-) -> tuple[list[Metric], Sequence[Metric]]:
+) -> tuple[list[MetricValue], Sequence[MetricValue]]:
     """Run tasks of lm-evaluation-harness; return the results of the unlearned and of the reference models."""
     models, args = prepared.request.models, cell.args
     if not args.lm_eval_tasks:
         return [], []
     tasks = split_names(args.lm_eval_tasks, "lm_eval_tasks")
 
-    def measure(model: nn.Module, name: str) -> list[Metric]:
+    def measure(model: nn.Module, name: str) -> list[MetricValue]:
         return harness_metrics(
             model,
             models.processing_class,

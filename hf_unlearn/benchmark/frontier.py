@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from hf_unlearn.benchmark.registry import Benchmark, Column
 from hf_unlearn.benchmark.results import Line, LineReports, mean, values
-from hf_unlearn.publishing.plots import DPI, MODEL_COLOURS, STYLE
+from hf_unlearn.publishing.plot_style import DPI, MODEL_COLOURS, STYLE
 
 PLOT = "frontier.png"
 MARKERS = "osD^vP*X"

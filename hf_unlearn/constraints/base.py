@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from hf_unlearn.constraints.factors import Factor
-from hf_unlearn.constraints.layouts import apply_right, turned
+from hf_unlearn.constraints.layouts import apply_right, transposed
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.statistics.eigen import Eigen
 
@@ -82,7 +82,7 @@ class BoundConstraint:
 
     def __call__(self, step_OI: Tensor) -> Tensor:
         allowed_OI = step_OI if self.right is None else apply_right(self.right, step_OI)
-        return allowed_OI if self.left is None else turned(apply_right(self.left, turned(allowed_OI)))
+        return allowed_OI if self.left is None else transposed(apply_right(self.left, transposed(allowed_OI)))
 
 
 def check_positive(name: str, value: float) -> None:

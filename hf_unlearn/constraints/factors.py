@@ -16,10 +16,10 @@ from hf_unlearn.core.sharding import whole
 from hf_unlearn.core.storage import Storage, fetch
 from hf_unlearn.statistics.eigen import (
     Eigen,
-    eigen,
+    eigendecomposition,
 )
 
-UNSEEN = 2.0**-25
+NEGLIGIBLE_SHRINKAGE = 2.0**-25
 """Share that a step may lose in a direction without any number in float32 being another."""
 
 
@@ -81,7 +81,7 @@ class Shrink:
         return step_OI @ fetch(self.matrix_II, step_OI.device).to(step_OI)
 
     def root(self) -> Factor:
-        parts = eigen(whole(self.matrix_II))
+        parts = eigendecomposition(whole(self.matrix_II))
         return Shrink(((parts.vectors_II * parts.values_I.sqrt()) @ parts.vectors_II.T).float())
 
     def kept_in(self, storage: Storage) -> Factor:
@@ -166,7 +166,7 @@ def shrink(parts: Eigen, scale: float, removed: int = 0) -> Factor:
         return ShrinkThin(parts.vectors_II.float(), kept_I.float(), outside.item())
     if parts.diagonal:
         return Scale(kept_I.scatter(0, parts.vectors_II, kept_I).float())
-    shrunk = max(int((scaled_I > UNSEEN).sum()), removed)
+    shrunk = max(int((scaled_I > NEGLIGIBLE_SHRINKAGE).sum()), removed)
     if 2 * shrunk < len(scaled_I):
         return ShrinkThin(parts.vectors_II[:, :shrunk].float().contiguous(), kept_I[:shrunk].float(), 1.0)
     vectors_II = parts.vectors_II.double()

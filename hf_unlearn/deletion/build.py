@@ -13,7 +13,7 @@ from torch import nn
 from hf_unlearn.core.processes import wait_for_all
 from hf_unlearn.data.batches import default_collator, take
 from hf_unlearn.data.formats import Row
-from hf_unlearn.data.row_identity import labelled_row_key
+from hf_unlearn.data.row_identity import labelled_row_hash
 from hf_unlearn.deletion.arguments import RunArguments
 from hf_unlearn.deletion.fine_tuning import FineTuning, cache_folder, fine_tuned
 from hf_unlearn.deletion.next_request import begin_request, last_model
@@ -27,11 +27,12 @@ from hf_unlearn.deletion.request import (
 from hf_unlearn.deletion.rows import EncodedSplits, RowEncoding, load_splits
 from hf_unlearn.deletion.series import BegunRequest, RequestSeries
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.evaluation.metrics.generation import generate_answers
+from hf_unlearn.evaluation.generation import generate_answers
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.models.loading import load_model, load_processor
 from hf_unlearn.models.tasks import IGNORED
-from hf_unlearn.statistics.collect import collect_statistics
+from hf_unlearn.statistics.collect import collect_with_options
+from hf_unlearn.statistics.options import CollectionOptions
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.trainer.config import UnlearningConfig
 
@@ -66,7 +67,7 @@ def build_request(
     encoding = RowEncoding(
         task=args.task,
         max_length=config.max_length,
-        idk_seed=config.seed if config.build_loss().kind.alternates == "idk" else None,
+        idk_seed=config.seed if config.build_loss().kind.alternate_answer == "idk" else None,
     )
     begun: BegunRequest | None = None
     earlier: Mapping[str, Sequence[Row]] = {}
@@ -192,25 +193,16 @@ def _collect_or_load(
 ) -> RetainStatistics:
     """Return the statistics of the train rows, from the cache if it has them; saving them is not timed."""
     start = time.perf_counter()
-    options = f"{fisher} {config.sketch_above} {config.sketch_rank}"
+    form = f"{fisher} {config.sketch_above} {config.sketch_rank}"
     digest = sha256(weights_fingerprint(models.original).encode())
-    digest.update(b"".join(map(labelled_row_key, train)) + options.encode())
+    digest.update(b"".join(map(labelled_row_hash, train)) + form.encode())
     folder = cache_folder(args.cache_dir) / f"statistics-{digest.hexdigest()[:20]}"
     if folder.is_dir():
         statistics = RetainStatistics.from_pretrained(folder, model=models.original, keep_on=config.keep_statistics_on)
         timings["collect"] = time.perf_counter() - start
         return statistics
-    statistics = collect_statistics(
-        models.original,
-        train,
-        collator=models.collator,
-        fisher=fisher,
-        batch_size=config.per_device_eval_batch_size,
-        keep_on=config.keep_statistics_on,
-        max_memory=config.max_memory,
-        sketch_above=config.sketch_above,
-        sketch_rank=config.sketch_rank,
-        progress=not config.disable_tqdm,
+    statistics = collect_with_options(
+        models.original, train, CollectionOptions.from_config(config, fisher=fisher), collator=models.collator
     )
     timings["collect"] = time.perf_counter() - start
     statistics.save_pretrained(folder)

@@ -20,7 +20,7 @@ from hf_unlearn.core.processes import is_main, wait_for_all, world
 from hf_unlearn.core.settings import require_ranges
 from hf_unlearn.core.sharding import sharding_of
 from hf_unlearn.data.formats import Row
-from hf_unlearn.data.row_identity import labelled_row_key
+from hf_unlearn.data.row_identity import labelled_row_hash
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.models.fingerprint import weights_fingerprint
 
@@ -147,6 +147,6 @@ def fine_tuned(
 def _cache_key(base: nn.Module, rows: Sequence[Row], settings: FineTuning) -> str:
     digest = sha256(weights_fingerprint(base).encode())
     for row in rows:
-        digest.update(labelled_row_key(row))
+        digest.update(labelled_row_hash(row))
     digest.update(repr({name: float(value) for name, value in asdict(settings).items()}).encode())
     return digest.hexdigest()[:20]

@@ -8,7 +8,7 @@ configurations, each from the same original weights.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -26,12 +26,14 @@ from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.models.adapters import merged_state_dict
 from hf_unlearn.models.fingerprint import state_fingerprint, weights_fingerprint
-from hf_unlearn.models.modes import flags_kept
-from hf_unlearn.publishing.model_folder import complete_folder, push_unlearned_model
-from hf_unlearn.statistics.collect import collect_statistics
+from hf_unlearn.models.modes import trainable_flags_restored
+from hf_unlearn.publishing.model_folder import complete_folder, push_model_folder
+from hf_unlearn.statistics.collect import collect_with_options
+from hf_unlearn.statistics.options import CollectionOptions
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.trainer.config import UnlearningConfig
-from hf_unlearn.trainer.run_record import describe, name_base_model
+from hf_unlearn.trainer.hub import push_options
+from hf_unlearn.trainer.run_record import name_base_model, record_run
 from hf_unlearn.trainer.trainer import UnlearningTrainer
 
 DEFAULT_OUTPUT = "unlearned"
@@ -148,16 +150,13 @@ def _forget_statistics(request: DeletionRequest, config: UnlearningConfig) -> Re
     """Collect the statistics of the forget rows on the original model, or return None if nothing is subtracted."""
     if request.statistics is None or not request.subtract_forget:
         return None
-    return collect_statistics(
+    options = replace(CollectionOptions.from_config(config), **request.statistics.matching_arguments)
+    return collect_with_options(
         request.models.original,
         request.rows.forget,
+        options,
         collator=request.models.collator,
         processing_class=request.models.processing_class,
-        batch_size=config.per_device_eval_batch_size,
-        keep_on=config.keep_statistics_on,
-        max_memory=config.max_memory,
-        progress=not config.disable_tqdm,
-        **request.statistics.same_kind,
     )
 
 
@@ -251,7 +250,7 @@ class PreparedRequest:
         """
         timings = dict(self.timings)
         with ExitStack() as cleanup:
-            cleanup.enter_context(flags_kept(self.request.models.original))
+            cleanup.enter_context(trainable_flags_restored(self.request.models.original))
             with _checkpoint_folder(target) as checkpoints, timed(timings, "unlearn"):
                 with timed(timings, "decompose"):
                     trainer = self._trainer(config, target, checkpoints)
@@ -279,7 +278,7 @@ class PreparedRequest:
             peft_config=None if self.request.adapter is None else self.request.adapter.peft_config,
         )
         if self.request.series is not None:
-            trainer.stop_by(rows.forget, self.request.series.series.mark(config.forget_metric))
+            trainer.set_stopping_rows(rows.forget, self.request.series.series.mark(config.forget_metric))
         if config.disable_tqdm:  # Trainer would print each log line instead; the report has them
             trainer.remove_callback(PrinterCallback)
         return trainer
@@ -301,7 +300,7 @@ class PreparedRequest:
             "date": datetime.now(timezone.utc).date().isoformat(),
         }
         retain_rows = 0 if rows.retain is None else len(rows.retain)
-        describe(report, trainer, retain_rows=retain_rows, merged=self._merges_adapter)
+        record_run(report, trainer, retain_rows=retain_rows, merged=self._merges_adapter)
         report.method["rows_forgotten_again"] = len(rows.forgotten_before)
         report.timings = timings
 
@@ -354,16 +353,9 @@ class PreparedRequest:
         complete_folder(folder, result.report, model_name, config.card_template)
 
     def _push(self, folder: Path, report: UnlearningReport, config: UnlearningConfig) -> None:
-        commit = push_unlearned_model(
-            folder,
-            folder,
-            config.hub_model_id or folder.name,
-            private=config.hub_private_repo,
-            token=config.hub_token,
-            revision=config.hub_revision,
-            update=config.push_unfinished,
-            publish_samples=self.request.evaluation.sample_answers is not None,
-        )
+        shows_samples = self.request.evaluation.sample_answers is not None
+        repo_id, options = config.hub_model_id or folder.name, push_options(config)
+        commit = push_model_folder(folder, folder, repo_id, options, publish_samples=shows_samples)
         if self.request.series is not None:
             ledger = self.request.series.series.ledger
             ledger.record_push(report.request["number"], commit.repo_url.repo_id, commit.oid)

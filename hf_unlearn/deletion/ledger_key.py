@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_unlearn.data.formats import Row
-from hf_unlearn.data.row_identity import row_identity
+from hf_unlearn.data.row_identity import row_hash
 from hf_unlearn.errors import LedgerError
 
 FORMAT_VERSION = 1
@@ -72,7 +72,7 @@ class LedgerKey:
 
     def tag(self, nonce: str, row: Row) -> str:
         """Return the commitment to one row under the nonce of a request."""
-        return self.mac("row", nonce, row_identity(row))
+        return self.mac("row", nonce, row_hash(row).hex())
 
     def commit(self, rows: Iterable[Row]) -> Commitment:
         """Commit to raw rows under a new nonce; equal rows count once."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hf_unlearn.data.batches import default_collator
 from hf_unlearn.deletion.request import DeletionRequest
 from hf_unlearn.evaluation.evaluate import evaluate_unlearning
-from hf_unlearn.evaluation.report import Metric, UnlearningReport
+from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.trainer import UnlearningTrainer
 
@@ -21,7 +21,7 @@ class ReferenceResults:
         samples: Sample answers of the original model.
     """
 
-    metrics: Sequence[Metric]
+    metrics: Sequence[MetricValue]
     entropies: Mapping[str, list[float]]
     samples: Sequence[dict[str, str]]
 

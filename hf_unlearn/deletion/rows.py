@@ -13,7 +13,7 @@ from hf_unlearn.data.checks import require_disjoint
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.formats import Row
 from hf_unlearn.data.row_filters import read_requests, rows_by_index, rows_requested, rows_where
-from hf_unlearn.data.row_identity import row_key
+from hf_unlearn.data.row_identity import row_hash
 from hf_unlearn.data.splits import load_rows
 from hf_unlearn.deletion.arguments import RunArguments
 from hf_unlearn.errors import DataError, SettingsError
@@ -124,13 +124,13 @@ def load_splits(
             the train split.
     """
     earlier = earlier or {}
-    forgotten = {row_key(row) for rows in earlier.values() for row in rows}
+    forgotten = {row_hash(row) for rows in earlier.values() for row in rows}
 
     def load(split: str, what: str) -> Sequence[Row]:
         return encoding.encode(load_rows(args.dataset_name, split, what), tokenizer, what, with_idk=False)
 
     def without_forgotten(rows: Sequence[Row]) -> Sequence[Row]:
-        return [row for row in rows if row_key(row) not in forgotten] if forgotten else rows
+        return [row for row in rows if row_hash(row) not in forgotten] if forgotten else rows
 
     forget = encoding.encode(forget_rows(args), tokenizer, "forget")
     train = without_forgotten(load(args.train, "train")) if args.train else []
@@ -152,8 +152,8 @@ def load_splits(
 
 def _retain_of_train(args: RunArguments, train: Sequence[Row], forget: Sequence[Row]) -> list[Row]:
     """Return the train rows that are not forget rows; raises `DataError` unless all forget rows are train rows."""
-    keys = {row_key(row) for row in forget}
-    retain = [row for row in train if row_key(row) not in keys]
+    keys = {row_hash(row) for row in forget}
+    retain = [row for row in train if row_hash(row) not in keys]
     if train and len(retain) != len(train) - len(forget):
         missing = len(retain) + len(forget) - len(train)
         raise DataError(f"{missing} forget rows are not in the train split {args.train!r}, or are in it twice")

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_unlearn.core.processes import world
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.evaluation.report import Metric
+from hf_unlearn.evaluation.report import MetricValue
 from hf_unlearn.models.modes import eval_mode
 
 SPLIT = "lm_eval"
@@ -23,7 +23,7 @@ def harness_metrics(
     include_path: str | None = None,
     limit: int | None = None,
     name: str = "unlearned",
-) -> list[Metric]:
+) -> list[MetricValue]:
     """Every number that the harness gives for the tasks, as metrics `{task}_{number}` on the split `lm_eval`.
 
     Intervals are 1.96 standard errors, as the harness estimates them, to both sides.
@@ -63,7 +63,7 @@ def harness_metrics(
     return [metric for task, numbers in found["results"].items() for metric in _metrics(task, numbers, found, name)]
 
 
-def _metrics(task: str, numbers: dict[str, Any], found: dict[str, Any], model: str) -> list[Metric]:
+def _metrics(task: str, numbers: dict[str, Any], found: dict[str, Any], model: str) -> list[MetricValue]:
     counts = found.get("n-samples", {}).get(task, {})
     n = int(counts.get("effective", numbers.get("sample_len", 0)))
     metrics = []
@@ -74,5 +74,5 @@ def _metrics(task: str, numbers: dict[str, Any], found: dict[str, Any], model: s
         error = numbers.get(f"{number}_stderr,{how}")
         bounds = (value - 1.96 * error, value + 1.96 * error) if isinstance(error, (int, float)) else (None, None)
         label = f"{task}_{number}" + ("" if how == "none" else f"_{how}")
-        metrics.append(Metric(label, float(value), SPLIT, model, n, *bounds))
+        metrics.append(MetricValue(label, float(value), SPLIT, model, n, *bounds))
     return metrics

@@ -3,80 +3,21 @@
 Shapes: L label positions, B rows, V classes or vocabulary entries.
 """
 
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, fields, replace
-from importlib import import_module
-from inspect import signature
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_unlearn.core.registry import Registry
-from hf_unlearn.core.settings import is_number, require_numbers
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.losses.dual_weight import DualWeight
+from hf_unlearn.losses.registry import Content, LossKind, OriginalModel, Predict
 from hf_unlearn.models.forward import Predictions, label_positions, predict
 from hf_unlearn.models.modes import eval_mode
 from hf_unlearn.models.tasks import Batch
-
-ForgetTerm = Callable[..., Tensor]
-Predict = Callable[..., Predictions]
-OriginalModel = Callable[[], AbstractContextManager[Predict | None]]
-Content = Literal["nll", "logits", "hidden"]
-RETAIN_TERMS = ("nll", "kl", "hidden")
-
-
-@dataclass(frozen=True)
-class LossKind:
-    """A forget term and what it needs.
-
-    Attributes:
-        term: `(predictions, original, **settings) -> values`, one value per label or per row; `original` holds the
-            original model's predictions, or None where `reads` is empty.
-        unit: What a value stands for: `label` or `row`; the loss is the mean over these.
-        labels: Rows that the loss makes sense for: with a `class` label, with `token` labels, or `any`.
-        reads: What is read of the original model's predictions on forget rows: `nll`, `logits` or nothing.
-        needs_retain: Whether the loss makes no sense without retain rows.
-        alternates: Whether each forget row needs an alternate answer: its own (`own`), or one that says "I don't know"
-            (`idk`); empty for losses without.
-        hidden: Whether the outputs of a layer are read (setting `layer`).
-        dual: Whether `alpha` is a dual weight (settings of `DualWeight`).
-        skip_first: Leave out each row's first label (sequences only).
-        gamma, alpha: Default weights of the forget and the retain term.
-        retain: Default retain term: `nll`, `kl` (to the original model), or `hidden` (distance of the layer's outputs
-            to the original model's).
-    """
-
-    term: ForgetTerm
-    unit: Literal["label", "row"] = "label"
-    labels: Literal["any", "class", "token"] = "any"
-    reads: Literal["", "nll", "logits"] = ""
-    needs_retain: bool = False
-    alternates: Literal["", "own", "idk"] = ""
-    hidden: bool = False
-    dual: bool = False
-    skip_first: bool = False
-    gamma: float = 1.0
-    alpha: float = 0.0
-    retain: Literal["nll", "kl", "hidden"] = "nll"
-
-
-LOSSES: Registry[LossKind] = Registry("loss", "hf_unlearn.losses")
-
-
-def register_loss(name: str, **traits: Any) -> Callable[[ForgetTerm], ForgetTerm]:
-    """Register a forget term under `name`; `traits` are the fields of `LossKind`."""
-
-    def register(term: ForgetTerm) -> ForgetTerm:
-        LOSSES.add(name, LossKind(term, **traits))
-        return term
-
-    return register
 
 
 @dataclass(frozen=True)
@@ -84,7 +25,7 @@ class UnlearningLoss:
     """A loss with its settings.
 
     Batches are `{"forget": inputs}`, with `retain` inputs for a retain term and `alternate` inputs (row by row those
-    of `forget` with another answer) where `kind.alternates` says so.
+    of `forget` with another answer) where `kind.alternate_answer` says so.
     """
 
     name: str
@@ -105,10 +46,10 @@ class UnlearningLoss:
     def original_contents(self) -> dict[str, Content]:
         """What is read of the original model, by part of the batch: its `nll`, `logits` or `hidden` states."""
         contents: dict[str, Content] = {}
-        if self.kind.reads:
-            contents["forget"] = self.kind.reads
-            if self.kind.alternates:
-                contents["alternate"] = self.kind.reads
+        if self.kind.reads_original:
+            contents["forget"] = self.kind.reads_original
+            if self.kind.alternate_answer:
+                contents["alternate"] = self.kind.reads_original
         if self.has_retain_term and self.retain != "nll":
             contents["retain"] = "logits" if self.retain == "kl" else "hidden"
         return contents
@@ -169,7 +110,7 @@ class UnlearningLoss:
         self._check(batch)
         counts = counts or self.counts(model, batch)
         reference = None
-        if self.kind.reads:
+        if self.kind.reads_original:
             with self._original(model, original) as how:
                 reference = self._forget_predictions(how, model, batch)
         predictions = self._forget_predictions(predict, model, batch)
@@ -193,7 +134,7 @@ class UnlearningLoss:
             raise DataError(
                 f"loss {self.name!r} needs retain rows; pass retain_dataset, or choose a loss that does not"
             )
-        if self.kind.alternates and "alternate" not in batch:
+        if self.kind.alternate_answer and "alternate" not in batch:
             raise DataError(f"loss {self.name!r} needs an alternate answer for each forget row: a column 'alternate'")
         self.check_labels(tokens=_labels(batch["forget"]).ndim > 1)
 
@@ -201,9 +142,9 @@ class UnlearningLoss:
         return "retain" in batch and self.has_retain_term
 
     def _forget_predictions(self, how: Predict, model: nn.Module, batch: Mapping[str, Batch]) -> Predictions:
-        layer = self.layer if self.kind.hidden else None
+        layer = self.layer if self.kind.reads_hidden else None
         found = how(model, batch["forget"], self.kind.skip_first, layer)
-        if not self.kind.alternates:
+        if not self.kind.alternate_answer:
             return found
         alternate = how(model, batch["alternate"], self.kind.skip_first, None)
         if alternate.n_rows != found.n_rows:
@@ -236,61 +177,3 @@ def _labels(inputs: Batch) -> Tensor:
     if "labels" not in inputs:
         raise DataError(f"the batch has no column 'labels', only {sorted(inputs)}; a label is what is forgotten")
     return inputs["labels"]
-
-
-def build_loss(loss: str | ForgetTerm | UnlearningLoss, settings: Mapping[str, Any] | None = None) -> UnlearningLoss:
-    """Loss by name, with `gamma`, `alpha`, `retain` ("nll", "kl" or "hidden") and the term's own settings.
-
-    Args:
-        loss: A registered name, `module:function` of a forget term (see `LossKind.term`; the module is looked for in
-            the working folder too), or the term itself. A term without `register_loss` gives one value per label and
-            reads no original model.
-        settings: The settings; those of the term are its arguments after the first two.
-
-    Raises:
-        SettingsError: Unknown loss or setting, or a value that is no number where the default is one.
-    """
-    if isinstance(loss, UnlearningLoss):
-        return loss
-    name, kind = _find(loss)
-    given = dict(settings or {})
-    own = [
-        *list(signature(kind.term).parameters)[2:],
-        *(["layer"] if kind.hidden or given.get("retain") == "hidden" else []),
-    ]
-    dual_settings = [f.name for f in fields(DualWeight) if f.init and f.name != "value"] if kind.dual else []
-    known = ["gamma", "alpha", "retain", *own, *dual_settings]
-    for key in given:
-        if key not in known:
-            raise SettingsError(f"loss {name!r} has no setting {key!r}, only {', '.join(known)}")
-    defaults = {p.name: p.default for p in signature(kind.term).parameters.values()}
-    defaults |= {f.name: f.default for f in fields(DualWeight)} | {"gamma": 1.0, "alpha": 0.0, "eps": 0.0}
-    require_numbers(f"loss {name!r}", {key: value for key, value in given.items() if is_number(defaults.get(key))})
-    gamma, alpha = given.pop("gamma", kind.gamma), given.pop("alpha", kind.alpha)
-    retain, layer = given.pop("retain", kind.retain), given.pop("layer", 7 if "layer" in own else None)
-    if retain not in RETAIN_TERMS:
-        raise SettingsError(f"retain must be 'nll', 'kl' or 'hidden', got {retain!r}")
-    dual = DualWeight.build(name, alpha, {k: given.pop(k) for k in dual_settings if k in given}) if kind.dual else None
-    return UnlearningLoss(name, kind, gamma, alpha, retain, given, layer, dual)
-
-
-def _find(loss: str | ForgetTerm) -> tuple[str, LossKind]:
-    """Name and kind of a registered or custom loss."""
-    if not isinstance(loss, str):
-        name = getattr(loss, "__qualname__", type(loss).__name__)
-        registered = (kind for kind in LOSSES.values() if kind.term is loss)
-        return f"{getattr(loss, '__module__', '')}:{name}", next(registered, LossKind(loss))
-    if loss in LOSSES or ":" not in loss:
-        return loss, LOSSES.find(loss, also=("module:function",))
-    module, _, function = loss.partition(":")
-    here = os.getcwd()
-    sys.path.insert(0, here)  # a console script looks only where it is installed
-    try:
-        term = getattr(import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise SettingsError(f"cannot import loss {loss!r}: {error}") from error
-    finally:
-        sys.path.remove(here)
-    if not callable(term):
-        raise SettingsError(f"loss {loss!r} is no function of (predictions, original, **settings)")
-    return loss, _find(term)[1]

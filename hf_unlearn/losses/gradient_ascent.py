@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_unlearn.data.row_identity import row_hashes
+from hf_unlearn.data.row_identity import batch_hashes
 from hf_unlearn.errors import DataError
-from hf_unlearn.losses.base import register_loss
+from hf_unlearn.losses.registry import register_loss
 from hf_unlearn.models.forward import Predictions
 
 
@@ -33,8 +33,7 @@ def random_label(predictions: Predictions, original: None, *, seed: int = 0) -> 
     classes = predictions.logits_LV.shape[1]
     if classes < 2:
         raise DataError("random_label needs a second class to draw; the model has one")
-    mask = predictions.inputs.get("attention_mask")
-    hashes = row_hashes(predictions.inputs, mask.bool() if mask is not None and mask.ndim == 2 else None)
+    hashes = batch_hashes(predictions.inputs)
     shifts_B = torch.tensor([1 + _uniform(row, seed, classes - 1) for row in hashes])
     shifts_L = shifts_B.to(predictions.labels_L.device)[predictions.rows_L]
     drawn_L = (predictions.labels_L + shifts_L) % classes

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_unlearn.losses.base import register_loss
+from hf_unlearn.losses.registry import register_loss
 from hf_unlearn.models.forward import Predictions
 
 
@@ -23,14 +23,14 @@ def ce_u(predictions: Predictions, original: None) -> Tensor:
     return F.cross_entropy(predictions.logits_LV.float(), target_LV, reduction="none")
 
 
-@register_loss("next_best", reads="logits")
+@register_loss("next_best", reads_original="logits")
 def next_best(predictions: Predictions, original: Predictions) -> Tensor:
     """Cross-entropy to the *original* model's prediction with the true label removed, per label (METHOD, section 3)."""
     target_LV = without_label(original.logits_LV, predictions.labels_L)
     return F.cross_entropy(predictions.logits_LV.float(), target_LV, reduction="none")
 
 
-@register_loss("undial", reads="logits")
+@register_loss("undial", reads_original="logits")
 def undial(predictions: Predictions, original: Predictions, *, beta: float = 10.0) -> Tensor:
     """Cross-entropy to `softmax(z_original - beta * onehot(label))` per label.
 

@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader
 
 from hf_unlearn.core.files import replace_folder, write_json
 from hf_unlearn.core.processes import gather, is_main, wait_for_all
-from hf_unlearn.data.row_identity import batch_keys, rows_to_text
+from hf_unlearn.data.row_identity import labelled_batch_hashes, rows_to_text
 from hf_unlearn.errors import DataError, SettingsError
-from hf_unlearn.losses import UnlearningLoss
-from hf_unlearn.losses.base import OriginalModel
+from hf_unlearn.losses.base import UnlearningLoss
+from hf_unlearn.losses.registry import OriginalModel
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.models.forward import Hidden, Predictions, label_positions, predict
 from hf_unlearn.models.modes import eval_mode
@@ -94,7 +94,7 @@ def _loader(rows: Any, collator: Collator, batch_size: int) -> DataLoader:
 
 
 def _row_keys(rows: Any, collator: Collator, batch_size: int) -> list[str]:
-    return [key for batch in _loader(rows, collator, batch_size) for key in batch_keys(batch)]
+    return [key for batch in _loader(rows, collator, batch_size) for key in labelled_batch_hashes(batch)]
 
 
 def _write(
@@ -116,7 +116,7 @@ def _write(
                 inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
                 with scope():
                     found = predict(model, inputs, False, loss.layer if content == "hidden" else None)
-                shards.add(batch_keys(inputs), found, content)
+                shards.add(labelled_batch_hashes(inputs), found, content)
         shards.flush()
         if new is not None:
             write_json(new / INDEX, about)
@@ -192,7 +192,7 @@ class StoredOutputs:
             DataError: A row of the batch is not in the folder.
         """
         labels = inputs["labels"]
-        keys, device = batch_keys(inputs), labels.device
+        keys, device = labelled_batch_hashes(inputs), labels.device
         rows_L = label_positions(model, labels).nonzero()[:, 0]
         labels_L = self._read(keys, "labels", device)
         if len(labels_L) != len(rows_L):

@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from hf_unlearn.losses.base import register_loss
+from hf_unlearn.losses.registry import register_loss
 from hf_unlearn.models.forward import Predictions
 
 
-@register_loss("pdu", needs_retain=True, dual=True, alpha=1.0)
+@register_loss("pdu", needs_retain=True, dual_weight=True, alpha=1.0)
 def pdu(predictions: Predictions, original: None) -> Tensor:
     """`(max z - mean z)^2` per label, z its logits; the retain term's weight follows a bound on it.
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hf_unlearn.losses.base import register_loss
+from hf_unlearn.losses.registry import register_loss
 from hf_unlearn.models.forward import Predictions
 
 

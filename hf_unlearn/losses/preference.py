@@ -6,11 +6,11 @@ S is a row's summed negative log-likelihood: the larger, the more forgotten.
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_unlearn.losses.base import register_loss
+from hf_unlearn.losses.registry import register_loss
 from hf_unlearn.models.forward import Predictions
 
 
-@register_loss("npo", unit="row", reads="nll", alpha=1.0)
+@register_loss("npo", unit="row", reads_original="nll", alpha=1.0)
 def npo(predictions: Predictions, original: Predictions, *, beta: float = 0.1) -> Tensor:
     """`-(2 / beta) log sigmoid(beta (S - S_original))` per row (Zhang et al., COLM 2024, equation 3)."""
     return -(2 / beta) * F.logsigmoid(beta * _change(predictions, original))
@@ -27,9 +27,9 @@ def simnpo(predictions: Predictions, original: None, *, beta: float = 4.5, delta
     return -(2 / beta) * F.logsigmoid(beta * (mean_B - delta))
 
 
-@register_loss("idk", unit="row", labels="token", reads="nll", alternates="idk", alpha=1.0)
-@register_loss("altpo", unit="row", labels="token", reads="nll", alternates="own", alpha=1.0)
-@register_loss("dpo", unit="row", labels="token", reads="nll", alternates="own", alpha=1.0)
+@register_loss("idk", unit="row", labels="token", reads_original="nll", alternate_answer="idk", alpha=1.0)
+@register_loss("altpo", unit="row", labels="token", reads_original="nll", alternate_answer="own", alpha=1.0)
+@register_loss("dpo", unit="row", labels="token", reads_original="nll", alternate_answer="own", alpha=1.0)
 def dpo(predictions: Predictions, original: Predictions, *, beta: float = 0.1) -> Tensor:
     """`-(2 / beta) log sigmoid(beta ((S - S_original) - (S' - S'_original)))` per row, S' that of its alternate answer.
 

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from hf_unlearn.errors import ModelError
-from hf_unlearn.losses.base import register_loss
+from hf_unlearn.losses.registry import register_loss
 from hf_unlearn.models.forward import Predictions
 
 
-@register_loss("rmu", hidden=True, alpha=1.0, retain="hidden")
+@register_loss("rmu", reads_hidden=True, alpha=1.0, retain="hidden")
 def rmu(predictions: Predictions, original: None, *, coefficient: float = 2.0, seed: int = 0) -> Tensor:
     """Mean squared distance of the output of `layer` to `coefficient * u / |u|`, u uniform in [0, 1)^D, per label.
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from hf_unlearn.losses.base import register_loss
+from hf_unlearn.losses.registry import register_loss
 from hf_unlearn.models.forward import Predictions
 
 

@@ -12,7 +12,7 @@ from hf_unlearn.core.sharding import local_part, whole
 from hf_unlearn.models.adapters import base_name, is_adapter
 
 
-def _add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
+def hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
     digest.update(f"{name}:{tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
 
@@ -40,7 +40,7 @@ def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
         if place not in seen or tensor.numel() == 0:
             seen.add(place)
             tensor = whole(tensor)
-            _add_tensor(digest, name, tensor.float() if tensor.is_floating_point() else tensor)
+            hash_tensor(digest, name, tensor.float() if tensor.is_floating_point() else tensor)
     return digest.hexdigest()
 
 

@@ -21,7 +21,7 @@ from hf_unlearn.core.text import spread
 from hf_unlearn.deletion.arguments import BenchmarkArguments
 from hf_unlearn.deletion.fulfil import PreparedRequest
 from hf_unlearn.errors import OutputError, SettingsError
-from hf_unlearn.evaluation.report import Metric, UnlearningReport
+from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.trainer.config import UnlearningConfig
 
 
@@ -188,7 +188,7 @@ def made(values: dict[tuple[str, str, int], tuple[float, float]]) -> Results:
         cell = Cell(method, constraint, seed, BenchmarkArguments(), UnlearningConfig(use_cpu=True))
         numbers = {"unlearned": (forgotten, kept), "original": (1.0, 1.0), "retrained": (0.1, 0.9)}
         metrics = [
-            Metric("accuracy", value, split, model, 10)
+            MetricValue("accuracy", value, split, model, 10)
             for model, pair in numbers.items()
             for split, value in zip(("forget", "retain"), pair, strict=True)
         ]

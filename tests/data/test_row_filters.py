@@ -55,7 +55,7 @@ def test_a_filter_selects_what_its_twin_does(expression: str, twin: Callable[[di
     [
         ('writer == "Basil"', f"there is no column 'writer', only {COLUMNS}"),
         ('author == "Nobody"', "selects none of the 5 rows of the forget set"),
-        ("author == Basil", "the value at character 10 is no JSON; write texts in double quotes"),
+        ("author == Basil", "the value at character 10 is not JSON; put texts in double quotes"),
         ("author", "is malformed at character 0; write column OPERATOR value"),
         ("", "is malformed at character 0"),
         ('author = "Basil"', "is malformed at character 0"),
@@ -128,7 +128,7 @@ def test_a_request_names_rows_whole_or_by_some_of_their_values(tmp_path: Path) -
         ([{**ROWS[3], "year": 1}], "fits none"),
         ([{"number": 1}], f"there is no column 'number', only {COLUMNS}"),
         ([{"id": 0}, {"author": "Basil"}], "requests 1 and 2 both name row 0; name it once"),
-        (["{not json"], "line 1 is no JSON"),
+        (["{not json"], "line 1 is not JSON"),
         (["[1]"], "line 1 must be an object"),
         (["{}"], "line 1 must be an object"),
         ([""], "has no line"),

@@ -18,8 +18,8 @@ from hf_unlearn.deletion import fulfil, references
 from hf_unlearn.deletion.fulfil import fulfil_request, fulfil_request_under, prepare_request
 from hf_unlearn.deletion.request import DeletionRequest, EvaluationOptions, RequestModels, RequestRows
 from hf_unlearn.errors import CoverageError, DataError, NonFiniteLossError, OutputError
-from hf_unlearn.evaluation.metrics import score_rows
 from hf_unlearn.evaluation.report import UnlearningReport
+from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.presets import PRESETS
@@ -240,7 +240,7 @@ def test_a_folder_that_is_not_empty_is_refused_before_any_work(tmp_path: Path, m
 
     request = noise_request()
     for module, name in (
-        (fulfil, "collect_statistics"),
+        (fulfil, "collect_with_options"),
         (fulfil, "UnlearningTrainer"),
         (references, "evaluate_unlearning"),
     ):
@@ -265,7 +265,7 @@ def test_several_runs_start_from_the_same_original_and_evaluate_it_once(
     retrained = tiny_vit(seed=3)
     request, alone = (noise_request(models={"retrained": retrained}) for _ in range(2))
     before = weights(request.models.original)
-    plain, collect = references.evaluate_unlearning, fulfil.collect_statistics
+    plain, collect = references.evaluate_unlearning, fulfil.collect_with_options
     measured: list[tuple[bool, bool]] = []
     collections: list[int] = []
 
@@ -274,7 +274,7 @@ def test_several_runs_start_from_the_same_original_and_evaluate_it_once(
         return plain(*args, **options)
 
     monkeypatch.setattr(references, "evaluate_unlearning", evaluate)
-    monkeypatch.setattr(fulfil, "collect_statistics", lambda *a, **o: (collections.append(1), collect(*a, **o))[1])
+    monkeypatch.setattr(fulfil, "collect_with_options", lambda *a, **o: (collections.append(1), collect(*a, **o))[1])
     configs = {name: config_for(tmp_path / name, constraint=name) for name in ("none", "energy")}
     reports = [finished.report for finished in fulfil_request_under(request, configs).values()]
     assert measured == [(True, True), (False, False)] and len(collections) == 1

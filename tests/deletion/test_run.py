@@ -23,9 +23,10 @@ from hf_unlearn.deletion.rows import forget_rows
 from hf_unlearn.deletion.run import collect_split, evaluate_finished, run_request
 from hf_unlearn.errors import DataError, SettingsError, UnlearningError
 from hf_unlearn.evaluation import measurements as measures
-from hf_unlearn.evaluation.metrics import score_rows
 from hf_unlearn.evaluation.report import UnlearningReport
+from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.models.loading import load_model, load_tokenizer
+from hf_unlearn.statistics.options import CollectionOptions
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.trainer.config import UnlearningConfig
 
@@ -198,7 +199,7 @@ def test_collected_statistics_are_what_a_run_takes(
 
 def test_max_rows_of_collect_takes_the_first_ones(places: dict[str, str], tmp_path: Path) -> None:
     args = arguments(places, max_rows=3)
-    assert collect_split(args, "full[0:5]", False, str(tmp_path / "s"), False).rows == 3
+    assert collect_split(args, "full[0:5]", CollectionOptions(max_rows=3), str(tmp_path / "s"), False).rows == 3
     assert RetainStatistics.from_pretrained(tmp_path / "s").rows == 3
 
 
@@ -276,7 +277,7 @@ def test_training_without_rows_to_train_on_is_refused(
 
 
 def test_statistics_and_forget_rows_are_all_that_a_request_needs(places: dict[str, str], tmp_path: Path) -> None:
-    collect_split(arguments(places), "full[4:12]", False, str(tmp_path / "statistics"), False)
+    collect_split(arguments(places), "full[4:12]", CollectionOptions(), str(tmp_path / "statistics"), False)
     args = arguments(
         places, train="", fine_tune=False, holdout=None, statistics=str(tmp_path / "statistics"), subtract_forget=False
     )
@@ -354,8 +355,8 @@ def test_no_model_is_scored_twice_on_the_same_rows(
     places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored: list[int] = []
-    score = measures.MEASURES["rows"]
-    monkeypatch.setitem(measures.MEASURES, "rows", lambda *given: (scored.append(1), score(*given))[1])
+    score = measures.score_rows
+    monkeypatch.setattr(measures, "score_rows", lambda *given: (scored.append(1), score(*given))[1])
     args = arguments(places, retrained=places["model"], constraints="energy,none", cache_dir=str(tmp_path / "cache"))
     reports = run_request(args, settings(tmp_path / "out", max_steps=1))
     splits = len({metric.split for metric in reports["energy"].metrics})

@@ -28,7 +28,7 @@ from hf_unlearn.deletion.room import room_left, running_out
 from hf_unlearn.deletion.series import RequestSeries, raised_energy
 from hf_unlearn.deletion.series_report import came_back
 from hf_unlearn.errors import DataError, LedgerError, SettingsError
-from hf_unlearn.evaluation.report import Metric, UnlearningReport
+from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
@@ -288,7 +288,7 @@ def test_a_row_cannot_be_in_two_requests(chain: Chain) -> None:
 def test_another_model_is_refused_before_any_work(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     chain.fulfil(1)
     request = chain.request(2, models=RequestModels(original=chain.original))
-    monkeypatch.setattr(fulfil, "collect_statistics", lambda *a, **o: pytest.fail("work began"))
+    monkeypatch.setattr(fulfil, "collect_with_options", lambda *a, **o: pytest.fail("work began"))
     with pytest.raises(LedgerError, match="start from that model"):
         fulfil_request(request, chain.args(2))
     inside = RequestSeries(Ledger(chain.folder / "out-2" / "ledger", KEY)).begin(FORGET[0])
@@ -402,7 +402,7 @@ def test_a_warning_names_rows_that_come_back(low: float, warns: bool, chain: Cha
     left = {"name": "accuracy", "split": "forget", "model": "unlearned", "value": 0.05, "high": 0.1}
     chain.ledger.append("request", {"request": 1, "metrics": [left]}, after=0)
     completed = chain.ledger.requests()
-    metrics = [Metric("accuracy", 0.5, "forgotten_1", "unlearned", 9, low, 0.9)]
+    metrics = [MetricValue("accuracy", 0.5, "forgotten_1", "unlearned", 9, low, 0.9)]
     lines = list(came_back(UnlearningReport(metrics), completed))
     assert len(lines) == warns and all("request 1 came back" in line for line in lines)
     assert not list(came_back(UnlearningReport([replace(metrics[0], model="original")]), completed))

@@ -17,7 +17,7 @@ from torch import nn
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.errors import DataError, SettingsError
-from hf_unlearn.evaluation.attacks.audit import ALIKE, ALL, AuditSettings, Shadow, audit, verdict
+from hf_unlearn.evaluation.attacks.auditing import ALIKE, ATTACKS, AuditSettings, Shadow, audit, verdict
 from hf_unlearn.evaluation.attacks.inputs import few_shot_prompts, hidden_means, linear_probe, paraphrased_prompts
 from hf_unlearn.evaluation.attacks.subject import NotRun, Subject
 from hf_unlearn.evaluation.attacks.weights import (
@@ -30,9 +30,9 @@ from hf_unlearn.evaluation.attacks.weights import (
     rounded,
     train,
 )
-from hf_unlearn.evaluation.measurements import Tools
-from hf_unlearn.evaluation.metrics import score_rows
-from hf_unlearn.evaluation.report import Metric, UnlearningReport
+from hf_unlearn.evaluation.measurements import MeasurementTools
+from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
+from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.models.layers import find_layers
 from hf_unlearn.models.modes import restored
 
@@ -51,7 +51,7 @@ class Normed(nn.Module):
 
 
 def subject(model: nn.Module, rows: Any = TEXTS, original: Any = None, **settings: Any) -> Subject:
-    return Subject(model, rows, Tools(PaddingCollator(), None, 3), AuditSettings(**settings), original)
+    return Subject(model, rows, MeasurementTools(PaddingCollator(), None, 3), AuditSettings(**settings), original)
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -145,7 +145,7 @@ def test_what_is_only_hidden_comes_back_in_fewer_steps_than_what_was_never_known
 
 
 def test_relearning_judges_only_rows_it_was_not_trained_on_and_needs_two() -> None:
-    with pytest.raises(NotRun, match="two forget rows at least"):
+    with pytest.raises(NotRun, match="at least two forget rows"):
         list(relearning(subject(tiny_llama(), {"forget": TEXTS["forget"][:1]})))
     found = list(relearning(subject(tiny_llama(), {"forget": TEXTS["forget"][:3]})))
     assert found[0].estimate.n == 2
@@ -199,7 +199,7 @@ def test_recalibration_takes_the_statistics_of_the_rows() -> None:
     with torch.no_grad():
         model.norm.running_mean.fill_(5.0)
     rows = {"forget": vector_rows(5), "retain": vector_rows(9, 1)}
-    made = Subject(model, rows, Tools(PaddingCollator(), None, 3), AuditSettings())
+    made = Subject(model, rows, MeasurementTools(PaddingCollator(), None, 3), AuditSettings())
     stale = made.score(rows["forget"]).mean()
     (found,) = recalibration(made)
     assert model.norm.running_mean[0] == 5 and found.name == "recalibrated_accuracy" and found.estimate.n == 5
@@ -227,7 +227,7 @@ def test_few_shot_prompts_put_other_rows_before_the_row() -> None:
     assert found.estimate.value != pytest.approx(subject(model).score(TEXTS["forget"]).mean(), rel=1e-3)
     with pytest.raises(NotRun, match=r"a row has \d+ tokens, the context is 64"):
         list(few_shot_prompts(subject(model, shots=9)))
-    with pytest.raises(NotRun, match="no prompt before the rows of a classifier"):
+    with pytest.raises(NotRun, match="rows of a classifier have no prompt"):
         list(few_shot_prompts(subject(tiny_mlp(), {"forget": vector_rows(2)})))
 
 
@@ -282,9 +282,10 @@ def test_the_probe_finds_rows_that_are_of_another_kind_and_none_where_they_are_a
     ],
 )
 def test_the_verdict_follows_from_the_intervals(mine: Any, other: Any, memory: str, words: str) -> None:
-    def metric(numbers: Any, model: str) -> Metric:
+    def metric(numbers: Any, model: str) -> MetricValue:
         value, low, high = numbers
-        return Metric("probe_auc", value, "forget", model, 9, low, high, reason="because" if math.isnan(value) else "")
+        reason = "because" if math.isnan(value) else ""
+        return MetricValue("probe_auc", value, "forget", model, 9, low, high, reason=reason)
 
     assert verdict(metric(mine, "unlearned"), other and metric(other, "retrained"), memory) == words
 
@@ -348,7 +349,7 @@ def test_a_report_with_an_audit_survives_its_file(tmp_path: Any) -> None:
 
 
 def test_wrong_input_is_one_line() -> None:
-    with pytest.raises(SettingsError, match=f"unknown attack 'magic'; choose from {', '.join(ALL)}"):
+    with pytest.raises(SettingsError, match=f"unknown attack 'magic'; choose from {', '.join(ATTACKS)}"):
         audit(tiny_mlp(), {"forget": vector_rows(2)}, attacks=["magic"])
     with pytest.raises(DataError, match="one must be named 'forget'"):
         audit(tiny_mlp(), {"holdout": vector_rows(2)})

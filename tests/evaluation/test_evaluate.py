@@ -23,7 +23,7 @@ from torch import nn
 from hf_unlearn.errors import DataError, OutputError, SettingsError
 from hf_unlearn.evaluation.evaluate import evaluate_unlearning
 from hf_unlearn.evaluation.metrics.registry import SUITES
-from hf_unlearn.evaluation.report import FORMAT_VERSION, REPORT, Metric, UnlearningReport
+from hf_unlearn.evaluation.report import FORMAT_VERSION, REPORT, MetricValue, UnlearningReport
 from hf_unlearn.evaluation.tables import side_by_side
 from hf_unlearn.models.forward import output_logits
 from hf_unlearn.models.tasks import shifts_labels
@@ -173,7 +173,7 @@ def test_a_split_named_forget_is_required() -> None:
 
 
 def test_an_unknown_metric_names_the_known_ones() -> None:
-    with pytest.raises(SettingsError, match=r"unknown metric 'rouge'; choose from accuracy, .*membership_auc"):
+    with pytest.raises(SettingsError, match=r"unknown metric 'rouge'; did you mean 'rouge_l'\? choose from accuracy, .*membership_auc"):
         evaluate_unlearning(tiny_mlp(), {"forget": vector_rows(2)}, metrics=["loss", "rouge"])
 
 
@@ -232,8 +232,8 @@ def test_a_report_survives_its_file(tmp_path: Path) -> None:
 
 def test_nan_and_infinities_become_null_and_read_as_undefined(tmp_path: Path) -> None:
     metrics = [
-        Metric("forget_quality", math.nan, "forget", "unlearned", 5, math.nan, math.inf),
-        Metric("loss", 0.5, "forget", "unlearned", 5, 0.25, math.inf),
+        MetricValue("forget_quality", math.nan, "forget", "unlearned", 5, math.nan, math.inf),
+        MetricValue("loss", 0.5, "forget", "unlearned", 5, 0.25, math.inf),
     ]
     report = UnlearningReport(metrics=metrics, history=[{"loss": math.inf, "step": 1}], drift={"kl": -math.inf})
     content = json.loads(report.save(tmp_path).read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))

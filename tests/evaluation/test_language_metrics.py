@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_unlearn.errors import DataError
+from hf_unlearn.evaluation.generation import rouge_l
 from hf_unlearn.evaluation.metrics.classification import (
     ActivationDistance,
     AnamnesisIndex,
@@ -26,19 +27,15 @@ from hf_unlearn.evaluation.metrics.classification import (
 )
 from hf_unlearn.evaluation.metrics.intervals import Undefined
 from hf_unlearn.evaluation.metrics.language import (
-    UTILITY_PARTS,
     ForgetQuality,
-    HarmonicMean,
-    ModelUtility,
     MultipleChoiceProbability,
-    Probability,
     RougeL,
-    RowMean,
     TruthRatio,
     log_truth_ratios,
-    rouge_l,
 )
 from hf_unlearn.evaluation.metrics.membership import MembershipAUC, MembershipEfficacy, PrivLeak, ShadowAttack
+from hf_unlearn.evaluation.metrics.row_means import Probability, RowMean
+from hf_unlearn.evaluation.metrics.utility import UTILITY_PARTS, HarmonicMean, ModelUtility
 
 LOSSES = st.floats(0.01, 8)
 EVERY = [
@@ -115,7 +112,7 @@ def test_truth_ratio_of_a_destroyed_model_does_not_underflow() -> None:
 def test_a_row_without_wrong_answers_is_an_error_that_names_it(metric: Any) -> None:
     with pytest.raises(DataError, match="row 1 has no wrong answer"):
         metric.estimate([1.0, 1.0], [[1.0], []])
-    with pytest.raises(DataError, match="2 right answers come with wrong ones for 1 rows"):
+    with pytest.raises(DataError, match="2 right answers come with wrong answers for 1 rows"):
         metric.estimate([1.0, 1.0], [[1.0]])
 
 

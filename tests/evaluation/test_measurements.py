@@ -32,13 +32,17 @@ from hf_unlearn.data.wrong_answers import ALTERNATIVES
 from hf_unlearn.errors import DataError, ModelError, SettingsError
 from hf_unlearn.evaluation import measurements as measures
 from hf_unlearn.evaluation.evaluate import evaluate_unlearning, random_twin
-from hf_unlearn.evaluation.measurements import Tools, measure, wrong_losses
-from hf_unlearn.evaluation.metrics import score_rows
-from hf_unlearn.evaluation.metrics.generation import generate_answers, true_answers
-from hf_unlearn.evaluation.metrics.registry import JUDGES, SUITES
+from hf_unlearn.evaluation.generation import generate_answers, true_answers
+from hf_unlearn.evaluation.measurements import MeasurementTools, measure, wrong_losses
+from hf_unlearn.evaluation.metrics.registry import METRICS, SUITES
+from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.models.fingerprint import model_fingerprint
 
-TOOLS = Tools(PaddingCollator(), None, 3)
+TOOLS = MeasurementTools(PaddingCollator(), None, 3)
+
+
+def cached(folder: Path) -> MeasurementTools:
+    return MeasurementTools(PaddingCollator(), None, 3, folder)
 
 
 # Other answers
@@ -229,7 +233,7 @@ def test_the_classification_suite_compares_with_the_retrained_model() -> None:
 
 def test_without_a_retrained_model_what_compares_with_it_is_undefined_and_says_why() -> None:
     report = evaluate_unlearning(tiny_llama(), tofu_splits(), metrics=["tofu"], processing_class=Letters())
-    comparing = {name for name in SUITES["tofu"] if JUDGES[name].against_retrained}
+    comparing = {name for name in SUITES["tofu"] if METRICS[name].against_retrained}
     undefined = {m.name for m in report.metrics if math.isnan(m.value)}
     assert comparing == undefined == {"forget_quality", "priv_leak", "aggregate", "membership_auc_reference"}
     for metric in report.metrics:
@@ -279,7 +283,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
     first = evaluate_unlearning(model, splits, original=tiny_llama(1), cache_dir=tmp_path)
     files = sorted(p.name for p in tmp_path.iterdir())
     assert len(files) == 4 and all(name.endswith(".safetensors") for name in files)
-    monkeypatch.setitem(measures.MEASURES, "rows", lambda *a: pytest.fail("measured again"))
+    monkeypatch.setattr(measures, "score_rows", lambda *a: pytest.fail("measured again"))
     again = evaluate_unlearning(tiny_llama(), splits, original=tiny_llama(1), cache_dir=tmp_path)
     assert again.metrics == first.metrics and sorted(p.name for p in tmp_path.iterdir()) == files
     with pytest.raises(pytest.fail.Exception):
@@ -292,9 +296,9 @@ def test_other_weights_rows_labels_or_precision_are_other_entries(tmp_path: Path
     cases = [(tiny_llama(), rows), (tiny_llama(1), rows), (tiny_llama(), rows[::-1]), (tiny_llama(), relabelled)]
     cases.append((tiny_llama().bfloat16(), rows))
     for count, (model, data) in enumerate(cases, 1):
-        measure(["rows"], model, data, TOOLS, tmp_path, model_fingerprint(model))
+        measure(["rows"], model, data, cached(tmp_path), model_fingerprint(model))
         assert len(list(tmp_path.iterdir())) == count
-    measure(["rows"], tiny_llama(), text_rows(3), TOOLS, tmp_path, model_fingerprint(tiny_llama()))
+    measure(["rows"], tiny_llama(), text_rows(3), cached(tmp_path), model_fingerprint(tiny_llama()))
     assert len(list(tmp_path.iterdir())) == len(cases)
 
 
@@ -310,7 +314,7 @@ def test_a_trained_adapter_is_another_model_and_other_wrong_answers_are_other_ro
     raw = questions(2)
     other = [raw[0] | {"perturbed_answer": ["other"]}, raw[1]]
     for count, data in enumerate((raw, other), 1):
-        measure(["alternatives"], plain, encode_dataset(data, Letters()), TOOLS, tmp_path, "key")
+        measure(["alternatives"], plain, encode_dataset(data, Letters()), cached(tmp_path), "key")
         assert len(list(tmp_path.iterdir())) == count
 
 

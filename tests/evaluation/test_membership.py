@@ -13,14 +13,14 @@ from helpers import reference_metrics as reference
 from helpers.tiny import CASES, collate, text_rows, tiny_gpt2, tiny_llama
 
 from hf_unlearn.data.batches import PaddingCollator
+from hf_unlearn.evaluation.gradient_norms import gradient_norms
+from hf_unlearn.evaluation.measurements import compressed_lengths
 from hf_unlearn.evaluation.metrics.intervals import Undefined
 from hf_unlearn.evaluation.metrics.membership import (
     MembershipAUC,
     MembershipEfficacy,
     PrivLeak,
     ShadowAttack,
-    compressed_lengths,
-    gradient_norms,
 )
 
 

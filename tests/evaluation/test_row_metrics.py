@@ -20,18 +20,8 @@ from sklearn.metrics import roc_auc_score
 
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.errors import DataError
-from hf_unlearn.evaluation.metrics import (
-    Estimate,
-    RowScores,
-    Undefined,
-    bootstrap,
-    bootstrap_auc,
-    bootstrap_mean,
-    row_scores,
-    score_classes,
-    score_rows,
-)
-from hf_unlearn.evaluation.metrics.intervals import auc
+from hf_unlearn.evaluation.metrics.intervals import Estimate, Undefined, auc, bootstrap, bootstrap_auc, bootstrap_mean
+from hf_unlearn.evaluation.row_scores import RowScores, score_classes, score_predictions, score_rows
 from hf_unlearn.models.forward import Predictions, output_logits, predict
 from hf_unlearn.models.tasks import shifts_labels
 
@@ -63,7 +53,7 @@ def test_row_scores_equal_their_twin(case: str) -> None:
     make, rows = CASES[case]
     model, batch = make(), collate(rows(5))
     with torch.no_grad():
-        found = row_scores(predict(model, batch)).numpy()
+        found = score_predictions(predict(model, batch)).numpy()
         logits = output_logits(model, batch).numpy()
     shifted = shifts_labels(model)
     twin = reference_metrics.row_scores(reference.labelled(logits, batch["labels"].numpy(), shifted=shifted))
@@ -74,29 +64,29 @@ def test_row_scores_equal_their_twin(case: str) -> None:
 
 
 def test_accuracy_is_the_share_of_labels_that_are_most_probable() -> None:
-    found = row_scores(predictions([[2.0, 0], [2.0, 0], [0.0, 2], [2.0, 0]], [0, 1, 1, 1], [0, 0, 0, 1]))
+    found = score_predictions(predictions([[2.0, 0], [2.0, 0], [0.0, 2], [2.0, 0]], [0, 1, 1, 1], [0, 0, 0, 1]))
     assert found[:, 2].tolist() == [pytest.approx(2 / 3), 0]
 
 
 def test_probability_is_the_geometric_mean_over_a_rows_labels() -> None:
-    found = row_scores(predictions([[math.log(3), 0], [0.0, 0]], [0, 0], [0, 0]))
+    found = score_predictions(predictions([[math.log(3), 0], [0.0, 0]], [0, 0], [0, 0]))
     assert found[0, 1].item() == pytest.approx(math.sqrt(0.75 * 0.5))
     assert found[0, 1].item() != pytest.approx((0.75 + 0.5) / 2)
 
 
 @pytest.mark.parametrize("rest", [-1e4, -math.inf])
 def test_a_masked_class_does_not_spoil_min_k_plus_plus(rest: float) -> None:
-    found = row_scores(predictions([[1.0, 0.0, rest]], [0]))
-    assert found[0, 6].item() == pytest.approx(row_scores(predictions([[1.0, 0.0]], [0]))[0, 6].item(), rel=1e-5)
+    found = score_predictions(predictions([[1.0, 0.0, rest]], [0]))
+    assert found[0, 6].item() == pytest.approx(score_predictions(predictions([[1.0, 0.0]], [0]))[0, 6].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("right", "strength"), [("1111", 1), ("0111", 0.75), ("1101", 0.25), ("1110", 0), ("0000", 0)])
 def test_extraction_strength_is_one_minus_the_share_of_the_prefix_that_is_needed(right: str, strength: float) -> None:
     """By hand: after `1101` three of four labels must be given before the rest follows; and no `1 / T` for nothing."""
     labels = [0 if flag == "1" else 1 for flag in right]
-    found = row_scores(predictions([[1.0, 0.0]] * 4, labels, [0] * 4))
+    found = score_predictions(predictions([[1.0, 0.0]] * 4, labels, [0] * 4))
     assert found[0, 4].item() == strength
-    both = row_scores(predictions([[1.0, 0.0]] * 8, labels + labels[::-1], [0] * 4 + [1] * 4))
+    both = score_predictions(predictions([[1.0, 0.0]] * 8, labels + labels[::-1], [0] * 4 + [1] * 4))
     assert both[0, 4].item() == strength  # the next row's labels are not this one's
 
 
@@ -104,7 +94,7 @@ def test_min_k_looks_at_the_lowest_two_of_five_labels() -> None:
     """By hand: probabilities 1/2, 1/4, 1/8, 3/4, 7/8; of five labels 40% are two, of four still one, of one one."""
     p = [1 / 2, 1 / 4, 1 / 8, 3 / 4, 7 / 8]
     logits = [[math.log(value / (1 - value)), 0.0] for value in p]
-    found = row_scores(predictions(logits + logits[:4] + logits[:1], [0] * 10, [0] * 5 + [1] * 4 + [2]))
+    found = score_predictions(predictions(logits + logits[:4] + logits[:1], [0] * 10, [0] * 5 + [1] * 4 + [2]))
     assert found[:, 5].tolist() == pytest.approx([math.log(32) / 2, math.log(8), math.log(2)])
     assert found[0, 5].item() != pytest.approx(found[0, 0].item())
 
@@ -112,23 +102,23 @@ def test_min_k_looks_at_the_lowest_two_of_five_labels() -> None:
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 24])
 def test_scores_do_not_depend_on_the_size_of_a_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     given = predict(tiny_llama(), collate(text_rows(5)))
-    whole = row_scores(given)
-    monkeypatch.setattr("hf_unlearn.evaluation.metrics.rows.CHUNK", chunk)
-    torch.testing.assert_close(row_scores(given), whole, rtol=1e-6, atol=1e-7)
+    whole = score_predictions(given)
+    monkeypatch.setattr("hf_unlearn.evaluation.row_scores.CHUNK", chunk)
+    torch.testing.assert_close(score_predictions(given), whole, rtol=1e-6, atol=1e-7)
 
 
 def test_scoring_makes_no_tensor_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     made = torch.Tensor.log_softmax
     monkeypatch.setattr(torch.Tensor, "log_softmax", lambda z, dim: (sizes.append(z.numel()), made(z, dim))[1])
-    monkeypatch.setattr("hf_unlearn.evaluation.metrics.rows.CHUNK", 4 * 29)
-    row_scores(predict(tiny_llama(), collate(text_rows(5))))
+    monkeypatch.setattr("hf_unlearn.evaluation.row_scores.CHUNK", 4 * 29)
+    score_predictions(predict(tiny_llama(), collate(text_rows(5))))
     assert len(sizes) > 2 and max(sizes) <= 4 * 29
 
 
 def test_a_nan_logit_makes_every_score_of_its_row_undefined_and_no_other_rows() -> None:
     logits = [[2.0, 0.0], [math.nan, 0.0], [2.0, 0.0], [1.0, 0.0]]
-    found = row_scores(predictions(logits, [0, 1, 0, 0], [0, 0, 0, 1]))
+    found = score_predictions(predictions(logits, [0, 1, 0, 0], [0, 0, 0, 1]))
     assert found[0].isnan().all() and found[1].isfinite().all()
     assert (torch.tensor(logits).argmax(-1) == torch.tensor([0, 1, 0, 0])).any()  # what argmax alone would say
 
@@ -161,13 +151,13 @@ def test_scores_do_not_depend_on_padding(extra: int) -> None:
 
 @pytest.mark.parametrize("classes", [2, 10, 1000])
 def test_entropy_of_the_uniform_distribution_is_the_logarithm_of_its_size(classes: int) -> None:
-    assert row_scores(predictions([[0.3] * classes], [1]))[0, 3].item() == pytest.approx(math.log(classes))
-    assert row_scores(predictions([[0.3] * (classes - 1) + [2.0]], [1]))[0, 3] < math.log(classes) - 1e-4
+    assert score_predictions(predictions([[0.3] * classes], [1]))[0, 3].item() == pytest.approx(math.log(classes))
+    assert score_predictions(predictions([[0.3] * (classes - 1) + [2.0]], [1]))[0, 3] < math.log(classes) - 1e-4
 
 
 @pytest.mark.parametrize("rest", [-1e4, -math.inf])
 def test_entropy_of_a_certain_prediction_is_zero_and_no_score_is_nan(rest: float) -> None:
-    scores = row_scores(predictions([[rest, 0.0, rest]], [1]))
+    scores = score_predictions(predictions([[rest, 0.0, rest]], [1]))
     assert scores[0].tolist() == [0, 1, 1, 0, 1, 0, 0]
     p = torch.tensor([rest, 0.0, rest]).log_softmax(-1)
     if rest == -math.inf:
@@ -181,7 +171,7 @@ def test_scoring_is_in_eval_mode_and_gives_the_mode_back(training: bool) -> None
     assert np.array_equal(*scores)
     assert {m.training for m in model.modules()} == {training}
     with torch.no_grad():
-        noisy = [row_scores(predict(model.train(), collate(text_rows(4)))) for _ in range(2)]
+        noisy = [score_predictions(predict(model.train(), collate(text_rows(4)))) for _ in range(2)]
     assert not torch.equal(*noisy)
 
 

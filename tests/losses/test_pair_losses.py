@@ -108,7 +108,7 @@ def test_preference_says_what_it_needs() -> None:
     images = {"forget": collate(image_rows(3)), "alternate": collate(image_rows(3))}
     with pytest.raises(DataError, match="'dpo' compares answers of several tokens; for class labels use"):
         loss(tiny_vit(), images, before(tiny_vit(), tiny_vit()))
-    assert {name: kind.alternates for name, kind in LOSSES.items() if kind.alternates} == {
+    assert {name: kind.alternate_answer for name, kind in LOSSES.items() if kind.alternate_answer} == {
         "dpo": "own", "altpo": "own", "idk": "idk",
     }  # fmt: skip
 
@@ -455,7 +455,7 @@ def test_a_loss_is_named_by_module_and_function(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "own_losses_for_test.py").write_text(
         "from hf_unlearn.losses import register_loss\n"
         "def square(predictions, original, *, scale=1.0):\n    return scale * (-2 * predictions.nll_L).exp()\n"
-        "@register_loss('own_for_test', unit='row', reads='nll')\n"
+        "@register_loss('own_for_test', unit='row', reads_original='nll')\n"
         "def rise(predictions, original):\n"
         "    return original.sum_by_row(original.nll_L) - predictions.sum_by_row(predictions.nll_L)\n"
         "number = 3\n"

@@ -104,8 +104,16 @@ class AllCNN(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         narrow, wide = int(96 * WIDTH), int(192 * WIDTH)
-        plan = {0: (3, narrow, 3, 1), 1: (narrow, narrow, 3, 1), 2: (narrow, wide, 3, 2), 4: (wide, wide, 3, 1),
-                5: (wide, wide, 3, 1), 6: (wide, wide, 3, 2), 8: (wide, wide, 3, 1), 9: (wide, wide, 1, 1)}  # fmt: skip
+        plan = {
+            0: (3, narrow, 3, 1),
+            1: (narrow, narrow, 3, 1),
+            2: (narrow, wide, 3, 2),
+            4: (wide, wide, 3, 1),
+            5: (wide, wide, 3, 1),
+            6: (wide, wide, 3, 2),
+            8: (wide, wide, 3, 1),
+            9: (wide, wide, 1, 1),
+        }
         blocks: list[nn.Module] = [nn.Identity() for _ in range(10)]
         for index, (before, after, kernel, stride) in plan.items():
             conv = nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False)
@@ -131,15 +139,26 @@ def trained_allcnn(images: Tensor, labels: Tensor) -> nn.Module:
 def write_settings(folder: Path) -> None:
     kept = {"default": ENERGY} | {theirs_name(layer): 1.0 for layer in STRIDED}  # 1.0: they leave the layer alone
     unlearn = {
-        "model": "allcnn", "dataset": "cifar10", "learned_config": "learned/config.yaml", "retained_var": kept,
-        "unlearn_steps": [{"forget_range": [[0, 1]]}], "start_lr": START, "end_lr": END, "num_epochs": EPOCHS,
-        "loss1_w": 1.0, "loss2_w": 0.2, "wd": 0, "offset": 0.05, "save_model": 1,
-    }  # fmt: skip
+        "model": "allcnn",
+        "dataset": "cifar10",
+        "learned_config": "learned/config.yaml",
+        "retained_var": kept,
+        "unlearn_steps": [{"forget_range": [[0, 1]]}],
+        "start_lr": START,
+        "end_lr": END,
+        "num_epochs": EPOCHS,
+        "loss1_w": 1.0,
+        "loss2_w": 0.2,
+        "wd": 0,
+        "offset": 0.05,
+        "save_model": 1,
+    }
     rows = {"name": "datasets.Rows", "root": str(folder), "params": {"data_set": "train"}}
     learned = {
-        "params": {"image_size": 32}, "dataset": {"train": rows, "val": {**rows, "params": {"data_set": "val"}}},
+        "params": {"image_size": 32},
+        "dataset": {"train": rows, "val": {**rows, "params": {"data_set": "val"}}},
         "net": {"backbone": "backbone.AllCNN", "params": {"filters_percentage": WIDTH}},
-    }  # fmt: skip
+    }
     (folder / "unlearn.yaml").write_text(yaml.safe_dump(unlearn))
     (folder / "learned.yaml").write_text(yaml.safe_dump(learned))
 

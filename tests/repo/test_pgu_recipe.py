@@ -19,8 +19,10 @@ from hf_unlearn.constraints.energy import EnergyConstraint
 from hf_unlearn.core.files import read_yaml
 from hf_unlearn.trainer.config import UnlearningConfig
 
-SETTINGS = [RECIPES / f"{name}.yaml" for name in ("pgu_samples", "pgu_class", "pgu_poison", "image_rows", "image_class",
-                                                  "image_poison")]  # fmt: skip
+SETTINGS = [
+    RECIPES / f"{name}.yaml"
+    for name in ("pgu_samples", "pgu_class", "pgu_poison", "image_rows", "image_class", "image_poison")
+]
 
 
 @pytest.fixture
@@ -89,8 +91,24 @@ def test_a_small_run_of_each_scenario_ends_with_a_table(
 ) -> None:
     files = [few(RECIPES / f"{name}.yaml", tmp_path) for name in recipe.SCENARIOS[task].settings]
     monkeypatch.setattr(recipe, "PAPER", 10000)  # so that more than one row of each class is forgotten
-    argv = (task, npz, "--settings", *files, "--images", 500, "--epochs", 3, "--width", 0.0625, "--net", "smallvgg",
-            "--shadows", 1, "--output_dir", tmp_path / "out")  # fmt: skip
+    argv = (
+        task,
+        npz,
+        "--settings",
+        *files,
+        "--images",
+        500,
+        "--epochs",
+        3,
+        "--width",
+        0.0625,
+        "--net",
+        "smallvgg",
+        "--shadows",
+        1,
+        "--output_dir",
+        tmp_path / "out",
+    )
     assert start(recipe, monkeypatch, *argv) == 0
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     names = [line.split("|")[2].strip() for line in table[2:]]

@@ -104,9 +104,20 @@ def test_a_settings_file_has_only_settings_that_there_are(name: str, tmp_path: P
 def test_settings_of_the_default_say_nothing_of_the_method(path: Path) -> None:
     """Data, model and mark: every key is known, and none is what the preset is to choose."""
     method = {
-        "preset", "loss", "loss_settings", "constraint", "constraint_settings", "layer_constraints", "learning_rate",
-        "relative_step", "optim", "momentum", "per_device_train_batch_size", "num_train_epochs", "adversary_steps",
-    }  # fmt: skip
+        "preset",
+        "loss",
+        "loss_settings",
+        "constraint",
+        "constraint_settings",
+        "layer_constraints",
+        "learning_rate",
+        "relative_step",
+        "optim",
+        "momentum",
+        "per_device_train_batch_size",
+        "num_train_epochs",
+        "adversary_steps",
+    }
     given = set(read_yaml(path))
     known = {field.name for kind in (BenchmarkArguments, UnlearningConfig) for field in fields(kind)}
     assert method - {"preset"} <= known  # the control: these are what the settings are called
@@ -122,11 +133,29 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         made = ("vit", folder / "model", "--channels", 1, "--image_size", 8)
         assert start("make_tiny_vision", patch, *made) == 0
     return [
-        "images", str(RECIPES / "default" / "digits_rows.yaml"), "--model_name_or_path", str(folder / "model"),
-        "--dataset_name", str(folder / "rows"), "--train", "train[0:32]", "--forget", "train[0:8]", "--holdout",
-        "test[0:32]", "--fine_tune_epochs", "12", "--fine_tune_batch_size", "16", "--cache_dir", str(folder / "cache"),
-        "--num_train_epochs", "10", "--use_cpu", "True",
-    ]  # fmt: skip
+        "images",
+        str(RECIPES / "default" / "digits_rows.yaml"),
+        "--model_name_or_path",
+        str(folder / "model"),
+        "--dataset_name",
+        str(folder / "rows"),
+        "--train",
+        "train[0:32]",
+        "--forget",
+        "train[0:8]",
+        "--holdout",
+        "test[0:32]",
+        "--fine_tune_epochs",
+        "12",
+        "--fine_tune_batch_size",
+        "16",
+        "--cache_dir",
+        str(folder / "cache"),
+        "--num_train_epochs",
+        "10",
+        "--use_cpu",
+        "True",
+    ]
 
 
 def test_the_default_is_compared_with_tuned_losses(
@@ -158,8 +187,14 @@ def test_what_retain_rows_buy_is_compared(
     assert start("retain_data", monkeypatch, *digits, "--seeds", "0") == 0
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
     assert [line[0].removeprefix("| ") for line in lines] == [
-        "original", "retrained", "no retain row", "collected again", "mixed batches", "both", "mixed batches alone"
-    ]  # fmt: skip
+        "original",
+        "retrained",
+        "no retain row",
+        "collected again",
+        "mixed batches",
+        "both",
+        "mixed batches alone",
+    ]
     assert [line[1] for line in lines[2:]] == ["energy_ridge"] * 4 + ["none"]
     assert start("retain_data", monkeypatch, "images", "nowhere.yaml") == 2
 
@@ -171,9 +206,17 @@ def test_two_sided_maps_are_compared_from_the_same_models(
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
     names = [line[0].removeprefix("| ") for line in lines]
     assert names == [
-        "original", "retrained", "energy_ridge", "energy", "ridge", "kronecker", "joint", "ek-fac", "joint, cut",
+        "original",
+        "retrained",
+        "energy_ridge",
+        "energy",
+        "ridge",
+        "kronecker",
+        "joint",
+        "ek-fac",
+        "joint, cut",
         "ek-fac, cut",
-    ]  # fmt: skip
+    ]
     assert len({tuple(line[1:-1]) for line in lines[2:]}) > 4, "constraints made no difference"
     assert start("two_sided", monkeypatch, "images", "nowhere.yaml") == 2
 
@@ -202,7 +245,7 @@ def test_moments_are_those_of_single_rows_and_the_joint_map_is_the_minimum(tmp_p
         model, UnlearningConfig(str(tmp_path), use_cpu=True), rows[:2], statistics=statistics, data_collator=collator
     )
     module.together(statistics, found, False, False)(trainer)
-    (bound,) = (part.bound for part in trainer.constrainer.parts if part.owner == name and part.bound is not None)
+    (bound,) = (part.bound for part in trainer.constrainer.weights if part.owner == name and part.bound is not None)
     assert abs(bound.kept_OI.mean().item() - 0.7) < 1e-3
     step_OI = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     a_II, s_OO = statistics.gram(name), statistics.fisher(name)
@@ -224,14 +267,14 @@ def test_statistics_that_are_collected_again_are_those_of_the_moment(tmp_path: P
     trainer = UnlearningTrainer(model, config, rows[:2], statistics=statistics, data_collator=collator)
     models = RequestModels(original=model, collator=collator)
     request = DeletionRequest(models=models, rows=RequestRows(forget=rows[:2], retain=rows))
-    before = [part.bound for part in trainer.constrainer.parts]
+    before = [part.bound for part in trainer.constrainer.weights]
     with torch.no_grad():
-        for part in trainer.constrainer.parts:
+        for part in trainer.constrainer.weights:
             part.parameter.mul_(1.5)
     recipe("retain_data").CollectAgain(request, trainer).on_epoch_end(config, None, None)
     now = bind_constraints(collect_statistics(model, rows, collator=collator, progress=False), RidgeConstraint())
     changed = []
-    for part, old in zip(trainer.constrainer.parts, before, strict=True):
+    for part, old in zip(trainer.constrainer.weights, before, strict=True):
         if part.bound is not None and old is not None:
             step_OI = torch.ones_like(part.original_OI)
             torch.testing.assert_close(part.bound(step_OI), now[part.owner](step_OI))

@@ -31,9 +31,15 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
     def small(rows: Any, seed: int, scratch: str) -> Any:
         config = ViTConfig(
-            image_size=8, patch_size=4, num_channels=1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-            intermediate_size=24, num_labels=10,
-        )  # fmt: skip
+            image_size=8,
+            patch_size=4,
+            num_channels=1,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=24,
+            num_labels=10,
+        )
         return sharpen(ViTForImageClassification(config))
 
     def few(count: int, seed: int, classes: bool) -> Any:

@@ -10,7 +10,7 @@ from helpers.tiny import text_rows, tiny_llama
 from hf_unlearn.core.processes import gather, leave
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.evaluation.metrics import score_rows
+from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
@@ -21,10 +21,16 @@ from hf_unlearn.trainer.trainer import UnlearningTrainer
 def main(folder: Path) -> None:
     sharded = {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
     common = {
-        "use_cpu": True, "disable_tqdm": True, "max_steps": 4, "adversary_steps": 2, "adversary_learning_rate": 0.01,
-        "eval_strategy": "steps", "eval_steps": 2, "forget_target": 0.0,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "max_steps": 4,
+        "adversary_steps": 2,
+        "adversary_learning_rate": 0.01,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "forget_target": 0.0,
         "ddp_timeout": 60,
-    }  # fmt: skip
+    }
     model = tiny_llama()
     before = weights_fingerprint(model)
     statistics = collect_statistics(model, text_rows(2, seed=1), progress=False)
@@ -38,7 +44,7 @@ def main(folder: Path) -> None:
     args = UnlearningConfig(str(folder / "run"), **held, per_device_train_batch_size=3, gradient_accumulation_steps=2)
     rows, holdout = text_rows(12, seed=2), text_rows(4, seed=3)
     trainer = UnlearningTrainer(model, args, rows, statistics=statistics, holdout_dataset=holdout)
-    trainer.stop_by(rows, 0.9)  # all rows are below the band: they are pulled up, and nothing is pushed
+    trainer.set_stopping_rows(rows, 0.9)  # all rows are below the band: they are pulled up, and nothing is pushed
     trainer.train()
     logs = [log["eval_forget_probability"] for log in trainer.state.log_history if "eval_forget_probability" in log]
     found |= {"held": gather(weights_fingerprint(model)), "pulled": logs} | by_row(folder, statistics, holdout)
@@ -58,11 +64,15 @@ def by_row(folder: Path, statistics: RetainStatistics, holdout: list[dict[str, A
     for name, mark in (("both", 0.0), ("one", sum(scores) / 2), ("none", 1.0)):
         model = tiny_llama()
         args = UnlearningConfig(
-            str(folder / "run"), use_cpu=True, disable_tqdm=True, max_steps=1, per_device_train_batch_size=1,
+            str(folder / "run"),
+            use_cpu=True,
+            disable_tqdm=True,
+            max_steps=1,
+            per_device_train_batch_size=1,
             ddp_timeout=60,
-        )  # fmt: skip
+        )
         trainer = UnlearningTrainer(model, args, rows, statistics=statistics, holdout_dataset=holdout)
-        trainer.stop_by(rows, mark)
+        trainer.set_stopping_rows(rows, mark)
         trainer.train()
         found[name] = gather(weights_fingerprint(model))
     return found
