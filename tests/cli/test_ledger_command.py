@@ -65,13 +65,13 @@ def test_a_series_of_requests_and_its_ledger_take_flags_alone(
     text = capsys.readouterr().out
     assert "request 4 of its ledger: room " in text and " of 9.0000, commitment " in text
     again = run_line(places, tmp_path, **flags, forget="full[1:2]", output_dir=str(tmp_path / "again"))
-    assert "in request 1 already" in refused(again, capsys)
+    assert "already in request 1" in refused(again, capsys)
     spent = run_line(places, tmp_path, **flags, forget="full[3:4]", max_retain_drift="1e-9")
-    assert "no room is left" in refused(spent, capsys)
+    assert "nothing is left" in refused(spent, capsys)
     path = tmp_path / "ledger" / "ledger.jsonl"
     path.write_text(path.read_text().replace("full[0:2]", "full[0:3]"))
     assert main(["ledger", "verify", *ledger]) == NO and main(["ledger", "show", *ledger]) == NO
-    assert "not to be trusted" in refused(["ledger", "prove", rows[0], *keyed], capsys)
+    assert "cannot be trusted" in refused(["ledger", "prove", rows[0], *keyed], capsys)
 
 
 def test_a_series_continues_with_a_moved_model_and_new_statistics(
@@ -81,7 +81,7 @@ def test_a_series_continues_with_a_moved_model_and_new_statistics(
     assert main(run_line(places, tmp_path, **flags)) == 0
     (tmp_path / "out").rename(tmp_path / "moved")
     more = {**flags, "forget": "full[2:4]", "output_dir": str(tmp_path / "next")}
-    assert "go on from that model" in refused(run_line(places, tmp_path, **more), capsys)
+    assert "start from that model" in refused(run_line(places, tmp_path, **more), capsys)
     more["model_name_or_path"] = str(tmp_path / "moved")
     assert "other weights" in refused(run_line(places, tmp_path, **more, statistics=places["stale"]), capsys)
     collected = ["--model_name_or_path", str(tmp_path / "moved"), "--dataset_name", places["data"]]
