@@ -11,7 +11,7 @@ import sys
 from itertools import combinations
 from pathlib import Path
 
-from hf_unlearn.benchmark.grid import CELLS
+from hf_unlearn.benchmark.grid import CELLS_FOLDER
 from hf_unlearn.errors import OutputError
 from hf_unlearn.evaluation.report import UnlearningReport
 
@@ -38,7 +38,7 @@ def main() -> int:
 def pairs(folder: Path) -> dict[tuple[str, str], float]:
     """The average gap of every pair of seeds; raises `OutputError` where fewer than two have a retrained model."""
     found: dict[str, list[float]] = {}
-    for path in sorted((folder / CELLS).glob("*.json")):
+    for path in sorted((folder / CELLS_FOLDER).glob("*.json")):
         report = UnlearningReport.load(path)
         metrics = [report.get(name, split, "retrained") for name, split in MEASURED]
         if all(metrics):

@@ -32,7 +32,7 @@ from seed_nets import NETS
 from torch import nn
 from transformers import PrinterCallback, set_seed
 
-from hf_unlearn.cli.common import hush
+from hf_unlearn.cli.setup import hush
 from hf_unlearn.core.files import read_yaml, write_json
 from hf_unlearn.core.provenance import hardware, package_versions
 from hf_unlearn.core.text import spread
@@ -250,7 +250,7 @@ def unlearn(
             holdout_dataset=holdout.rows() if by_holdout else None,
         )  # fmt: skip
         if by_holdout:
-            trainer.stop_by(rows.rows(), mark)
+            trainer.set_stopping_rows(rows.rows(), mark)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         yield model.eval(), {

@@ -24,7 +24,7 @@ from pgu import HERE, PAPER, SCENARIOS, Images, accuracy, collect, load, made, p
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from hf_unlearn.cli.common import hush
+from hf_unlearn.cli.setup import hush
 from hf_unlearn.constraints.energy import EnergyConstraint
 from hf_unlearn.losses import build_loss
 from hf_unlearn.models.modes import hold_norm_statistics

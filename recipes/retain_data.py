@@ -25,14 +25,16 @@ from typing import Any
 from transformers import PrinterCallback, TrainerCallback
 
 from hf_unlearn.benchmark import results
-from hf_unlearn.benchmark.grid import Cell, cells
+from hf_unlearn.benchmark.cell import Cell
+from hf_unlearn.benchmark.grid import grid_cells
 from hf_unlearn.benchmark.registry import BENCHMARKS, Benchmark, Column
 from hf_unlearn.cli.benchmark import parser as benchmark_parser
-from hf_unlearn.cli.common import check_choice, hush, parse
+from hf_unlearn.cli.parsers import check_choice, parse
+from hf_unlearn.cli.setup import hush
 from hf_unlearn.constraints.binding import bind_constraints
 from hf_unlearn.core.text import spread
-from hf_unlearn.deletion.prepare import prepare
-from hf_unlearn.deletion.request import Request
+from hf_unlearn.deletion.build import build_request
+from hf_unlearn.deletion.request import DeletionRequest
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation.evaluate import evaluate_unlearning
 from hf_unlearn.evaluation.report import UnlearningReport
@@ -75,19 +77,19 @@ def default_cells(benchmark: Benchmark, options: Sequence[str]) -> list[Cell]:
     """The default's cell of each seed."""
     made = benchmark_parser()
     made.set_defaults(**benchmark.defaults)
-    return cells(*parse(made, options))
+    return grid_cells(*parse(made, options))
 
 
 def compare(benchmark: Benchmark, options: Sequence[str]) -> str:
     """The table; raises what `hf-unlearn benchmark` does."""
     found: dict[str, list[tuple[UnlearningReport, str]]] = {}
     for cell in default_cells(benchmark, options):
-        request = prepare(replace(cell.args, constraints=None, use_retain_rows=True), cell.config, fisher=False)
+        request = build_request(replace(cell.args, constraints=None, use_retain_rows=True), cell.config, fisher=False)
         for name, (mixed, again, constrained) in LINES.items():
             changes: dict[str, Any] = {} if constrained else {"constraint": "none", "constraint_settings": None}
             own = cell.config.but(**changes, loss_settings={"alpha": float(mixed)})
             change = partial(collect_again, request) if again else None
-            report = unlearned(request, own, collected(request, own), request.retain if mixed else None, change)
+            report = unlearned(request, own, collected(request, own), request.rows.retain if mixed else None, change)
             for model in [m for m in MODELS if name == "no retain row" and m in report.models]:
                 found.setdefault(model, []).append((report, model))
             found.setdefault(name, []).append((report, "unlearned"))
@@ -97,19 +99,20 @@ def compare(benchmark: Benchmark, options: Sequence[str]) -> str:
 
 
 def unlearned(
-    request: Request,
+    request: DeletionRequest,
     config: UnlearningConfig,
     statistics: RetainStatistics,
     retain: Any = None,
     change: Callable[[UnlearningTrainer], None] | None = None,
 ) -> UnlearningReport:
     """Unlearn, judge, and put the original weights back; `change` is called with the trainer before."""
+    models, splits, options = request.models, request.rows.splits, request.evaluation
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         trainer = UnlearningTrainer(
-            request.model, config.but(output_dir=scratch), request.forget, retain, statistics=statistics,
-            holdout_dataset=request.splits.get("holdout"),
-            data_collator=request.collator, processing_class=request.processing_class,
+            models.original, config.but(output_dir=scratch), splits["forget"], retain, statistics=statistics,
+            holdout_dataset=splits.get("holdout"),
+            data_collator=models.collator, processing_class=models.processing_class,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         if change is not None:
@@ -118,9 +121,9 @@ def unlearned(
             trainer.train()
             seconds = time.perf_counter() - start
             report = evaluate_unlearning(
-                trainer.model, request.splits, original=trainer.original_model, retrained=request.retrained,
-                metrics=request.metrics, processing_class=request.processing_class, collator=request.collator,
-                batch_size=config.per_device_eval_batch_size, seed=config.seed, cache_dir=request.cache_dir,
+                trainer.model, splits, original=trainer.original_model, retrained=models.retrained,
+                metrics=options.metrics, processing_class=models.processing_class, collator=models.collator,
+                batch_size=config.per_device_eval_batch_size, seed=config.seed, cache_dir=options.cache_dir,
             )  # fmt: skip
         finally:
             trainer.constrainer.restore()
@@ -129,27 +132,27 @@ def unlearned(
     return report
 
 
-def collected(request: Request, config: UnlearningConfig, fisher: bool = False) -> RetainStatistics:
+def collected(request: DeletionRequest, config: UnlearningConfig, fisher: bool = False) -> RetainStatistics:
     """Statistics of the retain rows on the weights of the moment."""
     return collect_statistics(
-        request.model, request.retain, collator=request.collator, fisher=fisher, progress=False,
+        request.models.original, request.rows.retain, collator=request.models.collator, fisher=fisher, progress=False,
         batch_size=config.per_device_eval_batch_size,
     )  # fmt: skip
 
 
-def collect_again(request: Request, trainer: UnlearningTrainer) -> None:
+def collect_again(request: DeletionRequest, trainer: UnlearningTrainer) -> None:
     trainer.add_callback(CollectAgain(request, trainer))
 
 
 class CollectAgain(TrainerCallback):
     """Binds the constraint to new statistics at the end of every epoch; for constraints on steps, not on the move."""
 
-    def __init__(self, request: Request, trainer: UnlearningTrainer):
+    def __init__(self, request: DeletionRequest, trainer: UnlearningTrainer):
         self.request, self.trainer = request, trainer
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         bound = bind_constraints(collected(self.request, args), args.build_constraint())
-        for part in self.trainer.constrainer.parts:
+        for part in self.trainer.constrainer.weights:
             if part.bound is not None:
                 part.bound = bound[part.owner]
 

@@ -25,17 +25,19 @@ from typing import Any
 from transformers import ViTForImageClassification
 
 from hf_unlearn.cli import main as hf_unlearn
-from hf_unlearn.cli.common import hush
+from hf_unlearn.cli.setup import hush
 from hf_unlearn.core.files import read_yaml
 from hf_unlearn.data.batches import PaddingCollator
-from hf_unlearn.deletion.ledger import Ledger, read_key
-from hf_unlearn.deletion.request import Request
+from hf_unlearn.deletion.fulfil import fulfil_request
+from hf_unlearn.deletion.ledger import Ledger
+from hf_unlearn.deletion.ledger_key import read_key
+from hf_unlearn.deletion.request import DeletionRequest, RequestModels, RequestRows
 from hf_unlearn.deletion.series import RequestSeries
 from hf_unlearn.demo.digits import Rows, digits_processor, digits_splits, train_vit
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation.report import REPORT, UnlearningReport
 from hf_unlearn.evaluation.tables import forgotten_so_far
-from hf_unlearn.publishing.plots import save_series_plot
+from hf_unlearn.publishing.series_plot import save_series_plot
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.trainer.config import UnlearningConfig
 
@@ -107,12 +109,18 @@ def run_digits(args: argparse.Namespace) -> None:
         return collect_statistics(model, rows, collator=collator, batch_size=64, fisher=True, progress=False)
 
     def ask(model: Any, rows: Rows, folder: Path, source: str, **more: Any) -> None:
-        splits = {"forget": rows, "retain": left, "holdout": holdout, **more.pop("earlier", {})}
-        request = Request(
-            model, rows, splits, retrained=retrained, processing_class=digits_processor(), collator=collator,
-            source=f"scikit-learn digits, {source}", **more,
+        splits = {"retain": left, "holdout": holdout, **more.pop("earlier", {})}
+        request = DeletionRequest(
+            models=RequestModels(
+                original=model, retrained=retrained, processing_class=digits_processor(), collator=collator
+            ),
+            rows=RequestRows(
+                forget=rows, evaluation=splits, source=f"scikit-learn digits, {source}",
+                forgotten_before=more.pop("again", ()),
+            ),
+            **more,
         )  # fmt: skip
-        request.fulfil(digits_config(folder, args.constraint, classes, seed))
+        fulfil_request(request, digits_config(folder, args.constraint, classes, seed))
         print(f"{folder} is done", flush=True)
 
     for arm in ARMS:
@@ -125,7 +133,7 @@ def run_digits(args: argparse.Namespace) -> None:
             carried = series.statistics(model) if arm != "fresh" else None
             earlier = {f"forgotten_{n}": old for n, old in enumerate(forget[: number - 1], 1)}
             ask(model, rows, folder_of(out, arm, number), f"{args.forget} {number} of {len(forget)}", earlier=earlier,
-                statistics=carried or collect(model, at_hand), series=series,
+                statistics=carried or collect(model, at_hand), series=series.begin(rows),
                 again=[row for old in earlier.values() for row in old] if arm == "again" else ())  # fmt: skip
     if not (folder_of(out, "joint", 1) / REPORT).is_file():
         model = ViTForImageClassification.from_pretrained(original).eval()

@@ -19,7 +19,8 @@ from hf_unlearn.benchmark.frontier import PLOT, save_frontier
 from hf_unlearn.benchmark.grid import Results, run_grid
 from hf_unlearn.benchmark.registry import BENCHMARKS, Column
 from hf_unlearn.cli.benchmark import parser as benchmark_parser
-from hf_unlearn.cli.common import check_choice, hush, parse
+from hf_unlearn.cli.parsers import check_choice, parse
+from hf_unlearn.cli.setup import hush
 from hf_unlearn.core.files import replace_file
 from hf_unlearn.core.text import spread
 from hf_unlearn.errors import UnlearningError

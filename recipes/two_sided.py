@@ -31,8 +31,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_unlearn.benchmark import results
 from hf_unlearn.benchmark.registry import Benchmark
 from hf_unlearn.constraints.energy_ridge import EnergyRidgeConstraint
-from hf_unlearn.deletion.prepare import prepare
-from hf_unlearn.deletion.request import Request
+from hf_unlearn.deletion.build import build_request
+from hf_unlearn.deletion.request import DeletionRequest
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.models.forward import predict
 from hf_unlearn.models.modes import eval_mode
@@ -52,7 +52,7 @@ def compare(benchmark: Benchmark, options: Sequence[str]) -> str:
     """The table; raises what `hf-unlearn benchmark` does."""
     found: dict[str, list[tuple[UnlearningReport, str]]] = {}
     for cell in default_cells(benchmark, options):
-        request = prepare(replace(cell.args, constraints=None, use_retain_rows=True), cell.config, fisher=False)
+        request = build_request(replace(cell.args, constraints=None, use_retain_rows=True), cell.config, fisher=False)
         statistics = collected(request, cell.config, fisher=True)
         measured = moments(request, statistics, cell.config.per_device_eval_batch_size)
         for name in (*PACKAGE, *TOGETHER):
@@ -89,7 +89,7 @@ def together(
     default = EnergyRidgeConstraint()
 
     def change(trainer: UnlearningTrainer) -> None:
-        for part in trainer.constrainer.parts:
+        for part in trainer.constrainer.weights:
             if part.owner not in measured or part.bound is None:
                 continue
             gram, fisher = statistics.gram_eigen(part.owner), statistics.fisher_eigen(part.owner)
@@ -107,9 +107,9 @@ def together(
     return change
 
 
-def moments(request: Request, statistics: RetainStatistics, batch_size: int) -> dict[str, Tensor]:
+def moments(request: DeletionRequest, statistics: RetainStatistics, batch_size: int) -> dict[str, Tensor]:
     """`[O, I]` of each plain layer: mean square of a row's gradient in the eigenbases, labels drawn by the model."""
-    model = request.model
+    model = request.models.original
     bases = {}
     for name in statistics.layers:
         both = statistics.fisher_eigen(name), statistics.gram_eigen(name)
@@ -118,8 +118,8 @@ def moments(request: Request, statistics: RetainStatistics, batch_size: int) -> 
             bases[name] = (both[0].vectors_II.float(), both[1].vectors_II.float())
     sums = {n: torch.zeros(fisher.shape[0], gram.shape[0]) for n, (fisher, gram) in bases.items()}
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(0)
-    retain = request.splits["retain"]
-    for batch in DataLoader(retain, batch_size, collate_fn=request.collator):
+    retain = request.rows.splits["retain"]
+    for batch in DataLoader(retain, batch_size, collate_fn=request.models.collator):
         inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
         with eval_mode(model), watched(model, bases, sums):
             logits_LV = predict(model, inputs).logits_LV.float()

@@ -19,6 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
 from hf_unlearn.core.files import sha256_of
 from hf_unlearn.core.published_files import PUBLISHED, TOKEN, matches, refuse_tokens
+from hf_unlearn.core.push_options import PushOptions
 from hf_unlearn.errors import PushError, SettingsError, UnlearningError
 
 if TYPE_CHECKING:
@@ -33,12 +34,8 @@ def push_folder(
     folder: str | Path,
     repo_id: str,
     files: Sequence[str],
+    options: PushOptions,
     *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    commit_message: str = "Unlearned model",
-    update: bool = False,
     flags: Sequence[str] = (),
 ) -> CommitInfo:
     """Upload `files` of `folder`, then compare the hash of each file on the Hub with the local one.
@@ -50,12 +47,7 @@ def push_folder(
         folder: Finished local folder.
         repo_id: `user/repo`, or `repo` of the user who owns the token.
         files: Relative paths.
-        private: Visibility of a repository that is created; with True an existing public repository is refused.
-        token: Write token; default: `HF_TOKEN` or the token of `hf auth login`.
-        revision: Branch, created if it is missing; default: `main`.
-        commit_message: First line of the commit.
-        update: Also push to a repository that has other files. Its older weights are removed from the branch but stay
-            reachable by commit; see `purge_history`.
+        options: Visibility, token, branch, commit message, and whether a repository with other files may be updated.
         flags: Further flags of the command that resumes the push.
 
     Raises:
@@ -63,6 +55,8 @@ def push_folder(
             resumes.
         SettingsError: A file holds an access token, or `update` or `private` rule the repository out.
     """
+    private, token, revision, update = options.private, options.token, options.revision, options.update
+    message = options.commit_message or "Unlearned model"
     command = resume_command(folder, repo_id, flags, private=private, revision=revision, update=update)
     refuse_tokens(Path(folder), files, token)
     with one_failure(f"{folder} was not published as {repo_id}", command, token, str(folder)):
@@ -78,7 +72,7 @@ def push_folder(
             repo_id=repo_id,
             folder_path=folder,
             revision=revision,
-            commit_message=commit_message,
+            commit_message=message,
             allow_patterns=[glob.escape(name) for name in files],
             delete_patterns=[glob.escape(name) for name in _replaced(before, files)] if update else None,
         )

@@ -13,7 +13,6 @@ import pytest
 from helpers.paths import RECIPES
 from helpers.tiny import requires_asset, sharpen
 
-from hf_unlearn.deletion import request as requests
 from hf_unlearn.deletion.ledger import Ledger
 from hf_unlearn.evaluation.report import UnlearningReport
 
@@ -90,16 +89,16 @@ def test_killed_it_goes_on_and_nothing_is_done_twice(
     recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    plain = requests.Request.fulfil
+    plain = recipe.fulfil_request
 
-    def fulfil(self: Any, args: Any) -> Any:
+    def fulfil(request: Any, args: Any) -> Any:
         if len(asked) == 2:
             raise KeyboardInterrupt
         asked.append(Path(args.output_dir).parent.name + Path(args.output_dir).name)
-        return plain(self, args)
+        return plain(request, args)
 
     argv = ("digits", "--requests", 2, "--output_dir", tmp_path / "out")
-    monkeypatch.setattr(requests.Request, "fulfil", fulfil)
+    monkeypatch.setattr(recipe, "fulfil_request", fulfil)
     with pytest.raises(KeyboardInterrupt):
         start(recipe, monkeypatch, *argv)
     asked[:] = ["two", "before", *asked]

@@ -214,7 +214,7 @@ def test_damaged_outputs_are_refused_and_a_failed_pass_leaves_none(
     (file,) = folder.glob("*.safetensors")
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(SettingsError, match=r"outputs is damaged .*remove it, and it is made anew"):
+    with pytest.raises(SettingsError, match=r"outputs is damaged .*remove it, and it is computed again"):
         make(tmp_path / "run", "npo", original_logprobs=str(folder))
     file.write_bytes(whole)
     (folder / INDEX).write_text("{")
@@ -252,7 +252,7 @@ def test_contradicting_sources_are_errors(tmp_path: Path) -> None:
         ({"original_model": model}, {}),
         ({"original_model": tiny_llama()}, {"original_logprobs": str(tmp_path / "outputs")}),
     ):
-        with pytest.raises(SettingsError, match="original_model must be a copy of its own; pass either it or"):
+        with pytest.raises(SettingsError, match="original_model must be a separate copy; pass either it or"):
             make(tmp_path, "npo", model=model, options=options, **changes)
     copied = tiny_llama().train()
     make(tmp_path, "npo", model=model, options={"original_model": copied})
