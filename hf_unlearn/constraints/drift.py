@@ -63,7 +63,8 @@ class DriftMeter:
         self._weights = weights
         covered = statistics.layers if statistics is not None else {}
         plain = [weight for weight in weights if weight.layer is not None and not weight.factor]
-        self._layers: list[TrainedLayer] = [layer for layer in [*plain, *adapters] if layer.owner in covered]
+        layers: list[TrainedLayer] = [*plain, *adapters]
+        self._layers = [layer for layer in layers if layer.owner in covered]
         self._original_outputs: dict[str, float] = {}
 
     @torch.no_grad()

@@ -197,9 +197,11 @@ def test_energy_ridge_does_not_cut_where_inputs_have_no_leading_directions() -> 
         grams = {name: rows_NI.T @ rows_NI / 80 for name, rows_NI in inputs.items()}
         flat = np.median([np.trace(g_II) ** 2 / (g_II**2).sum() / WIDE for g_II in grams.values()]) > 0.1
         statistics = make_statistics(
-            inputs["a"], layers={name: LayerSums(name, O, False) for name in "abc"}, positions=dict.fromkeys("abc", 80),
+            inputs["a"],
+            layers={name: LayerSums(name, O, False) for name in "abc"},
+            positions=dict.fromkeys("abc", 80),
             gram_sums={name: torch.from_numpy(reference.gram_sum(rows_NI)) for name, rows_NI in inputs.items()},
-        )  # fmt: skip
+        )
         found = bind_constraints(statistics, EnergyRidgeConstraint())
         always = bind_constraints(statistics, EnergyRidgeConstraint(max_participation=1))
         for name, gram_II in grams.items():

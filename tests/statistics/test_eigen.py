@@ -100,7 +100,7 @@ def test_rounding_noise_is_not_rank() -> None:
     gram_II = gram_of(rows_NI)
     noise_II = 1e-17 * torch.randn(8, 8, dtype=torch.float64)
     assert numerical_rank(eigendecomposition(gram_II + noise_II @ noise_II.T).values_I) == 3
-    assert numerical_rank(eigendecomposition(gram_II + 1e-6 * torch.eye(8)).values_I) == 8  # a real direction, however small, is
+    assert numerical_rank(eigendecomposition(gram_II + 1e-6 * torch.eye(8)).values_I) == 8  # a real direction is rank
 
 
 def test_the_floor_lifts_the_rank_to_its_share_but_not_above_the_numerical_rank() -> None:

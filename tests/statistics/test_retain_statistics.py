@@ -303,6 +303,13 @@ def test_a_layer_without_a_fisher_says_so() -> None:
         collect(cases.tiny_mlp(), cases.vector_rows(2), fisher=False).fisher("first")
 
 
+def test_printing_statistics_is_one_line_without_tensors(full: RetainStatistics) -> None:
+    assert repr(full) == (
+        f"RetainStatistics(rows=7, layers=14, grams=8, fishers=14, weights={full.weights[:12]!r}, "
+        f"data={full.data[:12]!r})"
+    )
+
+
 def test_the_summary_has_a_line_for_each_gram(full: RetainStatistics) -> None:
     lines = full.summary().splitlines()
     assert lines[0].startswith("7 rows, 14 layers, 8 Grams, 14 Fishers")
@@ -325,10 +332,10 @@ def test_the_summary_shows_what_a_subtraction_of_foreign_rows_leaves(
 
 
 @pytest.mark.parametrize("wide", [40, 300])
-def test_a_process_that_made_no_decomposition_has_room_for_the_one_that_it_is_sent(
+def test_a_process_receives_the_decomposition_that_another_one_computed(
     wide: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Thin or whole: process 1 is handed, tensor by tensor, what process 0 has sent."""
+    """Thin or full: process 1 receives, tensor by tensor, what process 0 sent."""
     rows_NI = torch.randn(9, wide, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     statistics = RetainStatistics(
         {"a": rows_NI.T @ rows_NI}, {}, {"a": LayerSums("a", 4, False)}, {"a": 9}, 9, 0, weights="0", data="0"
@@ -336,9 +343,7 @@ def test_a_process_that_made_no_decomposition_has_room_for_the_one_that_it_is_se
     sent: list[Tensor] = []
     own = eigendecomposition(statistics.gram("a"), 9).rounded()
     monkeypatch.setattr("hf_unlearn.statistics.decompositions.world", lambda: (0, 2))
-    monkeypatch.setattr(
-        "hf_unlearn.statistics.decompositions.from_owner", lambda tensors, owner: sent.extend(tensors)
-    )
+    monkeypatch.setattr("hf_unlearn.statistics.decompositions.from_owner", lambda tensors, owner: sent.extend(tensors))
     sent_by_owner(own, (wide, wide), 0)
 
     def receive(tensors: list[Tensor], owner: int) -> None:

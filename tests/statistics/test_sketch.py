@@ -157,8 +157,8 @@ def test_a_gaussian_map_misses_as_much(fall: float) -> None:
         missed.append(1 - np.trace(approximation_II) / np.trace(gram_II))
     ours = eigendecomposition(sketch_of(torch.from_numpy(gram_II), RANK)).missed_share
     assert ours == pytest.approx(np.mean(missed), rel=0.15)
-    few = eigendecomposition(sketch_of(torch.from_numpy(gram_II), RANK // 2)).missed_share  # a map of half the rank does miss more
-    assert few > 1.15 * np.mean(missed)
+    half = eigendecomposition(sketch_of(torch.from_numpy(gram_II), RANK // 2)).missed_share
+    assert half > 1.15 * np.mean(missed)  # the control: a map of half the rank misses more
 
 
 def test_a_larger_rank_misses_less() -> None:
@@ -249,7 +249,8 @@ def test_what_is_missed_is_spread_evenly_and_not_let_through() -> None:
     even = bound(rows_NI, ridge)
     assert isinstance(even.right, ShrinkThin) and even.right.outside < 0.1
     free = BoundConstraint(replace(even.right, outside=1.0), None, False)
-    parts = eigendecomposition(sketch_of(gram_II, RANK))  # all of it outside: directions inside would seem weaker than they are
+    # the control: with all the missed energy outside, directions inside appear weaker than they are
+    parts = eigendecomposition(sketch_of(gram_II, RANK))
     assert parts.missed is not None
     outside, scale = parts.missed * SIZE / (SIZE - RANK), 0.003 * gram_II.trace() / SIZE
     shrunk = (1 / (1 + (parts.values_I - parts.missed) / scale), 1 / (1 + outside.item() / scale.item()))
@@ -455,7 +456,8 @@ def test_sorted_rows_do_not_fool_it() -> None:
     everything = eigendecomposition(collect(model, rows).gram("first"))
 
     def lost(statistics: RetainStatistics) -> float:
-        return lost_energy(everything, eigendecomposition(statistics.gram("first")).vectors_II[:, : everything.rank(0.9)])
+        eigen = eigendecomposition(statistics.gram("first"))
+        return lost_energy(everything, eigen.vectors_II[:, : everything.rank(0.9)])
 
     assert lost(collect(model, rows, tolerance=0.02, batch_size=4)) < 0.05
     assert lost(collect(model, rows, max_rows=64)) > 0.2
