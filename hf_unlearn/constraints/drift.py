@@ -114,7 +114,7 @@ class DriftMeter:
 def step_leak(weights: Sequence[TrainedWeight]) -> float | None:
     """Return `|D U| / |D|` of the last realised step D, over all weights with an anchored constraint together.
 
-    It is the share of the step that lies in the core gradient space. `TrainedWeight.before` must hold the weights
+    It is the share of the step in the core gradient space. `TrainedWeight.before` must hold the weights
     before the step. None if no weight has an anchored constraint.
     """
     squares: list[Tensor] = []

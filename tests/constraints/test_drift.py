@@ -78,7 +78,7 @@ def test_the_kl_counts_positions_per_label() -> None:
     assert constrainer.drift().kl == pytest.approx(sums / (20 * 11), rel=1e-3)
 
 
-def test_no_move_is_no_drift_and_no_statistics_no_number() -> None:
+def test_without_a_move_the_drift_is_zero_and_without_statistics_it_is_empty() -> None:
     setting = Setting()
     drift = StepConstrainer(setting.model, setting.statistics, EnergyConstraint()).drift()
     assert (drift.relative, drift.kl) == (0, 0) and set(drift.by_layer) == set(LAYERS)
@@ -119,7 +119,7 @@ def test_the_predicted_kl_is_the_second_order_kl_of_a_softmax_layer() -> None:
     small, true_small = predicted_and_true(1e-2)
     large, true_large = predicted_and_true(5.0)
     assert small == pytest.approx(true_small, rel=0.02)
-    assert large == pytest.approx(500**2 * small, rel=1e-3)  # a quadratic form, so that
+    assert large == pytest.approx(500**2 * small, rel=1e-3)  # a quadratic form, so
     assert abs(large / true_large - 1) > 0.05  # a large move is predicted to second order only
 
 
@@ -153,11 +153,11 @@ def test_the_leak_of_a_step_is_measured(name: str) -> None:
     assert constrainer.leak is not None and constrainer.leak < 1e-5
 
 
-def test_the_leak_sees_a_step_that_is_not_constrained() -> None:
+def test_the_leak_measures_an_unconstrained_step() -> None:
     setting = Setting()
     constrainer = StepConstrainer(setting.model, setting.statistics, EnergyConstraint(1.0))
-    for part in constrainer.weights:
-        part.before = part.parameter.detach().clone()
+    for weight in constrainer.weights:
+        weight.before = weight.parameter.detach().clone()
     before = {layer: setting.weight(layer) for layer in LAYERS}
     setting.train(OPTIMIZERS["adamw"](setting.parameters), 1)
     steps = {layer: setting.weight(layer) - before[layer] for layer in LAYERS}

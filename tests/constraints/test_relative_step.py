@@ -52,7 +52,7 @@ def test_a_relative_step_keeps_the_guarantee() -> None:
     assert max(inside(move, setting.rows_NI[layer]) for layer, move in setting.moves().items()) < 1e-5
 
 
-def test_no_gradient_is_no_step() -> None:
+def test_without_a_gradient_there_is_no_step() -> None:
     setting = Setting()
     optimizer = OPTIMIZERS["sgd"](setting.parameters)
     constrain_optimizer(optimizer, setting.model, setting.statistics, EnergyConstraint(), relative_step=True)

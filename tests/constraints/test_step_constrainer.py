@@ -58,7 +58,7 @@ def test_without_the_constraint_moves_enter_the_span(name: str) -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"momentum": 0.9, "weight_decay": 0.1}, {"momentum": 0.9, "nesterov": True}])
 def test_constrained_moves_of_sgd_are_the_same_whether_or_not_gradients_are_projected_first(settings: dict) -> None:
-    """So that the step hook saves itself half of the work; a caller who clips projects them. The control: AdamW."""
+    """So the step hook skips half of the work; a caller who clips gradients projects them. The control: AdamW."""
 
     def moves(make: Any, project: bool) -> dict[str, np.ndarray]:
         setting = Setting()
@@ -158,7 +158,7 @@ def test_a_soft_adamw_step_is_the_closed_form_of_the_realised_step(constraint: C
         np.testing.assert_allclose(setting.moves()[layer], twin_OI, atol=1e-6)
 
 
-def test_layers_can_have_constraints_of_their_own() -> None:
+def test_layers_can_have_different_constraints() -> None:
     setting = Setting()
     optimizer = OPTIMIZERS["momentum"](setting.parameters)
     constrain_optimizer(optimizer, setting.model, setting.statistics, {"first": EnergyConstraint(1.0), "*": None})
@@ -168,7 +168,7 @@ def test_layers_can_have_constraints_of_their_own() -> None:
     assert inside(moves["second"], setting.rows_NI["second"]) > 0.05
 
 
-def test_the_original_weights_are_there_for_a_while() -> None:
+def test_the_original_weights_are_in_the_model_within_the_context() -> None:
     setting, constrainer = moved()
     now = {layer: setting.weight(layer) for layer in LAYERS}
     with pytest.raises(KeyError), constrainer.original():
@@ -204,7 +204,7 @@ def test_an_anchored_bfloat16_weight_does_not_drift_and_one_projected_step_by_st
         constrainer = StepConstrainer(model, statistics, EnergyConstraint(1.0))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
         constrainer.attach(optimizer)
-        constrainer.measure_leak = True  # measuring keeps the weights before the step; they are no anchor
+        constrainer.measure_leak = True  # measuring stores the weights before the step, which are not the anchor
         first = constrainer.weights[0].anchor.clone()
         for _ in range(steps):
             if not anchored:
@@ -219,7 +219,7 @@ def test_an_anchored_bfloat16_weight_does_not_drift_and_one_projected_step_by_st
     assert drift_after(300, anchored=False) > 4 * drift_after(300, anchored=True)
 
 
-def test_gradients_are_constrained_before_clipping_if_asked_and_once() -> None:
+def test_gradients_can_be_constrained_before_clipping() -> None:
     setting = Setting()
     optimizer = OPTIMIZERS["sgd"](setting.parameters)
     constrain_optimizer(optimizer, setting.model, setting.statistics, EnergyConstraint(1.0))
@@ -232,7 +232,7 @@ def test_gradients_are_constrained_before_clipping_if_asked_and_once() -> None:
 
 
 def test_the_moments_hold_constrained_gradients_only() -> None:
-    """What a step would lose anyway must not fill the optimizer's moments."""
+    """What the constraint removes from a step must not fill the optimizer's moments."""
     for constraint, law in ((EnergyConstraint(1.0), True), (None, False)):
         setting = Setting()
         optimizer = OPTIMIZERS["adamw"](setting.parameters)

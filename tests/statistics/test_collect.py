@@ -226,7 +226,7 @@ def state_of(model: nn.Module) -> tuple:
 
 
 class Breaks(cases.MLP):
-    """Fails within a forward pass, after the first layer has run, from the second batch on."""
+    """Fails in the second forward pass, after the first layer has run."""
 
     calls, seen = 0, ()
 
@@ -253,7 +253,7 @@ def test_hooks_modes_and_flags_are_restored(fisher: bool, fails: bool) -> None:
     else:
         collect(model, rows, fisher=fisher)
     assert state_of(model) == before
-    assert model.seen[:3] != before[:3] and not any(model.seen[1]) and not any(model.seen[2])  # they did differ inside
+    assert model.seen[:3] != before[:3] and not any(model.seen[1]) and not any(model.seen[2])  # they differed inside
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
     assert torch.is_grad_enabled()
 
@@ -314,14 +314,14 @@ def test_labels_of_zero_probability_are_never_drawn() -> None:
         (cases.vector_rows(2), {"layers": ["third"]}, ModelError, "'third' matches none of the 2"),
     ],
 )
-def test_bad_input_is_an_error_in_one_line(rows: Any, settings: dict, error: type[Exception], seen: str) -> None:
+def test_bad_input_raises_a_one_line_error(rows: Any, settings: dict, error: type[Exception], seen: str) -> None:
     model = cases.tiny_mlp()
     with pytest.raises(error, match=seen) as caught:
         collect(model, rows, **settings)
     assert "\n" not in str(caught.value)
 
 
-def test_models_that_cannot_be_collected_are_named() -> None:
+def test_errors_name_what_cannot_be_collected() -> None:
     with pytest.raises(ModelError, match="no linear layer"):
         collect(nn.Sequential(nn.Bilinear(1, 2, 3)), cases.image_rows(2))
     with pytest.raises(ModelError, match="lm_head has a tied weight"):

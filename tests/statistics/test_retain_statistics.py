@@ -1,4 +1,4 @@
-"""Laws of `RetainStatistics`: sums add and subtract like the rows behind them; files are whole or refused."""
+"""Laws of `RetainStatistics`: sums add and subtract like the rows behind them; damaged files are refused."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_full_minus_forget_equals_the_retain_pass(
 
 
 def test_subtraction_needs_the_same_sampled_labels(llama: nn.Module, full: RetainStatistics) -> None:
-    """Control: rows with other labels positions leave another Fisher and another count."""
+    """The control: rows with other label positions leave another Fisher and another count."""
     other = collect(llama, cases.text_rows(7, prompt=3)[:3])
     retain = collect(llama, cases.text_rows(7)[3:])
     assert (full - other).labels != retain.labels
@@ -95,7 +95,7 @@ def test_operands_are_not_changed(full: RetainStatistics, forget: RetainStatisti
     assert all(torch.equal(before[k], v) for k, v in full.gram_sums.items())
 
 
-def test_the_data_fingerprint_has_no_order_and_adds_up(llama: nn.Module, full: RetainStatistics) -> None:
+def test_the_data_fingerprint_ignores_order_and_adds_up(llama: nn.Module, full: RetainStatistics) -> None:
     rows = cases.text_rows(7)
     for batch_size in (1, 3):
         assert collect(llama, rows[::-1], fisher=False, batch_size=batch_size).data == full.data
@@ -186,7 +186,7 @@ def test_a_failing_write_leaves_the_old_folder(
     assert RetainStatistics.from_pretrained(saved).rows == 10
 
 
-def test_a_folder_is_not_replaced_unasked(saved: Path, mlp: RetainStatistics) -> None:
+def test_a_folder_is_replaced_only_with_overwrite(saved: Path, mlp: RetainStatistics) -> None:
     with pytest.raises(OutputError, match="not empty"):
         mlp.save_pretrained(saved)
 
@@ -352,7 +352,7 @@ def test_a_process_receives_the_decomposition_that_another_one_computed(
             tensor.copy_(sent.pop(0))
 
     monkeypatch.setattr("hf_unlearn.statistics.decompositions.from_owner", receive)
-    found = sent_by_owner(None, (wide, wide), 0)
+    received = sent_by_owner(None, (wide, wide), 0)
     assert sent == []
-    assert torch.equal(found.values_I, own.values_I) and torch.equal(found.vectors_II, own.vectors_II)
-    assert (found.missed is None) == (own.missed is None) == (wide == 40)
+    assert torch.equal(received.values_I, own.values_I) and torch.equal(received.vectors_II, own.vectors_II)
+    assert (received.missed is None) == (own.missed is None) == (wide == 40)
