@@ -1,7 +1,7 @@
 """Collecting: forward passes over a data set, with hooks that sum the second moments of layer inputs."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.utils.data import Subset
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-    Rows = Sequence[Mapping[str, Any]] | Dataset | IterableDataset
+    Rows: TypeAlias = Sequence[Mapping[str, Any]] | Dataset | IterableDataset
 
 Collator = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Tensor]]
 

@@ -203,7 +203,7 @@ def test_collected_statistics_are_what_a_run_takes(
         return torch.stack([(weights[key] - others[key]).norm() for key in base]).norm().item()
 
     # In exact arithmetic both runs are the same. In float32 each of the two steps writes the weights twice: after the
-    # optimizer's step, whose norm is at most the learning rate times 1.9 (gradients are clipped to norm 1, momentum 0.9),
+    # optimizer's step, of norm at most 1.9 times the learning rate (gradients clipped to norm 1, momentum 0.9),
     # and after the constraint. Each write rounds by at most 2^-24 of what it writes. (With relative_step this rounding
     # would be scaled up with the step, of which kronecker lets less than a thousandth through.)
     size = norm(base, {key: torch.zeros_like(weight) for key, weight in base.items()})
