@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +33,10 @@ from hf_unlearn.models.fingerprint import model_fingerprint
 from hf_unlearn.models.tasks import Collator
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+    from transformers.image_processing_utils import BaseImageProcessor
 
+ProcessingClass: TypeAlias = "PreTrainedTokenizerBase | BaseImageProcessor | ProcessorMixin"
 Columns = Mapping[str, NDArray]
 VERSION = 1  # of the meaning of the columns; a cached file of another version is not read
 STOPS = ("\n\n", "\nQuestion", "Question:")  # MUSE cuts an answer at these
@@ -59,7 +61,7 @@ class MeasurementTools:
     @classmethod
     def build(
         cls,
-        processing_class: "PreTrainedTokenizerBase | None",
+        processing_class: "ProcessingClass | None",
         collator: Collator | None = None,
         batch_size: int = 16,
         cache_dir: str | os.PathLike[str] | None = None,

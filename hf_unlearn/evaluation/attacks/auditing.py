@@ -4,7 +4,6 @@ Each attack runs on both models and restores their weights.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import nn
@@ -22,14 +21,11 @@ from hf_unlearn.evaluation.attacks.subject import (
     Subject,
 )
 from hf_unlearn.evaluation.evaluate import ModelOrScope, encode_splits, metric_value, model_scope
-from hf_unlearn.evaluation.measurements import MeasurementTools
+from hf_unlearn.evaluation.measurements import MeasurementTools, ProcessingClass
 from hf_unlearn.evaluation.metrics.classification import AnamnesisIndex
 from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.evaluation.row_scores import Rows
 from hf_unlearn.models.tasks import Collator
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["ATTACKS", "AuditSettings", "Shadow", "audit", "verdict"]
 
@@ -45,7 +41,7 @@ def audit(
     attacks: Sequence[str] | None = None,
     settings: AuditSettings | None = None,
     shadows: Sequence[Shadow] = (),
-    processing_class: "PreTrainedTokenizerBase | None" = None,
+    processing_class: "ProcessingClass | None" = None,
     collator: Collator | None = None,
     batch_size: int = 16,
 ) -> UnlearningReport:
