@@ -26,7 +26,7 @@ from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.stopping import OverUnlearningCallback, SavedWeights
 
 SEAL = "unlearning_state.json"
-PREVIOUS = "previous.safetensors"  # weights at the last evaluation, where the last step is shortened to
+PREVIOUS = "previous.safetensors"  # the weights of `OverUnlearningCallback.last_short`
 _NEWEST = (True, "True", "true", "latest")
 
 logger = logging.get_logger(__name__)
