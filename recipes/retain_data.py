@@ -152,7 +152,7 @@ class CollectAgain(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         bound = bind_constraints(collected(self.request, args), args.build_constraint())
-        for part in self.trainer.constrainer.parts:
+        for part in self.trainer.constrainer.weights:
             if part.bound is not None:
                 part.bound = bound[part.owner]
 

@@ -89,7 +89,7 @@ def together(
     default = EnergyRidgeConstraint()
 
     def change(trainer: UnlearningTrainer) -> None:
-        for part in trainer.constrainer.parts:
+        for part in trainer.constrainer.weights:
             if part.owner not in measured or part.bound is None:
                 continue
             gram, fisher = statistics.gram_eigen(part.owner), statistics.fisher_eigen(part.owner)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_unlearn.errors import UnlearningError
 
@@ -30,7 +30,7 @@ class Answer:
     """
 
     text: str | None
-    content: Any
+    content: Mapping[str, object] | None
     code: int = 0
 
 

@@ -8,6 +8,7 @@ from hf_unlearn.cli.parsers import make_run_parser, parse
 from hf_unlearn.cli.setup import hush, join_processes
 from hf_unlearn.core.settings import setting
 from hf_unlearn.deletion.arguments import DataArguments
+from hf_unlearn.statistics.options import CollectionOptions
 from hf_unlearn.statistics.sketch import SKETCH_ABOVE, SKETCH_RANK
 
 if TYPE_CHECKING:
@@ -42,18 +43,17 @@ def main(argv: list[str]) -> Answer:
 
     join_processes()
     hush()
-    statistics = collect_split(
-        args,
-        args.rows,
-        args.fisher,
-        args.output_dir,
-        args.overwrite_output_dir,
-        max_length=args.max_length,
+    options = CollectionOptions(
+        fisher=args.fisher,
+        max_rows=args.max_rows,
         keep_on=args.keep_statistics_on,
         max_memory=args.max_memory,
         sketch_above=args.sketch_above,
         sketch_rank=args.sketch_rank,
         tolerance=args.tolerance,
+    )
+    statistics = collect_split(
+        args, args.rows, options, args.output_dir, args.overwrite_output_dir, max_length=args.max_length
     )
     content = {
         "output_dir": args.output_dir,

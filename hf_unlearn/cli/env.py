@@ -6,11 +6,11 @@ from argparse import ArgumentParser
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from hf_unlearn import __version__
 from hf_unlearn.cli.answers import Answer
 from hf_unlearn.cli.parsers import make_parser
 
 PACKAGES = (
-    "hf-unlearn",
     "torch",
     "transformers",
     "accelerate",
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> Answer:
     import torch
 
     facts: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
-    facts |= {name: _version(name) for name in PACKAGES}
+    facts |= {"hf-unlearn": __version__, **{name: _version(name) for name in PACKAGES}}
     facts |= {"cpu cores": os.cpu_count(), "torch threads": torch.get_num_threads(), "cuda": torch.version.cuda}
     facts["devices"] = [_device(index) for index in range(torch.cuda.device_count())]
     facts["mps"] = torch.backends.mps.is_available()

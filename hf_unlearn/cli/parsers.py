@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, HelpFormatter
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from hf_unlearn.cli.plugins import import_plugin
 from hf_unlearn.cli.settings_file import read_settings, take_flag, take_settings_file
@@ -13,6 +13,8 @@ from hf_unlearn.trainer.presets import CHOICES, PRESETS, overridden, preset
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
+
+Parser = TypeVar("Parser", bound=ArgumentParser)
 
 
 def make_parser(command: str, description: str, usage: str = "[options]") -> ArgumentParser:
@@ -59,6 +61,7 @@ def make_run_parser(
 
 
 def _layout(command: str, description: str, usage: str) -> dict[str, Any]:
+    """Return what all parsers are made with."""
     return {
         "prog": f"hf-unlearn {command}",
         "usage": f"hf-unlearn {command} {usage}",
@@ -68,11 +71,11 @@ def _layout(command: str, description: str, usage: str) -> dict[str, Any]:
     }
 
 
-def _completed(parser: Any, command: str) -> Any:
+def _completed(parser: Parser, command: str) -> Parser:
     """Add the flags of every command, and raise `SettingsError` on a wrong flag instead of ending the process."""
 
     def error(message: str) -> NoReturn:
-        raise SettingsError(f"{command}: {message}; see hf-unlearn {command} --help")
+        raise _wrong_flag(command, message)
 
     # `main` handles these before a command sees them; they are here for help and completion
     _add_flag(parser, "--json", action="store_true", help="Print one JSON document on standard output, nothing else.")
@@ -85,8 +88,12 @@ def _completed(parser: Any, command: str) -> Any:
         help="Python module or file to import first; it registers constraints, losses, metrics, attacks or layers of "
         "your own. Repeatable.",
     )
-    parser.error = error
+    parser.error = error  # type: ignore[method-assign]
     return parser
+
+
+def _wrong_flag(command: str, message: str) -> SettingsError:
+    return SettingsError(f"{command}: {message}; see hf-unlearn {command} --help")
 
 
 def _add_flag(parser: ArgumentParser, name: str, **options: Any) -> None:
@@ -122,7 +129,7 @@ def parse(parser: "HfArgumentParser", argv: list[str]) -> tuple[Any, ...]:
     except SettingsError:
         raise
     except ValueError as error:
-        parser.error(str(error).splitlines()[0])
+        raise _wrong_flag(parser.prog.split()[-1], str(error).splitlines()[0]) from error
 
 
 def check_choice(what: str, value: str, choices: Sequence[str]) -> None:

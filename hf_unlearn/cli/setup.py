@@ -35,7 +35,7 @@ def peft_hidden() -> Iterator[None]:
 
     `transformers.trainer_utils` imports peft for two `isinstance` checks. peft imports transformers' modeling code,
     torch._dynamo and, if installed, bitsandbytes: two thirds of the time of `hf-unlearn run --help`. A process that
-    goes on to train must not use this, as those checks would then never see an adapter.
+    trains afterwards must not use this, because those checks would never see an adapter.
     """
     from unittest.mock import patch
 

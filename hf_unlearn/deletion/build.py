@@ -31,7 +31,8 @@ from hf_unlearn.evaluation.generation import generate_answers
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.models.loading import load_model, load_processor
 from hf_unlearn.models.tasks import IGNORED
-from hf_unlearn.statistics.collect import collect_statistics
+from hf_unlearn.statistics.collect import collect_with_options
+from hf_unlearn.statistics.options import CollectionOptions
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.trainer.config import UnlearningConfig
 
@@ -192,25 +193,16 @@ def _collect_or_load(
 ) -> RetainStatistics:
     """Return the statistics of the train rows, from the cache if it has them; saving them is not timed."""
     start = time.perf_counter()
-    options = f"{fisher} {config.sketch_above} {config.sketch_rank}"
+    form = f"{fisher} {config.sketch_above} {config.sketch_rank}"
     digest = sha256(weights_fingerprint(models.original).encode())
-    digest.update(b"".join(map(labelled_row_hash, train)) + options.encode())
+    digest.update(b"".join(map(labelled_row_hash, train)) + form.encode())
     folder = cache_folder(args.cache_dir) / f"statistics-{digest.hexdigest()[:20]}"
     if folder.is_dir():
         statistics = RetainStatistics.from_pretrained(folder, model=models.original, keep_on=config.keep_statistics_on)
         timings["collect"] = time.perf_counter() - start
         return statistics
-    statistics = collect_statistics(
-        models.original,
-        train,
-        collator=models.collator,
-        fisher=fisher,
-        batch_size=config.per_device_eval_batch_size,
-        keep_on=config.keep_statistics_on,
-        max_memory=config.max_memory,
-        sketch_above=config.sketch_above,
-        sketch_rank=config.sketch_rank,
-        progress=not config.disable_tqdm,
+    statistics = collect_with_options(
+        models.original, train, CollectionOptions.from_config(config, fisher=fisher), collator=models.collator
     )
     timings["collect"] = time.perf_counter() - start
     statistics.save_pretrained(folder)

@@ -8,7 +8,7 @@ configurations, each from the same original weights.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -28,7 +28,8 @@ from hf_unlearn.models.adapters import merged_state_dict
 from hf_unlearn.models.fingerprint import state_fingerprint, weights_fingerprint
 from hf_unlearn.models.modes import trainable_flags_restored
 from hf_unlearn.publishing.model_folder import complete_folder, push_model_folder
-from hf_unlearn.statistics.collect import collect_statistics
+from hf_unlearn.statistics.collect import collect_with_options
+from hf_unlearn.statistics.options import CollectionOptions
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.hub import push_options
@@ -149,16 +150,13 @@ def _forget_statistics(request: DeletionRequest, config: UnlearningConfig) -> Re
     """Collect the statistics of the forget rows on the original model, or return None if nothing is subtracted."""
     if request.statistics is None or not request.subtract_forget:
         return None
-    return collect_statistics(
+    options = replace(CollectionOptions.from_config(config), **request.statistics.matching_arguments)
+    return collect_with_options(
         request.models.original,
         request.rows.forget,
+        options,
         collator=request.models.collator,
         processing_class=request.models.processing_class,
-        batch_size=config.per_device_eval_batch_size,
-        keep_on=config.keep_statistics_on,
-        max_memory=config.max_memory,
-        progress=not config.disable_tqdm,
-        **request.statistics.same_kind,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -29,7 +29,8 @@ from hf_unlearn.evaluation.evaluate import evaluate_unlearning
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.models.loading import load_model, load_processor
 from hf_unlearn.publishing.model_folder import complete_folder
-from hf_unlearn.statistics.collect import collect_statistics
+from hf_unlearn.statistics.collect import collect_with_options
+from hf_unlearn.statistics.options import CollectionOptions
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.trainer.config import UnlearningConfig
 
@@ -89,21 +90,19 @@ def _config_of(name: str, config: UnlearningConfig, several: bool) -> Unlearning
 def collect_split(
     args: DataArguments,
     rows: str,
-    fisher: bool,
+    options: CollectionOptions,
     output_dir: str,
     overwrite: bool,
     max_length: int | None = 512,
-    **options: Any,
 ) -> RetainStatistics:
     """Collect the statistics of a split, and save them to `output_dir`.
 
     Args:
         args: Model and data set.
         rows: The split, as `name` or `name[start:stop]`.
-        fisher: Collect Fishers too.
+        options: How statistics are collected.
         output_dir, overwrite: Where the statistics are saved, and whether that folder may be replaced.
         max_length: Longest row in tokens, as in `run`; longer rows are cut.
-        options: Further arguments of `collect_statistics`.
 
     Raises:
         UnlearningError: Something that cannot be loaded, collected or saved.
@@ -114,7 +113,7 @@ def collect_split(
     model = load_model(args.model_name_or_path, args.task)
     data = encode_dataset(loaded, tokenizer, what="statistics", max_length=max_length, model=model)
     collator = default_collator(tokenizer)
-    statistics = collect_statistics(model, data, collator=collator, fisher=fisher, max_rows=args.max_rows, **options)
+    statistics = collect_with_options(model, data, options, collator=collator)
     statistics.save_pretrained(output_dir, overwrite=overwrite)
     statistics.decompose(statistics.layers)  # for its summary: here, where all processes take part
     wait_for_all()

@@ -38,7 +38,8 @@ from hf_unlearn.deletion.series_files import STATISTICS, RequestRecord, folder_o
 from hf_unlearn.deletion.series_report import add_series, root_mean_square
 from hf_unlearn.errors import DataError, LedgerError
 from hf_unlearn.models.fingerprint import weights_fingerprint
-from hf_unlearn.statistics.retain_statistics import TENSORS, RetainStatistics
+from hf_unlearn.statistics.retain_statistics import RetainStatistics
+from hf_unlearn.statistics.serialisation import TENSORS
 
 if TYPE_CHECKING:
     from torch import nn

@@ -14,7 +14,8 @@ from hf_unlearn.deletion.carried_statistics import carry, identify_statistics
 from hf_unlearn.deletion.series_files import PRIVATE, RECORD, STATISTICS, RequestRecord, private_folder
 from hf_unlearn.errors import LedgerError
 from hf_unlearn.evaluation.report import REPORT, UnlearningReport, plain
-from hf_unlearn.statistics.retain_statistics import TENSORS, RetainStatistics
+from hf_unlearn.statistics.retain_statistics import RetainStatistics
+from hf_unlearn.statistics.serialisation import TENSORS
 
 if TYPE_CHECKING:
     from hf_unlearn.constraints.base import ConstraintLike

@@ -18,8 +18,8 @@ from hf_unlearn.estimate.sizes import (
     trained_bytes,
 )
 from hf_unlearn.estimate.tracing import Trace
-from hf_unlearn.statistics.eigen import products_share
 from hf_unlearn.statistics.sketch import EXACT, Sketching
+from hf_unlearn.statistics.sums import products_share
 
 
 @dataclass(frozen=True)

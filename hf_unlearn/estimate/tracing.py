@@ -8,11 +8,12 @@ Shapes: B rows, T positions, N = B * T, I and O features of a layer, V classes o
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,7 +29,7 @@ from hf_unlearn.models.layers import find_layers
 from hf_unlearn.models.loading import MODELS
 from hf_unlearn.models.tasks import Task, context_length, shifts_labels
 from hf_unlearn.models.trainable import freeze_unprotected
-from hf_unlearn.statistics.accumulator import Collector
+from hf_unlearn.statistics.accumulator import Accumulator
 from hf_unlearn.statistics.fisher import sample_labels
 from hf_unlearn.statistics.sketch import EXACT, Sketching
 
@@ -112,7 +113,9 @@ class Meter(TorchDispatchMode):
         self.attention = 0.0
         self._seen: dict[int, weakref.finalize] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         outputs = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(outputs):
@@ -239,7 +242,7 @@ def _fill(model: nn.Module) -> None:
 
 def _trace(
     base: PreTrainedModel,
-    model: nn.Module,
+    model: PreTrainedModel,
     config: PretrainedConfig,
     loss: UnlearningLoss,
     batch_size: int,
@@ -259,12 +262,13 @@ def _trace(
                 f"{type(model).__name__} has no gradient checkpointing; leave out --gradient_checkpointing"
             )
         options = {"use_reentrant": False, "preserve_rng_state": False}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        cast("PreTrainedModel", model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     meter, forward, backward = _train(model, inputs, loss)
     trained = [p for p in model.parameters() if p.requires_grad]
     owners = {layer_of(name)[0] for name, p in model.named_parameters() if p.requires_grad}
+    gram_of = collector.shared_inputs.gram_of
     layers = {
-        name: LayerSize(size.outputs, size.inputs, collector.owner[name], size.transposed, name in owners)
+        name: LayerSize(size.outputs, size.inputs, gram_of[name], size.transposed, name in owners)
         for name, size in collector.sizes.items()
     }
     return Trace(
@@ -296,25 +300,25 @@ def _inputs(config: PretrainedConfig, batch_size: int, length: int) -> dict[str,
     return inputs
 
 
-class _Sizes(Collector):
-    """A `Collector` of tensors without values, so there is nothing to check or to send at the end."""
+class _Sizes(Accumulator):
+    """An `Accumulator` of tensors without values, so there is nothing to check or to send at the end."""
 
-    def _complete(self, names: Sequence[str]) -> None:
+    def complete(self, names: Sequence[str]) -> None:
         pass
 
     @staticmethod
-    def _unmasked(tensor: Tensor, mask: Tensor | None, blocks: int = 1) -> Tensor:
+    def unmasked(tensor: Tensor, mask: Tensor | None, blocks: int = 1) -> Tensor:
         if blocks > 1:
             return tensor.reshape(-1, *tensor.shape[-2:]).transpose(0, 1).clone()
         return tensor.reshape(-1, tensor.shape[-1]).clone()  # a mask copies the rows
 
 
-def _collect(model: PreTrainedModel, inputs: Mapping[str, Tensor], fisher: bool) -> tuple[Collector, int, float]:
+def _collect(model: PreTrainedModel, inputs: Mapping[str, Tensor], fisher: bool) -> tuple[Accumulator, int, float]:
     """Trace the second batch of a collecting pass, whose sums exist already."""
     collector = _Sizes(model, find_layers(model), fisher, Storage())
 
     def batch() -> None:
-        collector._last = None
+        collector.shared_inputs.start_batch()
         logits = output_logits(model, inputs)
         if fisher:
             logits_LV = _labelled(logits, model).float()

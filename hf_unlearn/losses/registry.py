@@ -1,4 +1,4 @@
-"""The losses by name: a forget term, what it needs, and the registry of all."""
+"""The forget losses by name: a forget term, and what it needs."""
 
 import os
 import sys
@@ -23,23 +23,25 @@ RETAIN_TERMS = ("nll", "kl", "hidden")
 
 @dataclass(frozen=True)
 class LossKind:
-    """A forget term and what it needs.
+    """A forget term and what it needs; the fields after `term` are the traits of `register_loss`.
 
     Attributes:
-        term: `(predictions, original, **settings) -> values`, one value per label or per row; `original` holds the
-            original model's predictions, or None where `reads` is empty.
-        unit: What a value stands for: `label` or `row`; the loss is the mean over these.
-        labels: Rows that the loss makes sense for: with a `class` label, with `token` labels, or `any`.
-        reads_original: What is read of the original model's predictions on forget rows: `nll`, `logits` or nothing.
-        needs_retain: Whether the loss makes no sense without retain rows.
-        alternate_answer: The alternate answer that each forget row needs: its own (`own`), one that says "I don't know"
-            (`idk`); empty for losses without.
-        reads_hidden: Whether the outputs of a layer are read (setting `layer`).
-        dual_weight: Whether `alpha` is a dual weight (settings of `DualWeight`).
-        skip_first: Leave out each row's first label (sequences only).
-        gamma, alpha: Default weights of the forget and the retain term.
-        retain: Default retain term: `nll`, `kl` (to the original model), or `hidden` (distance of the layer's outputs
-            to the original model's).
+        term: `(predictions, original, **settings) -> values`, one value per label or per row. `original` holds the
+            original model's predictions, or None if `reads_original` is empty. The settings are keywords with defaults.
+        unit: What each value belongs to: a `label` or a `row`. The loss is the mean over these.
+        labels: The labels that the loss is defined for: one `class` per row, a sequence of `token` labels, or `any`.
+        reads_original: What the term reads of the original model's predictions on forget rows: `nll`, `logits`, or
+            nothing (empty).
+        needs_retain: Whether the loss requires retain rows.
+        alternate_answer: The alternate answer that each forget row needs: its own (`own`), one that says "I don't
+            know" (`idk`), or none (empty).
+        reads_hidden: Whether the term reads the outputs of a layer, which the setting `layer` names.
+        dual_weight: Whether the retain term has a dual weight, which starts at `alpha` (see `DualWeight`).
+        skip_first: Whether the first label of each row is left out (sequences only).
+        gamma: Default weight of the forget term.
+        alpha: Default weight of the retain term.
+        retain: Default retain term: `nll`, `kl` (divergence from the original model), or `hidden` (distance of the
+            layer's outputs to the original model's).
     """
 
     term: ForgetTerm
@@ -60,7 +62,29 @@ LOSSES: Registry[LossKind] = Registry("loss", "hf_unlearn.losses")
 
 
 def register_loss(name: str, **traits: Any) -> Callable[[ForgetTerm], ForgetTerm]:
-    """Register a forget term under `name`; `traits` are the fields of `LossKind`."""
+    """Function decorator: make a forget term available under `name` in settings, commands, estimates and grids.
+
+    Example, minimising the probability of each label itself:
+
+    >>> import torch
+    >>> from hf_unlearn import build_loss, register_loss
+    >>> @register_loss("probability", alpha=1.0)
+    ... def probability(predictions, original, *, weight: float = 1.0):
+    ...     return weight * (-predictions.nll_L).exp()
+    >>> loss = build_loss("probability", {"weight": 2.0})
+    >>> batch = {"pixel_values": torch.eye(3), "labels": torch.tensor([0, 1, 2])}
+    >>> model = lambda pixel_values: torch.zeros(3, 4)  # uniform over four classes
+    >>> loss(model, {"forget": batch}).item()
+    0.5
+    >>> LOSSES.remove("probability")
+
+    Args:
+        name: Name of the loss. One function may be registered under several names with different traits.
+        traits: The fields of `LossKind` other than `term`.
+
+    Raises:
+        SettingsError: Another loss has this name.
+    """
 
     def register(term: ForgetTerm) -> ForgetTerm:
         LOSSES.add(name, LossKind(term, **traits))
@@ -70,7 +94,13 @@ def register_loss(name: str, **traits: Any) -> Callable[[ForgetTerm], ForgetTerm
 
 
 def find_loss(loss: str | ForgetTerm) -> tuple[str, LossKind]:
-    """Name and kind of a registered or custom loss."""
+    """Return the name and kind of a loss that is given by name, as `module:function`, or as a function.
+
+    The working folder is searched for the module too. A function that is not registered gets the default `LossKind`.
+
+    Raises:
+        SettingsError: No such loss, module or function, or what was imported is not callable.
+    """
     if not isinstance(loss, str):
         name = getattr(loss, "__qualname__", type(loss).__name__)
         registered = (kind for kind in LOSSES.values() if kind.term is loss)
@@ -78,14 +108,14 @@ def find_loss(loss: str | ForgetTerm) -> tuple[str, LossKind]:
     if loss in LOSSES or ":" not in loss:
         return loss, LOSSES.find(loss, also=("module:function",))
     module, _, function = loss.partition(":")
-    here = os.getcwd()
-    sys.path.insert(0, here)  # a console script looks only where it is installed
+    working_folder = os.getcwd()
+    sys.path.insert(0, working_folder)  # a console script searches only its own folder
     try:
         term = getattr(import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise SettingsError(f"cannot import loss {loss!r}: {error}") from error
     finally:
-        sys.path.remove(here)
+        sys.path.remove(working_folder)
     if not callable(term):
-        raise SettingsError(f"loss {loss!r} is no function of (predictions, original, **settings)")
+        raise SettingsError(f"loss {loss!r} is not a function of (predictions, original, **settings)")
     return loss, find_loss(term)[1]

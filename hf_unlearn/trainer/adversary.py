@@ -38,10 +38,10 @@ def relearned_weights(
         steps: Number of steps; 0 changes nothing.
         learning_rate: How far a step moves each weight.
     """
-    before = constrainer.weights()
+    before = constrainer.copy_weights()
     try:
         for _ in range(steps):
-            _relearn(model, [part.parameter for part in constrainer.parts], batch, learning_rate)
+            _relearn(model, [part.parameter for part in constrainer.weights], batch, learning_rate)
         yield
     finally:
         constrainer.restore(before)

@@ -27,7 +27,8 @@ from hf_unlearn.models.layers import find_layers
 from hf_unlearn.models.loading import load_model_and_processor
 from hf_unlearn.models.tasks import Collator
 from hf_unlearn.models.trainable import Coverage, freeze_all_but, freeze_unprotected, is_weight_of
-from hf_unlearn.statistics.collect import collect_statistics
+from hf_unlearn.statistics.collect import collect_with_options
+from hf_unlearn.statistics.options import CollectionOptions
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.trainer.config import UnlearningConfig
 
@@ -188,18 +189,8 @@ def _collected_statistics(
             f"constraint {args.constraint!r} needs statistics; pass `statistics`, or retain_dataset to collect "
             "them, or choose constraint none"
         )
-    return collect_statistics(
-        model,
-        retain,
-        collator=collator,
-        batch_size=args.per_device_eval_batch_size,
-        fisher=needs_fisher(args.constraint),
-        keep_on=args.keep_statistics_on,
-        max_memory=args.max_memory,
-        sketch_above=args.sketch_above,
-        sketch_rank=args.sketch_rank,
-        progress=not args.disable_tqdm,
-    )
+    options = CollectionOptions.from_config(args, fisher=needs_fisher(args.constraint))
+    return collect_with_options(model, retain, options, collator=collator)
 
 
 def freeze_for_run(

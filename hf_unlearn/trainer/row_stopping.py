@@ -62,7 +62,7 @@ class RowStopping:
 
     @property
     def _weights(self) -> list[nn.Parameter]:
-        return [part.parameter for part in self.constrainer.parts]
+        return [part.parameter for part in self.constrainer.weights]
 
     def accumulate_pull(self, model: nn.Module, batch: Batch) -> None:
         """Add the gradient of the rows of `batch` (with `labels` `[B, T]` or `[B]`) that are too improbable."""
@@ -107,7 +107,7 @@ class RowStopping:
         """Keep the weights where they are if no process pushes or pulls a row; call before a step's last backward."""
         if world()[1] > 1:
             sum_over_processes(self._counts)
-        self.constrainer.still = not any(count[0] for count in self._counts.values())
+        self.constrainer.skip_next_step = not any(count[0] for count in self._counts.values())
 
     @torch.no_grad()
     def add_pull(self) -> None:

@@ -81,7 +81,7 @@ class OverUnlearningCallback(TrainerCallback):
         elif self.by_row and self.target is None:
             self.row_stopping = self._stopping_from_both_sides()
         if self.last_short is None:  # a resumed run has that of its checkpoint
-            self.last_short = SavedWeights(state.global_step, self.constrainer.weights())
+            self.last_short = SavedWeights(state.global_step, self.constrainer.copy_weights())
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs: object
@@ -93,7 +93,7 @@ class OverUnlearningCallback(TrainerCallback):
         lowest = self.row_stopping.lowest if self.row_stopping is not None else None
         too_low = lowest is not None and metrics.get("eval_forget_probability", math.inf) < lowest
         if not self._reached(forget) or too_low:
-            self.last_short = SavedWeights(state.global_step, self.constrainer.weights())
+            self.last_short = SavedWeights(state.global_step, self.constrainer.copy_weights())
             return
         start = self.last_short
         if self.target is None and lowest is None and start is not None and start.step < state.global_step:
@@ -121,7 +121,7 @@ class OverUnlearningCallback(TrainerCallback):
             The forget metric there, and the step, a fraction.
         """
         assert self.mark is not None
-        end = self.constrainer.weights()
+        end = self.constrainer.copy_weights()
         low, high = 0.0, 1.0
         for _ in range(self.HALVINGS):
             if abs(forget - self.mark) <= self.TOLERANCE:
@@ -156,14 +156,14 @@ class DriftBudgetCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        self._within = self.constrainer.weights()
+        self._within = self.constrainer.copy_weights()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         drift = self.constrainer.drift().relative
         if drift <= self.budget:
-            self._within = self.constrainer.weights()
+            self._within = self.constrainer.copy_weights()
             return
         self.constrainer.restore(self._within)
         control.should_training_stop = True
@@ -194,7 +194,7 @@ class RetainDropCallback(TrainerCallback):
     ) -> None:
         with self.constrainer.original():
             self._before = self.score("retain")
-        self._within = self.constrainer.weights()
+        self._within = self.constrainer.copy_weights()
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs: object
@@ -204,7 +204,7 @@ class RetainDropCallback(TrainerCallback):
             return
         drop = retain - self._before if self.metric == "loss" else self._before - retain
         if drop <= self.budget:
-            self._within = self.constrainer.weights()
+            self._within = self.constrainer.copy_weights()
             return
         self.constrainer.restore(self._within)
         control.should_training_stop = True

@@ -114,7 +114,7 @@ result = [bool(same), loaded.weights == statistics.weights, list(loaded.layers) 
                                                "statistics.safetensors"}  # fmt: skip
     assert b"retain-statistics" in (hub.files("me/statistics")["README.md"].content or b"")
     load = "from hf_unlearn import RetainStatistics\nRetainStatistics.from_pretrained('me/statistics', token=token)"
-    with pytest.raises(Failed, match=r"StatisticsError.*cannot get statistics") as caught:
+    with pytest.raises(Failed, match=r"StatisticsError.*cannot download statistics") as caught:
         client.run(load, token="hf_NotThisOneNotThisOneNotThisOne")
     assert "NotThisOne" not in caught.value.message
     # the command pushes a folder of statistics too

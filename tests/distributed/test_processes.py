@@ -21,7 +21,13 @@ from torch import Tensor
 from hf_unlearn.cli import main
 from hf_unlearn.evaluation.report import UnlearningReport
 
-PLACEMENT = {"ddp": "Whole", "fsdp2": "Rows", "zero1": "Stretches", "zero2": "Stretches", "zero3": "Pieces"}
+PLACEMENT = {
+    "ddp": "Replicated",
+    "fsdp2": "RowSharded",
+    "zero1": "Zero12Fragments",
+    "zero2": "Zero12Fragments",
+    "zero3": "Zero3Pieces",
+}
 # Three processes divide neither the rows of the data nor those of most weights.
 LAUNCHES = [("ddp", 2), ("ddp", 3), ("fsdp2", 2), ("fsdp2", 3), ("zero1", 2), ("zero2", 3), ("zero3", 2), ("zero3", 3)]
 launches = pytest.mark.parametrize(("mode", "processes"), LAUNCHES, ids=[f"{mode} x{n}" for mode, n in LAUNCHES])

@@ -245,7 +245,7 @@ def test_moments_are_those_of_single_rows_and_the_joint_map_is_the_minimum(tmp_p
         model, UnlearningConfig(str(tmp_path), use_cpu=True), rows[:2], statistics=statistics, data_collator=collator
     )
     module.together(statistics, found, False, False)(trainer)
-    (bound,) = (part.bound for part in trainer.constrainer.parts if part.owner == name and part.bound is not None)
+    (bound,) = (part.bound for part in trainer.constrainer.weights if part.owner == name and part.bound is not None)
     assert abs(bound.kept_OI.mean().item() - 0.7) < 1e-3
     step_OI = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     a_II, s_OO = statistics.gram(name), statistics.fisher(name)
@@ -267,14 +267,14 @@ def test_statistics_that_are_collected_again_are_those_of_the_moment(tmp_path: P
     trainer = UnlearningTrainer(model, config, rows[:2], statistics=statistics, data_collator=collator)
     models = RequestModels(original=model, collator=collator)
     request = DeletionRequest(models=models, rows=RequestRows(forget=rows[:2], retain=rows))
-    before = [part.bound for part in trainer.constrainer.parts]
+    before = [part.bound for part in trainer.constrainer.weights]
     with torch.no_grad():
-        for part in trainer.constrainer.parts:
+        for part in trainer.constrainer.weights:
             part.parameter.mul_(1.5)
     recipe("retain_data").CollectAgain(request, trainer).on_epoch_end(config, None, None)
     now = bind_constraints(collect_statistics(model, rows, collator=collator, progress=False), RidgeConstraint())
     changed = []
-    for part, old in zip(trainer.constrainer.parts, before, strict=True):
+    for part, old in zip(trainer.constrainer.weights, before, strict=True):
         if part.bound is not None and old is not None:
             step_OI = torch.ones_like(part.original_OI)
             torch.testing.assert_close(part.bound(step_OI), now[part.owner](step_OI))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.memorised import MEMORISED, double, mean_nll, memorised
+from helpers.memorised import MEMORISED, mean_nll, memorised
 from helpers.tiny import collate, text_rows, tiny_gpt2, tiny_llama
 from helpers.training import FORGET, HOLDOUT, RETAIN, logits, settings, trained
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.trainer import UnlearningTrainer
 
 RATE = 0.01
-__all__ = ["double"]
 
 
 def attacked_twin(model: nn.Module, rows: list[dict[str, Any]], steps: int) -> None:

@@ -228,7 +228,7 @@ def test_damaged_outputs_are_refused_and_a_failed_pass_leaves_none(
     (file,) = folder.glob("*.safetensors")
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(SettingsError, match=r"outputs is damaged .*remove it, and it is made anew"):
+    with pytest.raises(SettingsError, match=r"outputs is damaged .*remove it, and it is computed again"):
         make(tmp_path / "run", "npo", original_logprobs=str(folder))
     file.write_bytes(whole)
     (folder / INDEX).write_text("{")

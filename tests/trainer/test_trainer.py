@@ -183,7 +183,7 @@ class Line:
     def __init__(self, forget: Callable[[float], float], holdout: float = 0.3) -> None:
         self.weight, self.forget, self.holdout, self.scored = torch.zeros(()), forget, holdout, 0
 
-    def weights(self) -> list[Tensor]:
+    def copy_weights(self) -> list[Tensor]:
         return [self.weight.clone()]
 
     def restore(self, weights: list[Tensor]) -> None:

@@ -1,191 +1,182 @@
-"""`audit`: can what was forgotten be brought back, or told from what was never seen?
+"""`audit`: attack the unlearned and the retrained model, and compare.
 
-Every attack is made on the unlearned and, for comparison, on the retrained model; weights are put back after each.
+Each attack runs on both models and restores their weights.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import nn
 
 from hf_unlearn.core.provenance import hardware, package_versions
 from hf_unlearn.core.sharding import require_whole
-from hf_unlearn.data.batches import default_collator
-from hf_unlearn.data.encoding import encode_dataset
-from hf_unlearn.errors import DataError, SettingsError
-from hf_unlearn.evaluation.attacks.inputs import few_shot_prompts, linear_probe, paraphrased_prompts, shadow_models
-from hf_unlearn.evaluation.attacks.subject import Attack, AuditSettings, NotRun, Outcome, Shadow, Subject
-from hf_unlearn.evaluation.attacks.weights import quantisation, recalibration, relearning, relearning_on_other_data
-from hf_unlearn.evaluation.evaluate import ModelOrScope, evaluate_unlearning, opened, record
+from hf_unlearn.evaluation.attacks.registry import ATTACKS
+from hf_unlearn.evaluation.attacks.subject import (
+    AuditSettings,
+    Memory,
+    NotRun,
+    Outcome,
+    Shadow,
+    Skipped,
+    Subject,
+)
+from hf_unlearn.evaluation.evaluate import ModelOrScope, encode_splits, metric_value, model_scope
 from hf_unlearn.evaluation.measurements import MeasurementTools
 from hf_unlearn.evaluation.metrics.classification import AnamnesisIndex
-from hf_unlearn.evaluation.metrics.registry import JUDGES, SUITES
 from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
+from hf_unlearn.evaluation.row_scores import Rows
+from hf_unlearn.models.tasks import Collator
 
-__all__ = ["ATTACKS", "AuditSettings", "Shadow", "audit"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-ATTACKS: dict[str, Attack] = {
-    "relearning": relearning,
-    "relearning_on_other_data": relearning_on_other_data,
-    "quantisation": quantisation,
-    "recalibration": recalibration,
-    "paraphrased_prompts": paraphrased_prompts,
-    "few_shot_prompts": few_shot_prompts,
-    "linear_probe": linear_probe,
-    "shadow_models": shadow_models,
-}
-MEMBERSHIP = (*SUITES["attacks"], "membership_efficacy")
-ALL = ("membership", *ATTACKS)
+__all__ = ["ATTACKS", "AuditSettings", "Shadow", "audit", "verdict"]
+
 ALIKE = "no difference from the retrained model shown"
 
 
 def audit(
     model: nn.Module,
-    splits: Mapping[str, Any],
+    splits: Mapping[str, Rows],
     *,
     original: ModelOrScope | None = None,
     retrained: nn.Module | None = None,
     attacks: Sequence[str] | None = None,
     settings: AuditSettings | None = None,
     shadows: Sequence[Shadow] = (),
-    processing_class: Any = None,
-    collator: Callable | None = None,
+    processing_class: "PreTrainedTokenizerBase | None" = None,
+    collator: Collator | None = None,
     batch_size: int = 16,
 ) -> UnlearningReport:
-    """Attack `model` and compare with the retrained one.
+    """Attack `model`, and compare with the retrained model.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from hf_unlearn import audit
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    >>> model, retrained = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    >>> rows = [{"input_ids": [1, token, token + 1], "labels": [-100, token, token + 1]} for token in range(2, 8)]
+    >>> report = audit(model, {"forget": rows}, retrained=retrained, attacks=["quantisation"])
+    >>> sorted(report.audit["verdicts"])
+    ['quantised_4_bit_probability', 'quantised_8_bit_probability']
 
     Args:
-        model: The unlearned model; it comes back as it was.
-        splits: Rows by name: `forget`, and for most attacks `retain` and `holdout` (or `test`).
-        original: The model before unlearning, whose scores relearning has to come back to; or a context manager's
-            callable, as in `evaluate_unlearning`.
-        retrained: The model trained without the forget rows; without it there are numbers and no verdicts.
-        attacks: Which of `ALL`; default all that the model and the rows allow.
-        settings: How hard to attack.
-        shadows: Models that the attacker trained, for the seed's membership attack on classifiers.
-        processing_class, collator, batch_size: As in `evaluate_unlearning`.
+        model: The unlearned model; it is restored after each attack.
+        splits: Rows by name of the split: `forget`, and for most attacks `retain` and `holdout` (or `test`).
+        original: The model before unlearning, whose score relearning has to reach, or a callable that returns a
+            context manager around it, as in `evaluate_unlearning`.
+        retrained: The model trained without the forget rows; without it there are numbers but no verdicts.
+        attacks: Names of `ATTACKS`; default: all. One that the model or the rows do not allow is reported as not run.
+        settings: Strength of the attacks.
+        shadows: Models that the attacker trained, for the attack `shadow_models` on classifiers.
+        processing_class: As in `evaluate_unlearning`.
+        collator: As in `evaluate_unlearning`.
+        batch_size: Rows per forward pass.
 
     Returns:
-        The numbers as `metrics`, for `unlearned` and `retrained`; in `audit` a verdict for each number and what could
-        not be run, with the reason.
+        A report with the numbers of the unlearned and the retrained model as `metrics`; its `audit` holds a verdict for
+        each number (`verdicts`), and what was `not_run` with the reason.
 
     Raises:
-        SettingsError: An unknown attack.
+        SettingsError: An attack is unknown.
         ModelError: A model's weights are sharded over processes.
-        DataError: No split named `forget`, or an empty one.
+        DataError: There is no split `forget`, or a split is empty.
     """
-    chosen, settings = list(attacks or ALL), settings or AuditSettings()
-    for name in chosen:
-        if name not in ALL:
-            raise SettingsError(f"unknown attack {name!r}; choose from {', '.join(ALL)}")
-    if "forget" not in splits:
-        raise DataError(f"the splits are {sorted(splits)}; one must be named 'forget'")
-    rows = {name: encode_dataset(data, processing_class, what=name, model=model) for name, data in splits.items()}
-    tools = MeasurementTools(collator or default_collator(processing_class), processing_class, batch_size)
-    report = UnlearningReport(versions=package_versions(), hardware=hardware())
-    before = None
+    names, settings = list(attacks or ATTACKS), settings or AuditSettings()
+    for name in names:
+        ATTACKS.find(name)
+    rows = encode_splits(splits, processing_class, model)
+    tools = MeasurementTools.build(processing_class, collator, batch_size)
+    original_score_N = None
     if original is not None:
-        with opened(original) as other:
-            before = Subject(other, rows, tools, settings).score(rows["forget"])
-    kinds = {"unlearned": model} | ({"retrained": retrained} if retrained is not None else {})
-    for each in kinds.values():
-        require_whole(each, "an audit")
-    subjects = {kind: Subject(m, rows, tools, settings, before, shadows) for kind, m in kinds.items()}
-    verdicts: dict[str, str] = {}
-    not_run: dict[str, str] = {}
-    for name in chosen:
-        if name == "membership":
-            found = _membership(subjects, not_run)
-            memory: Mapping[str, str] = dict.fromkeys(MEMBERSHIP, "either")
-        else:
-            found, memory = _attack(name, subjects, not_run)
-        report.metrics += found
-        verdicts |= _verdicts(found, memory)
-    report.audit = {"verdicts": verdicts, "not_run": not_run}
+        with model_scope(original) as candidate:
+            original_score_N = Subject(candidate, rows, tools, settings).score(rows["forget"])
+    for attacked in (model, retrained):
+        if attacked is not None:
+            require_whole(attacked, "an audit")
+    other = None
+    if retrained is not None:
+        other = Subject(retrained, rows, tools, settings, original_score_N, shadows, name="retrained")
+    subjects = [Subject(model, rows, tools, settings, original_score_N, shadows, retrained=other)]
+    subjects += [other] if other is not None else []
+    report = UnlearningReport(versions=package_versions(), hardware=hardware())
+    report.audit = {"verdicts": {}, "not_run": {}}
+    for name in names:
+        outcomes = _run(name, subjects, report.audit["not_run"])
+        numbers = _numbers(outcomes, settings.seed)
+        report.metrics += numbers
+        report.audit["verdicts"] |= _verdicts(numbers, outcomes)
     return report
 
 
-def _membership(subjects: Mapping[str, Subject], not_run: dict[str, str]) -> list[MetricValue]:
-    """The six attacks, and the classifier of retain against held-out rows."""
-    subject, retrained = subjects["unlearned"], subjects.get("retrained")
-    names = []
-    for name in MEMBERSHIP:
-        missing = JUDGES[name].missing(subject.rows)
-        if missing:
-            not_run[name] = f"it needs a split {', '.join(missing)}"
-        elif name.endswith(("zlib", "min_k", "min_k_plus_plus")) and subject.measure != "probability":
-            not_run[name] = "it is an attack on texts"
-        elif name.endswith("zlib") and not hasattr(subject.tools.tokenizer, "batch_decode"):
-            not_run[name] = "it needs the model's tokenizer"
-        elif name.endswith("reference") and retrained is None:
-            not_run[name] = "it compares with the retrained model, and none was given"
-        else:
-            names.append(name)
-    if not names:
-        return []
-    return evaluate_unlearning(
-        subject.model, subject.rows, retrained=None if retrained is None else retrained.model, metrics=names,
-        processing_class=subject.tools.tokenizer, collator=subject.tools.collator,
-        batch_size=subject.tools.batch_size, seed=subject.settings.seed,
-    ).metrics  # fmt: skip
-
-
-def _attack(
-    name: str, subjects: Mapping[str, Subject], not_run: dict[str, str]
-) -> tuple[list[MetricValue], Mapping[str, str]]:
-    """One attack on each model; a metric for each number, and what it tells of memory."""
-    found: list[MetricValue] = []
+def _run(name: str, subjects: Sequence[Subject], not_run: dict[str, str]) -> dict[str, list[Outcome]]:
+    """Run one attack on each model; return the outcomes by model, and add what could not be run to `not_run`."""
     outcomes: dict[str, list[Outcome]] = {}
-    for kind, subject in subjects.items():
+    for subject in subjects:
+        on_model = "" if subject.name == "unlearned" else f"on the {subject.name} model: "
         try:
-            outcomes[kind] = list(ATTACKS[name](subject))
+            results = list(ATTACKS[name](subject))
         except NotRun as reason:
-            not_run.setdefault(name, str(reason) if kind == "unlearned" else f"on the {kind} model: {reason}")
+            not_run.setdefault(name, f"{on_model}{reason}")
             continue
-        seed = subject.settings.seed
-        found += [record(one.name, one.split, kind, one.estimate, seed) for one in outcomes[kind]]
-    memory = {one.name: one.memory for each in outcomes.values() for one in each if one.memory != "none"}
-    if name == "relearning" and len(outcomes) == 2:
-        mine, others = ([_steps(outcomes[kind])] for kind in ("unlearned", "retrained"))
-        found.append(
-            record("relearned_anamnesis_index", "forget", "unlearned", AnamnesisIndex.estimate(mine, others), 0)
-        )
-    return found, memory
+        for result in results:
+            if isinstance(result, Skipped):
+                not_run.setdefault(result.name, f"{on_model}{result.reason}")
+        outcomes[subject.name] = [result for result in results if isinstance(result, Outcome)]
+    return outcomes
 
 
-def _steps(outcomes: Sequence[Outcome]) -> float:
-    """Steps to relearn, infinite where they were not enough."""
-    value = next(one.estimate.value for one in outcomes if one.memory == "less")
+def _numbers(outcomes: Mapping[str, Sequence[Outcome]], seed: int) -> list[MetricValue]:
+    """Return the numbers of an attack as the report stores them, with the anamnesis index of steps of relearning."""
+    numbers = [
+        metric_value(outcome.name, outcome.split, model, outcome.estimate, seed)
+        for model, of_model in outcomes.items()
+        for outcome in of_model
+    ]
+    retrained = {outcome.name: outcome for outcome in outcomes.get("retrained", ())}
+    for outcome in outcomes.get("unlearned", ()):
+        if outcome.anamnesis_index and outcome.name in retrained:
+            index = AnamnesisIndex.estimate([_steps(outcome)], [_steps(retrained[outcome.name])])
+            numbers.append(metric_value(outcome.anamnesis_index, outcome.split, "unlearned", index, 0))
+    return numbers
+
+
+def _steps(outcome: Outcome) -> float:
+    """Return the steps to relearn, infinite if the allowed steps were not enough."""
+    value = outcome.estimate.value
     return np.inf if np.isnan(value) else value
 
 
-def _verdicts(metrics: Sequence[MetricValue], memory: Mapping[str, str]) -> dict[str, str]:
-    """What each number of the unlearned model says next to the retrained model's."""
-    by_model = {(m.name, m.split, m.model): m for m in metrics}
-    found = {}
-    for metric in metrics:
-        if metric.model == "unlearned" and memory.get(metric.name, "none") != "none":
-            other = by_model.get((metric.name, metric.split, "retrained"))
-            if metric.split == "forget":
-                found[metric.name] = verdict(metric, other, memory[metric.name])
-    return found
+def _verdicts(numbers: Sequence[MetricValue], outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, str]:
+    """Return the verdict of each number of the unlearned model on the forget rows."""
+    retrained = {(number.name, number.split): number for number in numbers if number.model == "retrained"}
+    verdicts = {}
+    for outcome in outcomes.get("unlearned", ()):
+        if outcome.split == "forget" and outcome.memory != "none":
+            number, key = (
+                metric_value(outcome.name, "forget", "unlearned", outcome.estimate, 0),
+                (outcome.name, "forget"),
+            )
+            verdicts[outcome.name] = verdict(number, retrained.get(key), outcome.memory)
+    return verdicts
 
 
-def verdict(metric: MetricValue, retrained: MetricValue | None, memory: str) -> str:
-    """The unlearned model's number against the retrained one's, in words.
+def verdict(number: MetricValue, retrained: MetricValue | None, memory: Memory) -> str:
+    """Compare the unlearned model's number with the retrained model's, in words.
 
-    They are taken to differ where their 95% intervals do not overlap. That no difference was shown is no proof of none:
-    with few rows the intervals are wide. A number without an interval is compared as it is.
+    The numbers differ if their 95% intervals do not overlap. That no difference was shown does not prove that there is
+    none: with few rows the intervals are wide. A number without an interval is compared as it is.
     """
-    if metric.name.startswith("membership_auc_reference") and not np.isnan(metric.value):
-        low, high = _bounds(metric)
+    if memory == "chance" and not np.isnan(number.value):
+        low, high = _bounds(number)
         return "cannot be told from held-out rows" if low <= 0.5 <= high else "can be told from held-out rows"
     if retrained is None:
         return "unknown: no retrained model to compare with"
-    if np.isnan(metric.value) or np.isnan(retrained.value):
-        return f"unknown: {metric.reason or retrained.reason or 'a number is undefined'}"
-    (low, high), (other_low, other_high) = _bounds(metric), _bounds(retrained)
+    if np.isnan(number.value) or np.isnan(retrained.value):
+        return f"unknown: {number.reason or retrained.reason or 'a number is undefined'}"
+    (low, high), (other_low, other_high) = _bounds(number), _bounds(retrained)
     if low <= other_high and other_low <= high:
         return ALIKE
     above = low > other_high
@@ -194,6 +185,6 @@ def verdict(metric: MetricValue, retrained: MetricValue | None, memory: str) -> 
     return "remembers more than the retrained model" if above == (memory == "more") else "remembers less than it"
 
 
-def _bounds(metric: MetricValue) -> tuple[float, float]:
-    low, high = metric.low, metric.high
-    return (metric.value if low is None else low), (metric.value if high is None else high)
+def _bounds(number: MetricValue) -> tuple[float, float]:
+    low, high = number.low, number.high
+    return (number.value if low is None else low), (number.value if high is None else high)

@@ -116,9 +116,9 @@ def unlearn(name: str, folder: Path, mode: str, processes: int) -> tuple[dict[st
         "kl": trainer.constrainer.drift().kl,
         "leak": trainer.constrainer.leak,
         "evaluation": [line["eval_rows_loss"] for line in lines if "eval_rows_loss" in line][-1:],
-        "placements": sorted({type(part.place).__name__ for part in trainer.constrainer.parts}),
+        "placements": sorted({type(part.layout).__name__ for part in trainer.constrainer.weights}),
         "dtensors": all(isinstance(p, DTensor) for p in trained),
-        "held": sum(part.anchor.numel() for part in trainer.constrainer.parts) / sum(map(_size, trained)),
+        "held": sum(part.anchor.numel() for part in trainer.constrainer.weights) / sum(map(_size, trained)),
     }
     state = trainer.whole_state_dict() or trainer.model.state_dict()
     moved = {k: v for k, v in state.items() if "lm_head" not in k and ("lora_" in k or peft is None)}
