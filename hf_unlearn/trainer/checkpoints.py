@@ -163,7 +163,7 @@ def find_checkpoint(checkpoint: str | bool | None, output_dir: str | os.PathLike
         if read_seal(folder) is not None:
             return folder
         logger.warning(f"{folder} is incomplete and is skipped")
-    logger.warning(f"there is no complete checkpoint in {output_dir}: the run starts from the beginning")
+    logger.warning(f"no complete checkpoint in {output_dir}: the run starts from the beginning")
     return None
 
 

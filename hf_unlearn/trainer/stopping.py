@@ -46,7 +46,7 @@ class OverUnlearningCallback(TrainerCallback):
         by_row: Leave single rows alone that have reached the mark.
 
     Attributes:
-        mark: The value at which to stop; measured at the beginning of a run if there is no target.
+        mark: The value at which to stop; without a target it is measured at the beginning of a run.
         row_stopping: Which rows are pushed; None before the first run and if all rows are pushed.
         last_short: The weights at the last evaluation that did not reach the mark, or at the beginning.
         reason: Why the run stopped, in words; None if this rule did not stop it.

@@ -20,7 +20,7 @@ from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.publishing.card import default_template, render_card, write_card
 from hf_unlearn.publishing.card_sections import is_hub_id
-from hf_unlearn.publishing.markdown import code, escape, text
+from hf_unlearn.publishing.markdown import code, escape, sentence, text
 
 REVISION = "3f49326eb077187dfe1c2a2bb15fbd74e6ab91e3"
 METADATA = "---\n{{ card_data }}\n---\n"
@@ -391,3 +391,17 @@ def test_values_are_formatted_as_text() -> None:
 
 def test_the_default_template_exists() -> None:
     assert default_template().read_text(encoding="utf-8").startswith(METADATA)
+
+
+def test_code_spans_of_a_docstring_stay_code_and_everything_else_is_escaped() -> None:
+    assert sentence("Steps of `D (I - U U^T)`, a * b | c.") == r"Steps of `D (I - U U^T)`, a \* b \| c."
+    assert sentence("an odd ` backtick") == escape("an odd ` backtick")
+    assert sentence(None) == "not recorded"
+
+
+def test_the_words_on_loss_and_constraint_come_from_the_report() -> None:
+    report = make_report()
+    names = ("what the constraint allows", "what the loss computes")
+    assert [cells(render_card(report, model_name="m"))[name] for name in names] == ["not recorded"] * 2
+    report.method |= {"constraint_summary": "Steps of `D / 2`.", "loss_summary": "The `nll`."}
+    assert [cells(render_card(report, model_name="m"))[name] for name in names] == ["Steps of `D / 2`.", "The `nll`."]
