@@ -26,7 +26,7 @@ from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.stopping import OverUnlearningCallback, SavedWeights
 
 SEAL = "unlearning_state.json"
-PREVIOUS = "previous.safetensors"  # weights at the last evaluation, where the last step is shortened to
+PREVIOUS = "previous.safetensors"  # the weights of `OverUnlearningCallback.last_short`
 _NEWEST = (True, "True", "true", "latest")
 
 logger = logging.get_logger(__name__)
@@ -163,7 +163,7 @@ def find_checkpoint(checkpoint: str | bool | None, output_dir: str | os.PathLike
         if read_seal(folder) is not None:
             return folder
         logger.warning(f"{folder} is incomplete and is skipped")
-    logger.warning(f"there is no complete checkpoint in {output_dir}: the run starts from the beginning")
+    logger.warning(f"no complete checkpoint in {output_dir}: the run starts from the beginning")
     return None
 
 
