@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import datasets
 
@@ -42,7 +42,10 @@ class RowEncoding:
     ) -> Sequence[Row]:
         """Encode `rows`; `what` names them in error messages."""
         idk_seed = self.idk_seed if with_idk else None
-        return encode_dataset(rows, tokenizer, what=what, max_length=self.max_length, task=self.task, idk_seed=idk_seed)
+        encoded = encode_dataset(
+            rows, tokenizer, what=what, max_length=self.max_length, task=self.task, idk_seed=idk_seed
+        )
+        return cast(Sequence[Row], encoded)  # a list, or images that are encoded when they are read, in order
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from hf_unlearn.data.splits import load_rows
 from hf_unlearn.deletion.arguments import DataArguments, RunArguments
 from hf_unlearn.deletion.build import build_request, metric_names
 from hf_unlearn.deletion.fine_tuning import cache_folder
-from hf_unlearn.deletion.fulfil import DEFAULT_OUTPUT, fulfil_request_under
+from hf_unlearn.deletion.fulfil import fulfil_request_under
 from hf_unlearn.deletion.next_request import next_config, open_series
+from hf_unlearn.deletion.output import DEFAULT_OUTPUT
 from hf_unlearn.deletion.request import Rows
 from hf_unlearn.deletion.rows import RowEncoding, load_splits
 from hf_unlearn.errors import SettingsError
