@@ -36,13 +36,13 @@ from hf_unlearn.models.tasks import Task, task_of
 if TYPE_CHECKING:
     import datasets
 
-    from hf_unlearn.data.encoders import Processor
+    from hf_unlearn.models.tasks import ProcessingClass
 
 
 @overload
 def encode_dataset(
     dataset: "Rows | None",
-    processing_class: "Processor | None",
+    processing_class: "ProcessingClass | None",
     *,
     what: str = ...,
     max_length: int | None = ...,
@@ -56,7 +56,7 @@ def encode_dataset(
 @overload
 def encode_dataset(
     dataset: "Rows | datasets.IterableDataset | None",
-    processing_class: "Processor | None",
+    processing_class: "ProcessingClass | None",
     *,
     what: str = ...,
     max_length: int | None = ...,
@@ -69,7 +69,7 @@ def encode_dataset(
 
 def encode_dataset(
     dataset: "Rows | datasets.IterableDataset | None",
-    processing_class: "Processor | None",
+    processing_class: "ProcessingClass | None",
     *,
     what: str = "given",
     max_length: int | None = None,

@@ -17,6 +17,7 @@ from transformers import PrinterCallback
 
 from hf_unlearn.core.files import replace_folder
 from hf_unlearn.core.processes import is_main, wait_for_all
+from hf_unlearn.data.formats import rows_of
 from hf_unlearn.deletion.output import (
     check_target,
     checkpoint_folder,
@@ -248,7 +249,7 @@ class PreparedRequest:
         trainer = UnlearningTrainer(
             models.original,
             config,
-            [*rows.forget, *rows.forgotten_before] if rows.forgotten_before else rows.forget,
+            [*rows_of(rows.forget), *rows_of(rows.forgotten_before)] if rows.forgotten_before else rows.forget,
             rows.retain,
             statistics=self.retain_statistics,
             holdout_dataset=rows.splits.get("holdout"),

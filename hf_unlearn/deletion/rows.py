@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import datasets
 
@@ -20,7 +20,7 @@ from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.models.tasks import Task
 
 if TYPE_CHECKING:
-    from hf_unlearn.deletion.request import ProcessingClass
+    from hf_unlearn.models.tasks import ProcessingClass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,7 @@ class RowEncoding:
     ) -> Sequence[Row]:
         """Encode `rows`; `what` names them in error messages."""
         idk_seed = self.idk_seed if with_idk else None
-        encoded = encode_dataset(
-            rows, tokenizer, what=what, max_length=self.max_length, task=self.task, idk_seed=idk_seed
-        )
-        return cast(Sequence[Row], encoded)  # a list, or images that are encoded when they are read, in order
+        return encode_dataset(rows, tokenizer, what=what, max_length=self.max_length, task=self.task, idk_seed=idk_seed)
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from torch import nn
 
 from hf_unlearn.core.provenance import hardware, package_versions
 from hf_unlearn.data.encoding import encode_dataset
+from hf_unlearn.data.formats import Rows
 from hf_unlearn.errors import DataError, ModelError
-from hf_unlearn.evaluation.measurements import Columns, MeasurementTools, ProcessingClass, measure_splits
+from hf_unlearn.evaluation.measurements import Columns, MeasurementTools, measure_splits
 from hf_unlearn.evaluation.metrics.base import TEACHER, MeasuredColumns
 from hf_unlearn.evaluation.metrics.intervals import Estimate, Undefined
 from hf_unlearn.evaluation.metrics.registry import METRICS, choose_metrics, estimate_metrics, wanted_measurements
 from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
-from hf_unlearn.evaluation.row_scores import Rows
 from hf_unlearn.models.adapters import without_wrapper
-from hf_unlearn.models.tasks import Collator
+from hf_unlearn.models.tasks import Collator, ProcessingClass
 
 ModelOrScope = nn.Module | Callable[[], AbstractContextManager[nn.Module]]
 

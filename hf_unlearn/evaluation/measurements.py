@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,20 +23,19 @@ from hf_unlearn.core.processes import gather, is_main, wait_for_all
 from hf_unlearn.core.registry import Registry
 from hf_unlearn.core.sharding import is_sharded
 from hf_unlearn.data.batches import default_collator
+from hf_unlearn.data.formats import Row, Rows
 from hf_unlearn.data.row_identity import labelled_row_hash
 from hf_unlearn.data.wrong_answers import ALTERNATIVES
 from hf_unlearn.errors import DataError
 from hf_unlearn.evaluation.generation import generate_answers, rouge_l, true_answers
 from hf_unlearn.evaluation.gradient_norms import gradient_norms
-from hf_unlearn.evaluation.row_scores import Row, Rows, score_classes, score_rows
+from hf_unlearn.evaluation.row_scores import score_classes, score_rows
 from hf_unlearn.models.fingerprint import model_fingerprint
-from hf_unlearn.models.tasks import Collator
+from hf_unlearn.models.tasks import Collator, ProcessingClass
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, ProcessorMixin
-    from transformers.image_processing_utils import BaseImageProcessor
+    from transformers import PreTrainedTokenizerBase
 
-ProcessingClass: TypeAlias = "PreTrainedTokenizerBase | BaseImageProcessor | ProcessorMixin"
 Columns = Mapping[str, NDArray]
 VERSION = 1  # of the meaning of the columns; a cached file of another version is not read
 STOPS = ("\n\n", "\nQuestion", "Question:")  # MUSE cuts an answer at these

@@ -22,6 +22,7 @@ from hf_unlearn.core.files import sha256_of, write_json
 from hf_unlearn.core.processes import wait_for_all
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.losses import UnlearningLoss
+from hf_unlearn.losses.dual_weight import DualWeightState
 from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.stopping import OverUnlearningCallback, SavedWeights
 
@@ -45,7 +46,7 @@ class ResumePoint:
 
     folder: Path
     stop_reason: str | None
-    dual_weight: Mapping[str, Any] | None
+    dual_weight: DualWeightState | None
     last_short: SavedWeights | None
 
 

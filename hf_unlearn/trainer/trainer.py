@@ -17,9 +17,10 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, IntervalStrategy, TrainOutput
 
-from hf_unlearn.constraints.step_constrainer import StepConstrainer
+from hf_unlearn.constraints.step_constrainer import EngineOptimizer, StepConstrainer
 from hf_unlearn.core.sharding import check_sharding, shard_on_cpu, sharding_of
 from hf_unlearn.data.encoding import encode_dataset
+from hf_unlearn.data.formats import Rows
 from hf_unlearn.data.pairs import PairedDataset, attackers_rows
 from hf_unlearn.errors import ModelError, NonFiniteLossError, SettingsError
 from hf_unlearn.evaluation.report import UnlearningReport
@@ -28,13 +29,13 @@ from hf_unlearn.losses import UnlearningLoss
 from hf_unlearn.losses.registry import ForgetTerm
 from hf_unlearn.models.forward import predict
 from hf_unlearn.models.modes import hold_norm_statistics
-from hf_unlearn.models.tasks import Batch, Collator
+from hf_unlearn.models.tasks import Batch, Collator, ProcessingClass
 from hf_unlearn.trainer.adversary import relearned_weights
 from hf_unlearn.trainer.callbacks import DualWeightCallback, EngineCallback
 from hf_unlearn.trainer.checkpoints import CheckpointKeeper, ResumePoint
 from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.hub import HubPublisher, push_options, repository_name
-from hf_unlearn.trainer.inputs import Processor, Rows, StatisticsLike, original_source, prepare_inputs
+from hf_unlearn.trainer.inputs import StatisticsLike, original_source, prepare_inputs
 from hf_unlearn.trainer.row_stopping import RowStopping
 from hf_unlearn.trainer.run_record import fill_missing, run_report
 from hf_unlearn.trainer.stopping import OverUnlearningCallback, stopping_rules
@@ -114,7 +115,7 @@ class UnlearningTrainer(Trainer):
         holdout_dataset: "Rows | None" = None,
         eval_dataset: "Mapping[str, Rows] | None" = None,
         data_collator: Collator | None = None,
-        processing_class: "Processor | None" = None,
+        processing_class: "ProcessingClass | None" = None,
         peft_config: "PeftConfig | None" = None,
         loss: str | ForgetTerm | UnlearningLoss | None = None,
         original_model: nn.Module | None = None,
@@ -160,7 +161,7 @@ class UnlearningTrainer(Trainer):
         self._checkpoints = CheckpointKeeper(args, inputs.loss, self.constrainer, sharding_of(self.accelerator))
         self._publisher = HubPublisher(args, self.model, lambda folder: self.save_model(folder, _internal_call=True))
         self._scores_rows = compute_metrics is None
-        self._constrained_optimizer: torch.optim.Optimizer | nn.Module | None = None
+        self._constrained_optimizer: torch.optim.Optimizer | EngineOptimizer | None = None
         self._loss_since_step: Tensor | float = 0.0
         self._batch_counts = True  # false if a micro-batch has no row to push
         self._earlier_stop_reason: str | None = None  # of a run that had ended and was resumed
@@ -232,7 +233,7 @@ class UnlearningTrainer(Trainer):
             self._constrain_steps_of(getattr(optimizer, "optimizer", optimizer))
         return optimizer
 
-    def _constrain_steps_of(self, optimizer: torch.optim.Optimizer | nn.Module) -> None:
+    def _constrain_steps_of(self, optimizer: "torch.optim.Optimizer | EngineOptimizer") -> None:
         """Attach the constraint to an optimizer or DeepSpeed engine; once, though each `train()` calls this."""
         if optimizer is not self._constrained_optimizer:
             self.constrainer.attach(optimizer)

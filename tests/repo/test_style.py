@@ -80,6 +80,8 @@ def test_the_search_finds_translated_phrases(line: str) -> None:
     assert TRANSLATED.search(line)
 
 
-@pytest.mark.parametrize("line", ["which is no longer true", "there is no folder", "is not a valid first entry", "rows that are available"])
+@pytest.mark.parametrize(
+    "line", ["which is no longer true", "there is no folder", "is not a valid first entry", "rows that are available"]
+)
 def test_the_search_lets_plain_sentences_pass(line: str) -> None:
     assert not TRANSLATED.search(line)

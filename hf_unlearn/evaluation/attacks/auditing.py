@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_unlearn.core.provenance import hardware, package_versions
 from hf_unlearn.core.sharding import require_whole
+from hf_unlearn.data.formats import Rows
 from hf_unlearn.evaluation.attacks.registry import ATTACKS
 from hf_unlearn.evaluation.attacks.subject import (
     AuditSettings,
@@ -21,11 +22,10 @@ from hf_unlearn.evaluation.attacks.subject import (
     Subject,
 )
 from hf_unlearn.evaluation.evaluate import ModelOrScope, encode_splits, metric_value, model_scope
-from hf_unlearn.evaluation.measurements import MeasurementTools, ProcessingClass
+from hf_unlearn.evaluation.measurements import MeasurementTools
 from hf_unlearn.evaluation.metrics.classification import AnamnesisIndex
 from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
-from hf_unlearn.evaluation.row_scores import Rows
-from hf_unlearn.models.tasks import Collator
+from hf_unlearn.models.tasks import Collator, ProcessingClass
 
 __all__ = ["ATTACKS", "AuditSettings", "Shadow", "audit", "verdict"]
 
