@@ -20,11 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from hf_unlearn.core.files import replace_folder, write_json
 from hf_unlearn.core.processes import gather, is_main, wait_for_all
-from hf_unlearn.data.formats import Rows
+from hf_unlearn.data.formats import Row, Rows
 from hf_unlearn.data.row_identity import labelled_batch_hashes, rows_to_text
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.losses.base import UnlearningLoss

@@ -17,8 +17,8 @@ DOCUMENTS = [
     *sorted(ROOT.glob("*.md")),
 ]
 TRANSLATED = re.compile(
-    r"(?<![Tt]here )(?<!where )\bis no (?!longer\b|more\b|less\b|better\b|worse\b|different\b)|\banew\b|\bat hand\b|\bof the moment\b"
-    r"|\bare told\b|\bis told\b|\btells of\b|\bwhat it does is\b"
+    r"(?<![Tt]here )(?<!where )\bis no (?!(?:longer|more|less|better|worse|different)\b)|\banew\b|\bat hand\b"
+    r"|\bof the moment\b|\bare told\b|\bis told\b|\btells of\b|\bwhat it does is\b"
 )
 """Phrases that read as translated; say "is not a", "again", "available", "current", "reports"."""
 
