@@ -1,7 +1,7 @@
 """Make the untrained tiny GPT-2 of recipes/tofu_tiny_gpt2.yaml: a transformers folder with its own tokenizer.
 
-The tokenizer is a byte-level BPE trained on TOFU question-answer texts; the weights are random. The same rows and seed
-give the same files, so that models fine-tuned from it are found again in the cache.
+The tokenizer is a byte-level BPE trained on the questions and answers of TOFU. The weights are random. The same rows
+and seed give the same files, so fine-tuned models are reused from the cache.
 """
 
 import argparse
@@ -13,23 +13,25 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from hf_unlearn import SettingsError, UnlearningError
 from hf_unlearn.core.files import check_output, replace_folder
-from hf_unlearn.data.splits import load_rows
-from hf_unlearn.errors import SettingsError, UnlearningError
+from hf_unlearn.data import load_rows
 
 END = "<|endoftext|>"
 VOCABULARY, CONTEXT, LAYERS, WIDTH, HEADS = 2048, 256, 4, 192, 6
 
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with one special token, which ends and pads."""
+    """Train a byte-level BPE with one special token, used for end of text and padding."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=VOCABULARY,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=END, model_max_length=CONTEXT
@@ -37,17 +39,26 @@ def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
 
 
 def make_model(end: int, seed: int) -> GPT2LMHeadModel:
-    """A random GPT-2 without dropout: it is to memorise, and steps of fixed size are to see the true gradient."""
+    """Return a random GPT-2 without dropout, so that it memorises and fixed-size steps use the exact gradient."""
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=CONTEXT, n_layer=LAYERS, n_embd=WIDTH, n_head=HEADS,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=end, eos_token_id=end, pad_token_id=end,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        n_positions=CONTEXT,
+        n_layer=LAYERS,
+        n_embd=WIDTH,
+        n_head=HEADS,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
     return GPT2LMHeadModel(config)
 
 
 def make(dataset: str, output_dir: str, rows: str, seed: int, overwrite: bool) -> str:
-    """Write tokenizer and model to `output_dir`; returns a line that says what was made."""
+    """Write tokenizer and model to `output_dir`; return a one-line summary."""
     check_output(output_dir, overwrite)
     if not re.fullmatch(r"\d*:\d*", rows):
         raise SettingsError(f"--rows {rows!r} is malformed; write start:stop, such as 0:800")

@@ -1,13 +1,13 @@
-"""hf_unlearn against the PGU authors' code, run as it is on the same weights and batches; skipped where it is missing.
+"""Compare hf_unlearn with the unchanged code of the PGU authors on the same weights and batches.
 
-`PGU_AUTHORS_CODE` names a checkout of github.com/hnanhtuan/projected_gradient_unlearning (`tests/authors.py` says how
-it is run). Equal to rounding: Grams, retain Grams, bases, projections, and the weights after ten steps. Different on
-purpose, and shown here:
+`PGU_AUTHORS_CODE` names a checkout of github.com/hnanhtuan/projected_gradient_unlearning; the tests are skipped without
+it (`helpers/authors_code.py` documents how it is run). Equal up to rounding: Grams, retain Grams, bases, projections,
+and the weights after ten steps. Different on purpose, and tested here:
 - the rank: `unlearn.py` keeps the directions whose cumulated share is *at most* the threshold, `unlearn_class.py` one
   more; here it is the smallest rank that reaches the threshold, which is that of `unlearn_class.py`;
 - convolutions with a stride: theirs unfold every position, here the ones that the convolution reads;
-- what is not projected: theirs zeroes its gradient, here it is frozen;
-- below `offset` their first loss term goes on pushing, here it is zero (`test_losses.py`).
+- weights that are not projected: theirs zeroes their gradient, here they are frozen;
+- below `offset` their first loss term is still active, here it is zero (`tests/losses/test_losses.py`).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def theirs_name(layer: str) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """What their code left, what it started from, and hf_unlearn's statistics of the same."""
+    """The output of their code, its inputs, and the statistics of hf_unlearn for the same rows."""
 
     folder: Path
     model: nn.Module
@@ -65,8 +65,8 @@ class Run:
     retain: RetainStatistics
 
     def svd(self, kind: str, layer: str) -> tuple[Tensor, Tensor]:
-        found = load_file(self.folder / "svd.safetensors")
-        return found[f"{kind}.{theirs_name(layer)}.U"], found[f"{kind}.{theirs_name(layer)}.S"]
+        svd = load_file(self.folder / "svd.safetensors")
+        return svd[f"{kind}.{theirs_name(layer)}.U"], svd[f"{kind}.{theirs_name(layer)}.S"]
 
     def gram(self, kind: str, layer: str) -> Tensor:
         u_IK, s_K = self.svd(kind, layer)
@@ -104,8 +104,16 @@ class AllCNN(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         narrow, wide = int(96 * WIDTH), int(192 * WIDTH)
-        plan = {0: (3, narrow, 3, 1), 1: (narrow, narrow, 3, 1), 2: (narrow, wide, 3, 2), 4: (wide, wide, 3, 1),
-                5: (wide, wide, 3, 1), 6: (wide, wide, 3, 2), 8: (wide, wide, 3, 1), 9: (wide, wide, 1, 1)}  # fmt: skip
+        plan = {
+            0: (3, narrow, 3, 1),
+            1: (narrow, narrow, 3, 1),
+            2: (narrow, wide, 3, 2),
+            4: (wide, wide, 3, 1),
+            5: (wide, wide, 3, 1),
+            6: (wide, wide, 3, 2),
+            8: (wide, wide, 3, 1),
+            9: (wide, wide, 1, 1),
+        }
         blocks: list[nn.Module] = [nn.Identity() for _ in range(10)]
         for index, (before, after, kernel, stride) in plan.items():
             conv = nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False)
@@ -131,15 +139,26 @@ def trained_allcnn(images: Tensor, labels: Tensor) -> nn.Module:
 def write_settings(folder: Path) -> None:
     kept = {"default": ENERGY} | {theirs_name(layer): 1.0 for layer in STRIDED}  # 1.0: they leave the layer alone
     unlearn = {
-        "model": "allcnn", "dataset": "cifar10", "learned_config": "learned/config.yaml", "retained_var": kept,
-        "unlearn_steps": [{"forget_range": [[0, 1]]}], "start_lr": START, "end_lr": END, "num_epochs": EPOCHS,
-        "loss1_w": 1.0, "loss2_w": 0.2, "wd": 0, "offset": 0.05, "save_model": 1,
-    }  # fmt: skip
+        "model": "allcnn",
+        "dataset": "cifar10",
+        "learned_config": "learned/config.yaml",
+        "retained_var": kept,
+        "unlearn_steps": [{"forget_range": [[0, 1]]}],
+        "start_lr": START,
+        "end_lr": END,
+        "num_epochs": EPOCHS,
+        "loss1_w": 1.0,
+        "loss2_w": 0.2,
+        "wd": 0,
+        "offset": 0.05,
+        "save_model": 1,
+    }
     rows = {"name": "datasets.Rows", "root": str(folder), "params": {"data_set": "train"}}
     learned = {
-        "params": {"image_size": 32}, "dataset": {"train": rows, "val": {**rows, "params": {"data_set": "val"}}},
+        "params": {"image_size": 32},
+        "dataset": {"train": rows, "val": {**rows, "params": {"data_set": "val"}}},
         "net": {"backbone": "backbone.AllCNN", "params": {"filters_percentage": WIDTH}},
-    }  # fmt: skip
+    }
     (folder / "unlearn.yaml").write_text(yaml.safe_dump(unlearn))
     (folder / "learned.yaml").write_text(yaml.safe_dump(learned))
 

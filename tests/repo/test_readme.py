@@ -1,4 +1,4 @@
-"""The README's Python blocks run as they stand (the language model's name replaced by a small local one)."""
+"""The Python blocks of the README and the documentation run as printed (with a small local language model)."""
 
 import re
 from pathlib import Path
@@ -13,9 +13,9 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def block_with(text: str) -> str:
-    """The one block that contains `text`."""
-    (found,) = [block for block in BLOCKS if text in block]
-    return found
+    """Return the only block that contains `text`."""
+    (match,) = [block for block in BLOCKS if text in block]
+    return match
 
 
 def test_the_table_of_losses_has_all_of_them() -> None:

@@ -1,16 +1,16 @@
-"""What retain rows buy, where there are some: mixed batches, and statistics that are collected again on the way.
+"""Measure what retain rows improve when they are available: mixed batches, and statistics collected again per epoch.
 
-    python recipes/retain_data.py images recipes/default/digits_rows.yaml --seeds 0,1,2
+    python recipes/experiments/retain_data.py images recipes/default/digits_rows.yaml --seeds 0,1,2
 
-The first two arguments, and further options, are those of `hf-unlearn benchmark`. Each line is the default with one
-thing changed, from the same models; all stop at the same mark:
+The first two arguments and further options are those of `hf-unlearn benchmark`. Each line of the table is the default
+with one change. All lines start from the same models and stop at the same target:
 
 - `no retain row`: the default;
-- `collected again`: statistics of the retain rows are collected afresh on the weights of the moment, at every epoch;
-- `mixed batches`: as many retain rows as forget rows in each batch, and their loss (`alpha` 1) beside the forget loss;
+- `collected again`: statistics of the retain rows are collected again on the current weights after every epoch;
+- `mixed batches`: each batch has as many retain rows as forget rows, and their loss (`alpha` 1) is added;
 - `both`; and `mixed batches alone`, without a constraint.
 
-A line's numbers are means over seeds, with the range in brackets.
+Numbers are means over seeds, with the range in brackets.
 """
 
 import argparse
@@ -24,22 +24,23 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback
 
-from hf_unlearn.benchmark import results
+from hf_unlearn import (
+    RetainStatistics,
+    UnlearningConfig,
+    UnlearningError,
+    UnlearningReport,
+    UnlearningTrainer,
+    bind_constraints,
+    collect_statistics,
+    evaluate_unlearning,
+)
+from hf_unlearn.benchmark import BENCHMARKS, Benchmark, Column, results
 from hf_unlearn.benchmark.grid import Cell, cells
-from hf_unlearn.benchmark.registry import BENCHMARKS, Benchmark, Column
 from hf_unlearn.cli.benchmark import parser as benchmark_parser
 from hf_unlearn.cli.common import check_choice, hush, parse
-from hf_unlearn.constraints.binding import bind_constraints
 from hf_unlearn.core.text import spread
+from hf_unlearn.deletion import Request
 from hf_unlearn.deletion.prepare import prepare
-from hf_unlearn.deletion.request import Request
-from hf_unlearn.errors import UnlearningError
-from hf_unlearn.evaluation.evaluate import evaluate_unlearning
-from hf_unlearn.evaluation.report import UnlearningReport
-from hf_unlearn.statistics.collect import collect_statistics
-from hf_unlearn.statistics.retain_statistics import RetainStatistics
-from hf_unlearn.trainer.config import UnlearningConfig
-from hf_unlearn.trainer.trainer import UnlearningTrainer
 
 LINES = {  # mixed batches, statistics collected again, constraint
     "no retain row": (False, False, True),
@@ -55,11 +56,11 @@ def main() -> int:
     return start(__doc__, compare)
 
 
-def start(about: str | None, compare: Callable[[Benchmark, Sequence[str]], str]) -> int:
-    """A script that prints the table of a benchmark and a file; returns the exit code."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+def start(description: str | None, compare: Callable[[Benchmark, Sequence[str]], str]) -> int:
+    """Print the table that `compare` makes of the benchmark and file on the command line; return the exit code."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark")
-    parser.add_argument("file", help="settings of the default's cell")
+    parser.add_argument("file", help="settings file of the default cell")
     args, options = parser.parse_known_args()
     hush()
     try:
@@ -72,28 +73,28 @@ def start(about: str | None, compare: Callable[[Benchmark, Sequence[str]], str])
 
 
 def default_cells(benchmark: Benchmark, options: Sequence[str]) -> list[Cell]:
-    """The default's cell of each seed."""
-    made = benchmark_parser()
-    made.set_defaults(**benchmark.defaults)
-    return cells(*parse(made, options))
+    """Return the cell of the default for each seed."""
+    flags = benchmark_parser()
+    flags.set_defaults(**benchmark.defaults)
+    return cells(*parse(flags, options))
 
 
 def compare(benchmark: Benchmark, options: Sequence[str]) -> str:
-    """The table; raises what `hf-unlearn benchmark` does."""
-    found: dict[str, list[tuple[UnlearningReport, str]]] = {}
+    """Return the table. Raises the errors of `hf-unlearn benchmark`."""
+    groups: dict[str, list[tuple[UnlearningReport, str]]] = {}
     for cell in default_cells(benchmark, options):
         request = prepare(replace(cell.args, constraints=None, use_retain_rows=True), cell.config, fisher=False)
         for name, (mixed, again, constrained) in LINES.items():
             changes: dict[str, Any] = {} if constrained else {"constraint": "none", "constraint_settings": None}
-            own = cell.config.but(**changes, loss_settings={"alpha": float(mixed)})
+            config = cell.config.but(**changes, loss_settings={"alpha": float(mixed)})
             change = partial(collect_again, request) if again else None
-            report = unlearned(request, own, collected(request, own), request.retain if mixed else None, change)
+            report = unlearned(request, config, collected(request, config), request.retain if mixed else None, change)
             for model in [m for m in MODELS if name == "no retain row" and m in report.models]:
-                found.setdefault(model, []).append((report, model))
-            found.setdefault(name, []).append((report, "unlearned"))
-    columns = [column for column in benchmark.columns if results.values(next(iter(found.values())), column)]
+                groups.setdefault(model, []).append((report, model))
+            groups.setdefault(name, []).append((report, "unlearned"))
+    columns = [column for column in benchmark.columns if results.values(next(iter(groups.values())), column)]
     head = ["", "constraint", *(column.title for column in columns), "steps", "unlearning, s"]
-    return results.table([head, *(row(name, group, columns) for name, group in found.items())])
+    return results.table([head, *(row(name, group, columns) for name, group in groups.items())])
 
 
 def unlearned(
@@ -103,14 +104,19 @@ def unlearned(
     retain: Any = None,
     change: Callable[[UnlearningTrainer], None] | None = None,
 ) -> UnlearningReport:
-    """Unlearn, judge, and put the original weights back; `change` is called with the trainer before."""
+    """Unlearn, evaluate, and restore the original weights; `change` is called with the trainer before training."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         trainer = UnlearningTrainer(
-            request.model, config.but(output_dir=scratch), request.forget, retain, statistics=statistics,
+            request.model,
+            config.but(output_dir=scratch),
+            request.forget,
+            retain,
+            statistics=statistics,
             holdout_dataset=request.splits.get("holdout"),
-            data_collator=request.collator, processing_class=request.processing_class,
-        )  # fmt: skip
+            data_collator=request.collator,
+            processing_class=request.processing_class,
+        )
         trainer.remove_callback(PrinterCallback)
         if change is not None:
             change(trainer)
@@ -118,10 +124,17 @@ def unlearned(
             trainer.train()
             seconds = time.perf_counter() - start
             report = evaluate_unlearning(
-                trainer.model, request.splits, original=trainer.original_model, retrained=request.retrained,
-                metrics=request.metrics, processing_class=request.processing_class, collator=request.collator,
-                batch_size=config.per_device_eval_batch_size, seed=config.seed, cache_dir=request.cache_dir,
-            )  # fmt: skip
+                trainer.model,
+                request.splits,
+                original=trainer.original_model,
+                retrained=request.retrained,
+                metrics=request.metrics,
+                processing_class=request.processing_class,
+                collator=request.collator,
+                batch_size=config.per_device_eval_batch_size,
+                seed=config.seed,
+                cache_dir=request.cache_dir,
+            )
         finally:
             trainer.constrainer.restore()
     report.method |= {"constraint": config.constraint, "steps": trainer.state.global_step}
@@ -130,11 +143,15 @@ def unlearned(
 
 
 def collected(request: Request, config: UnlearningConfig, fisher: bool = False) -> RetainStatistics:
-    """Statistics of the retain rows on the weights of the moment."""
+    """Collect statistics of the retain rows on the current weights."""
     return collect_statistics(
-        request.model, request.retain, collator=request.collator, fisher=fisher, progress=False,
+        request.model,
+        request.retain,
+        collator=request.collator,
+        fisher=fisher,
+        progress=False,
         batch_size=config.per_device_eval_batch_size,
-    )  # fmt: skip
+    )
 
 
 def collect_again(request: Request, trainer: UnlearningTrainer) -> None:
@@ -142,7 +159,7 @@ def collect_again(request: Request, trainer: UnlearningTrainer) -> None:
 
 
 class CollectAgain(TrainerCallback):
-    """Binds the constraint to new statistics at the end of every epoch; for constraints on steps, not on the move."""
+    """Bind the constraint to new statistics after every epoch; only for constraints on steps, not on the total move."""
 
     def __init__(self, request: Request, trainer: UnlearningTrainer):
         self.request, self.trainer = request, trainer

@@ -1,18 +1,19 @@
-"""Constraints that weigh input and output directions together, beside the package's: an experiment that lost.
+"""Compare constraints that weigh input and output directions together with those of the package.
 
-    python recipes/two_sided.py images recipes/default/digits_rows.yaml --seeds 0,1,2
+    python recipes/experiments/two_sided.py images recipes/default/digits_rows.yaml --seeds 0,1,2
 
-The first two arguments, and further options, are those of `hf-unlearn benchmark`. Each line is the default with another
-constraint, from the same models and down to the same mark. Beside those of the package, with their own defaults:
+None of them was better than the default, so they are not part of the package. The first two arguments and further
+options are those of `hf-unlearn benchmark`. Each line of the table is the default with another constraint, from the
+same models and down to the same target. In addition to the constraints of the package, with their own defaults:
 
 - `joint`: in the eigenbases of Fisher and Gram each entry of a step is multiplied by `1 / (1 + s_i a_j / scale)`, the
   exact minimum of `|D' - D|^2 + tr(fisher D' gram D'^T) / scale`, which the Kronecker constraint approximates;
 - `ek-fac`: the same with measured second moments of the rows' gradients in place of `s_i a_j` (George et al., NeurIPS
-  2018, arXiv 1806.03884), from one pass over the retain rows that are judged, at most `max_rows`;
+  2018, arXiv 1806.03884), from one pass over the evaluated retain rows, at most `max_rows`;
 - both again after energy's cut of the inputs.
 
-Each scale is the default's: a mean share of 0.7 gets through in the directions that are left. Layers that are neither
-`Linear` nor `Conv1D`, or saw too few positions for whole bases, keep the default's constraint.
+Each scale is chosen as in the default: the mean share that passes in the remaining directions is 0.7. Layers that are
+neither `Linear` nor `Conv1D`, or that saw too few positions for complete bases, keep the constraint of the default.
 """
 
 import sys
@@ -28,17 +29,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.pytorch_utils import Conv1D
 
-from hf_unlearn.benchmark import results
-from hf_unlearn.benchmark.registry import Benchmark
-from hf_unlearn.constraints.energy_ridge import EnergyRidgeConstraint
+from hf_unlearn import EnergyRidgeConstraint, RetainStatistics, UnlearningReport, UnlearningTrainer
+from hf_unlearn.benchmark import Benchmark, results
+from hf_unlearn.deletion import Request
 from hf_unlearn.deletion.prepare import prepare
-from hf_unlearn.deletion.request import Request
-from hf_unlearn.evaluation.report import UnlearningReport
-from hf_unlearn.models.forward import predict
+from hf_unlearn.models import predict
 from hf_unlearn.models.modes import eval_mode
 from hf_unlearn.statistics.eigen import scale_for_share
-from hf_unlearn.statistics.retain_statistics import RetainStatistics
-from hf_unlearn.trainer.trainer import UnlearningTrainer
 
 PACKAGE = ("energy_ridge", "energy", "ridge", "kronecker")
 TOGETHER = {"joint": (False, False), "ek-fac": (True, False), "joint, cut": (False, True), "ek-fac, cut": (True, True)}
@@ -49,28 +46,28 @@ def main() -> int:
 
 
 def compare(benchmark: Benchmark, options: Sequence[str]) -> str:
-    """The table; raises what `hf-unlearn benchmark` does."""
-    found: dict[str, list[tuple[UnlearningReport, str]]] = {}
+    """Return the table. Raises the errors of `hf-unlearn benchmark`."""
+    groups: dict[str, list[tuple[UnlearningReport, str]]] = {}
     for cell in default_cells(benchmark, options):
         request = prepare(replace(cell.args, constraints=None, use_retain_rows=True), cell.config, fisher=False)
         statistics = collected(request, cell.config, fisher=True)
         measured = moments(request, statistics, cell.config.per_device_eval_batch_size)
         for name in (*PACKAGE, *TOGETHER):
-            own = cell.config.but(constraint=name if name in PACKAGE else "energy_ridge", constraint_settings=None)
+            config = cell.config.but(constraint=name if name in PACKAGE else "energy_ridge", constraint_settings=None)
             change = None if name in PACKAGE else together(statistics, measured, *TOGETHER[name])
-            report = unlearned(request, own, statistics, change=change)
+            report = unlearned(request, config, statistics, change=change)
             for model in [m for m in MODELS if name == PACKAGE[0] and m in report.models]:
-                found.setdefault(model, []).append((report, model))
-            found.setdefault(name, []).append((report, "unlearned"))
-    columns = [column for column in benchmark.columns if results.values(next(iter(found.values())), column)]
+                groups.setdefault(model, []).append((report, model))
+            groups.setdefault(name, []).append((report, "unlearned"))
+    columns = [column for column in benchmark.columns if results.values(next(iter(groups.values())), column)]
     head = ["", *(column.title for column in columns), "steps", "unlearning, s"]
-    rows = [row(name, group, columns) for name, group in found.items()]
+    rows = [row(name, group, columns) for name, group in groups.items()]
     return results.table([head, *([name, *numbers] for name, _, *numbers in rows)])
 
 
 @dataclass(frozen=True, eq=False)
 class InEigenbases:
-    """A step with each entry shrunk in the eigenbases of its layer, in place of a `BoundConstraint`."""
+    """Shrink each entry of a step in the eigenbases of its layer; replaces a `BoundConstraint`."""
 
     outputs_OO: Tensor
     inputs_II: Tensor
@@ -85,7 +82,7 @@ class InEigenbases:
 def together(
     statistics: RetainStatistics, measured: Mapping[str, Tensor], ek_fac: bool, cut: bool
 ) -> Callable[[UnlearningTrainer], None]:
-    """What puts the two-sided maps in the place of the default's constraint."""
+    """Return a function that replaces the constraint of a trainer by the two-sided maps."""
     default = EnergyRidgeConstraint()
 
     def change(trainer: UnlearningTrainer) -> None:
@@ -135,7 +132,7 @@ def watched(model: nn.Module, bases: Mapping[str, tuple[Tensor, Tensor]], sums: 
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda module, given, output: seen.__setitem__(name, given[0].detach())
+        return lambda module, inputs, output: seen.__setitem__(name, inputs[0].detach())
 
     def add(name: str) -> Callable[..., None]:
         fisher, gram = bases[name]

@@ -1,15 +1,17 @@
-"""The seed's scenarios (PGU, Hoang et al., WACV 2024, section 4) on CIFAR-10, against a model trained without the rows.
+"""Run the scenarios of PGU (Hoang et al., WACV 2024, section 4) on CIFAR-10 and compare with a retrained model.
 
-    python recipes/pgu.py samples CIFAR10.npz --output_dir outputs/pgu/samples-0  # class-balanced rows, four requests
-    python recipes/pgu.py class CIFAR10.npz --output_dir outputs/pgu/class-0      # all rows of class 0
-    python recipes/pgu.py poison CIFAR10.npz --output_dir outputs/pgu/poison-0    # a tenth of the labels are wrong
-    python recipes/pgu.py table outputs/pgu/samples-*
+    python recipes/experiments/pgu.py samples CIFAR10.npz --output_dir outputs/pgu/samples-0
+    python recipes/experiments/pgu.py class CIFAR10.npz --output_dir outputs/pgu/class-0
+    python recipes/experiments/pgu.py poison CIFAR10.npz --output_dir outputs/pgu/poison-0
+    python recipes/experiments/pgu.py table outputs/pgu/samples-*
 
-CIFAR10.npz holds uint8 `x_train [N, 32, 32, 3]`, `y_train [N]`, `x_test`, `y_test`. At the default size a scenario
-takes 5 to 15 minutes on one core; `--images 50000 --width 1 --epochs 200` is the paper's (100 epochs for `class`).
-Numbers of rows that are forgotten, and the batch size of the seed's settings, are the paper's times images / 50000, so
-that an epoch has as many steps. Every settings file is one method; all start from the same original. Trained models are
-kept in the output folder and made once. It writes `results.json` and prints a Markdown table.
+`samples` removes class-balanced rows in four requests, `class` removes all rows of class 0, `poison` removes a tenth of
+the rows, which were trained with wrong labels. CIFAR10.npz holds uint8 `x_train [N, 32, 32, 3]`, `y_train [N]`,
+`x_test` and `y_test`. At the default size a scenario takes 5 to 15 minutes on one core. The size of the paper is
+`--images 50000 --width 1 --epochs 200` (100 epochs for `class`). The number of forgotten rows and the batch size of the
+PGU settings are those of the paper times images / 50000, so an epoch has the same number of steps. Each settings file
+is one method. All methods start from the same original model. Trained models are kept in the output folder and reused.
+The script writes `results.json` and prints a Markdown table.
 """
 
 import argparse
@@ -24,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from local_data import read_arrays
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from scipy.stats import wasserstein_distance
@@ -32,19 +33,23 @@ from seed_nets import NETS
 from torch import nn
 from transformers import PrinterCallback, set_seed
 
+from hf_unlearn import (
+    DataError,
+    OutputError,
+    PaddingCollator,
+    RetainStatistics,
+    UnlearningConfig,
+    UnlearningError,
+    UnlearningTrainer,
+    collect_statistics,
+)
 from hf_unlearn.cli.common import hush
 from hf_unlearn.core.files import read_yaml, write_json
 from hf_unlearn.core.provenance import hardware, package_versions
 from hf_unlearn.core.text import spread
-from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.deletion.carried_statistics import carry, negative_share
-from hf_unlearn.errors import OutputError, UnlearningError
 from hf_unlearn.evaluation.metrics.membership import ShadowAttack
-from hf_unlearn.models.fingerprint import weights_fingerprint
-from hf_unlearn.statistics.collect import collect_statistics
-from hf_unlearn.statistics.retain_statistics import RetainStatistics
-from hf_unlearn.trainer.config import UnlearningConfig
-from hf_unlearn.trainer.trainer import UnlearningTrainer
+from hf_unlearn.models import weights_fingerprint
 
 HERE = Path(__file__).parent
 RESULTS = "results.json"
@@ -71,7 +76,7 @@ class Images:
         return [{"pixel_values": x, "labels": int(y)} for x, y in zip(self.pixels, self.labels, strict=True)]
 
     def flipped(self, seed: int) -> "Images":
-        """The same with every label replaced by one of the others at random."""
+        """Return a copy in which every label is replaced by a random other one."""
         shift = np.random.default_rng(seed).integers(1, 10, len(self))
         return Images(self.pixels, (self.clean + shift) % 10, self.clean)
 
@@ -109,10 +114,13 @@ SCENARIOS = {
     "samples": Scenario("smallvgg", ("pgu_samples", "image_rows"), four_requests, shadows=2),
     "class": Scenario("allcnn", ("pgu_class", "image_class"), lambda train, share: [np.flatnonzero(train.labels == 0)]),
     "poison": Scenario(
-        "smallvgg", ("pgu_poison", "image_poison"), lambda train, share: [balanced(train, round(500 * share))],
-        poisoned=True, watched="holdout",
+        "smallvgg",
+        ("pgu_poison", "image_poison"),
+        lambda train, share: [balanced(train, round(500 * share))],
+        poisoned=True,
+        watched="holdout",
     ),
-}  # fmt: skip
+}
 
 
 def main() -> int:
@@ -147,15 +155,29 @@ def main() -> int:
     return 0
 
 
+def read_arrays(path: Path) -> dict[str, NDArray]:
+    """Read `x_train`, `y_train`, `x_test` and `y_test` of an npz file.
+
+    Raises:
+        DataError: The file does not exist, has another format, or lacks an array.
+    """
+    names = ("x_train", "y_train", "x_test", "y_test")
+    try:
+        with np.load(path) as file:
+            return {name: file[name] for name in names}
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} is not an npz file with {', '.join(names)}: {error}") from error
+
+
 def load(path: Path, count: int, seed: int) -> tuple[Images, Images, Images]:
-    """`count` training images, held-out and test images of a tenth of that each, all class-balanced."""
-    data, generator = read_arrays(path), np.random.default_rng(seed)
+    """Load `count` training images, and a tenth as many held-out and test images, all class-balanced."""
+    arrays, generator = read_arrays(path), np.random.default_rng(seed)
 
     def part(name: str, size: int) -> Images:
-        order = generator.permutation(len(data[f"y_{name}"]))
-        labels = data[f"y_{name}"][order].astype(np.int64)
+        order = generator.permutation(len(arrays[f"y_{name}"]))
+        labels = arrays[f"y_{name}"][order].astype(np.int64)
         chosen = np.sort(np.concatenate([np.flatnonzero(labels == c)[: size // 10] for c in range(10)]))
-        pixels = data[f"x_{name}"][order[chosen]].transpose(0, 3, 1, 2).astype(np.float32) / 255
+        pixels = arrays[f"x_{name}"][order[chosen]].transpose(0, 3, 1, 2).astype(np.float32) / 255
         mean, deviation = (np.reshape(v, (3, 1, 1)) for v in ((0.491, 0.482, 0.447), (0.247, 0.243, 0.262)))
         return Images(((pixels - mean) / deviation).astype(np.float32), labels[chosen], labels[chosen])
 
@@ -167,57 +189,63 @@ def load(path: Path, count: int, seed: int) -> tuple[Images, Images, Images]:
 
 
 def run(args: argparse.Namespace, scenario: Scenario, train: Images, holdout: Images, test: Images) -> dict[str, Any]:
-    """Train, unlearn by every method, and judge against models trained without the rows."""
+    """Train, unlearn with every method, and compare with models trained without the rows."""
     share = len(train) / PAPER
     requests = scenario.requests(train, share)
     if scenario.poisoned:
         train.labels[requests[0]] = train[requests[0]].flipped(args.seed).labels
         holdout = holdout.flipped(args.seed)  # what rows like these look like to a model that never saw them
     gone = [np.concatenate(requests[: k + 1]) for k in range(len(requests))]
-    left = [np.setdiff1d(np.arange(len(train)), indices) for indices in gone]
-    classes = np.unique(train.clean[left[-1]])
+    remaining = [np.setdiff1d(np.arange(len(train)), indices) for indices in gone]
+    classes = np.unique(train.clean[remaining[-1]])
     holdout, test = (part[np.isin(part.clean, classes)] for part in (holdout, test))
 
     def trained(name: str, rows: Images, seed: int) -> nn.Module:
-        return made(args.output_dir / f"{name}.safetensors", args.net, args.width, rows, args.epochs, seed)
+        return trained_net(args.output_dir / f"{name}.safetensors", args.net, args.width, rows, args.epochs, seed)
 
     original = trained("original", train, args.seed)
-    retrained = [trained(f"retrained-{k}", train[kept], args.seed + 100) for k, kept in enumerate(left, 1)]
+    retrained = [trained(f"retrained-{k}", train[kept], args.seed + 100) for k, kept in enumerate(remaining, 1)]
 
     def shadow(saw: bool, n: int) -> nn.Module:  # of the first request alone, as in the paper
-        kind, rows, seed = ("all", train, 200) if saw else ("left", train[left[0]], 300)
+        kind, rows, seed = ("all", train, 200) if saw else ("left", train[remaining[0]], 300)
         return trained(f"shadow-{kind}-{n}", rows, args.seed + seed + n)
 
     shadows = [(shadow(True, n), shadow(False, n)) for n in range(args.shadows)]
-    judges = [
-        Judge(train[gone[k]], train[left[k]], test, retrained[k], shadows if k == 0 else [], args.seed)
+    evaluations = [
+        Evaluation(train[gone[k]], train[remaining[k]], test, retrained[k], shadows if k == 0 else [], args.seed)
         for k in range(len(requests))
     ]
-    found = []
-    for k, judge in enumerate(judges):
-        found += [judge(original, "original", k + 1), judge(retrained[k], "retrained", k + 1)]
-        found += [judge(shadow, "retrained, other seed", k + 1) for _, shadow in (shadows[:1] if k == 0 else [])]
+    records = []
+    for k, evaluation in enumerate(evaluations):
+        records += [evaluation(original, "original", k + 1), evaluation(retrained[k], "retrained", k + 1)]
+        records += [evaluation(shadow, "retrained, other seed", k + 1) for _, shadow in (shadows[:1] if k == 0 else [])]
     paths = args.settings or [HERE / f"{name}.yaml" for name in scenario.settings]
-    watched = (holdout if scenario.watched == "holdout" else train[left[-1]])[:WATCHED]
+    watched = (holdout if scenario.watched == "holdout" else train[remaining[-1]])[:WATCHED]
     if scenario.poisoned:
         watched = Images(watched.pixels, watched.clean, watched.clean)
     for path in paths:
         config = settings(path, args.output_dir / path.stem, share, args.seed)
-        asked = [train[indices] for indices in requests]
-        for k, (model, about) in enumerate(unlearn(copy.deepcopy(original), config, train, asked, holdout, watched)):
-            found.append(judges[k](model, path.stem, k + 1) | about)
-            print(f"{args.task}, {path.stem}, request {k + 1}: {about['stopped'] or 'all epochs'}", flush=True)
-    about = {k: getattr(args, k) for k in ("task", "net", "width", "images", "epochs", "seed", "shadows")}
-    sizes = {"forget": len(gone[-1]), "retain": len(left[-1]), "holdout": len(holdout), "test": len(test)}
-    return about | {"rows": sizes, "hardware": hardware(), "versions": package_versions(), "models": found}
+        forget_sets = [train[indices] for indices in requests]
+        for k, (model, cost) in enumerate(
+            unlearn(copy.deepcopy(original), config, train, forget_sets, holdout, watched)
+        ):
+            records.append(evaluations[k](model, path.stem, k + 1) | cost)
+            print(f"{args.task}, {path.stem}, request {k + 1}: {cost['stopped'] or 'all epochs'}", flush=True)
+    arguments = {k: getattr(args, k) for k in ("task", "net", "width", "images", "epochs", "seed", "shadows")}
+    sizes = {"forget": len(gone[-1]), "retain": len(remaining[-1]), "holdout": len(holdout), "test": len(test)}
+    return arguments | {"rows": sizes, "hardware": hardware(), "versions": package_versions(), "models": records}
 
 
 def settings(path: Path, folder: Path, share: float, seed: int) -> UnlearningConfig:
-    """The settings of a file, its batch size (for a training set of 50000) made to fit this one."""
+    """Read a settings file and scale its batch size from 50000 training images to this training set."""
     config = UnlearningConfig(
-        str(folder), **read_yaml(path), seed=seed, disable_tqdm=True, logging_strategy="no",
+        str(folder),
+        **read_yaml(path),
+        seed=seed,
+        disable_tqdm=True,
+        logging_strategy="no",
         use_cpu=not torch.cuda.is_available(),
-    )  # fmt: skip
+    )
     if config.relative_step:
         return config
     return config.but(per_device_train_batch_size=max(1, round(config.per_device_train_batch_size * share)))
@@ -231,10 +259,10 @@ def unlearn(
     holdout: Images,
     watched: Images,
 ) -> Any:
-    """Fulfil requests in a row and yield, after each, the model and what the request took.
+    """Fulfil the requests one after another; yield the model and a record of its cost after each.
 
-    The retain statistics of one request are the full statistics of the next (PGU, section 3.3): no retain row is read,
-    but by `max_retain_drop`, which is what that rule is about.
+    The retain statistics of one request are the full statistics of the next (PGU, section 3.3). Retain rows are read
+    only by the rule `max_retain_drop`.
     """
     fisher = config.constraint == "kronecker"
     start = time.perf_counter()
@@ -246,18 +274,29 @@ def unlearn(
         split = {"retain": watched.rows()} if config.max_retain_drop is not None else None
         by_holdout = config.forget_target is None and config.max_retain_drop is None
         trainer = UnlearningTrainer(
-            model, config, rows.rows(), statistics=full, eval_dataset=split, data_collator=PaddingCollator(),
+            model,
+            config,
+            rows.rows(),
+            statistics=full,
+            eval_dataset=split,
+            data_collator=PaddingCollator(),
             holdout_dataset=holdout.rows() if by_holdout else None,
-        )  # fmt: skip
+        )
         if by_holdout:
             trainer.stop_by(rows.rows(), mark)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        yield model.eval(), {
-            "seconds": time.perf_counter() - start, "collecting_seconds": collecting, "stopped": trainer.stop_reason,
-            "steps": trainer.state.global_step, "drift": trainer.constrainer.drift().relative,
-            "negative_share": negative_share(full),
-        }  # fmt: skip
+        yield (
+            model.eval(),
+            {
+                "seconds": time.perf_counter() - start,
+                "collecting_seconds": collecting,
+                "stopped": trainer.stop_reason,
+                "steps": trainer.state.global_step,
+                "drift": trainer.constrainer.drift().relative,
+                "negative_share": negative_share(full),
+            },
+        )
 
 
 def collect(model: nn.Module, images: Images, fisher: bool) -> RetainStatistics:
@@ -265,8 +304,8 @@ def collect(model: nn.Module, images: Images, fisher: bool) -> RetainStatistics:
     return collect_statistics(model, rows, collator=PaddingCollator(), batch_size=64, fisher=fisher, progress=False)
 
 
-def made(path: Path, net: str, width: float, images: Images, epochs: int, seed: int) -> nn.Module:
-    """A net trained from scratch (the authors' SGD and schedule, without augmentation), once."""
+def trained_net(path: Path, net: str, width: float, images: Images, epochs: int, seed: int) -> nn.Module:
+    """Train a net from scratch, or load it (SGD and schedule of the authors, without augmentation)."""
     set_seed(seed)
     channels, size = images.pixels.shape[1:3]
     model = NETS[net](width, channels) if net == "allcnn" else NETS[net](width, channels, size=size)
@@ -288,12 +327,12 @@ def made(path: Path, net: str, width: float, images: Images, epochs: int, seed: 
     return model.to(memory_format=torch.contiguous_format).eval()
 
 
-# Judging
+# Evaluation
 
 
 @dataclass(frozen=True)
-class Judge:
-    """Compares a model with the retrained one on the forget rows of all requests so far."""
+class Evaluation:
+    """Compare a model with the retrained one on the forget rows of all requests so far."""
 
     forget: Images
     retain: Images
@@ -304,20 +343,22 @@ class Judge:
 
     def __call__(self, model: nn.Module, name: str, request: int) -> dict[str, Any]:
         forget = probabilities(model, self.forget)
-        found = {
-            "model": name, "request": request, "forget": accuracy(forget, self.forget.labels),
+        record = {
+            "model": name,
+            "request": request,
+            "forget": accuracy(forget, self.forget.labels),
             "retain": accuracy(probabilities(model, self.retain), self.retain.labels),
             "test": accuracy(probabilities(model, self.test), self.test.clean),
             "entropy_distance": entropy_distance(forget, probabilities(self.retrained, self.forget)),
-        }  # fmt: skip
+        }
         if (self.forget.labels != self.forget.clean).any():
-            found["clean"] = accuracy(forget, self.forget.clean)
+            record["clean"] = accuracy(forget, self.forget.clean)
         if self.shadows:
-            found["taken_for_unseen"] = self._taken_for_unseen(forget)
-        return found
+            record["taken_for_unseen"] = self._taken_for_unseen(forget)
+        return record
 
     def _taken_for_unseen(self, forget: NDArray) -> float | None:
-        """The paper's membership attack: shadow models that saw the forget rows, and ones that did not."""
+        """Run the membership attack of the paper: shadow models trained with and without the forget rows."""
         roles, outputs = [], []
         for shadow, role in [(m, r) for pair in self.shadows for m, r in zip(pair, ROLES, strict=True)]:
             outputs.append(probabilities(shadow, self.forget))
@@ -342,7 +383,7 @@ def accuracy(probabilities_NC: NDArray, labels_N: NDArray) -> float:
 
 
 def entropy_distance(a_NC: NDArray, b_NC: NDArray) -> float:
-    """Wasserstein distance of the distributions of log-entropies, those below e^-20 taken for e^-20; in log-nats."""
+    """Return the Wasserstein distance of the log-entropies, in log-nats; entropies are at least e^-20."""
     return float(wasserstein_distance(*(log_entropies(p_NC) for p_NC in (a_NC, b_NC))))
 
 
@@ -351,7 +392,7 @@ def log_entropies(probabilities_NC: NDArray) -> NDArray:
     return np.log(np.maximum(-(p_NC * np.log(p_NC)).sum(1), np.exp(LOWEST)))
 
 
-# What came of it
+# Results
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -362,15 +403,21 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 COLUMNS = {
-    "forget": ("forget", 3), "clean": ("clean label back", 3), "retain": ("retain", 3), "test": ("test", 3),
-    "entropy_distance": ("entropy distance", 2), "taken_for_unseen": ("taken for unseen", 3),
-    "drift": ("predicted drift", 4), "negative_share": ("negative energy", 4), "steps": ("steps", 0),
+    "forget": ("forget", 3),
+    "clean": ("clean label back", 3),
+    "retain": ("retain", 3),
+    "test": ("test", 3),
+    "entropy_distance": ("entropy distance", 2),
+    "taken_for_unseen": ("taken for unseen", 3),
+    "drift": ("predicted drift", 4),
+    "negative_share": ("negative energy", 4),
+    "steps": ("steps", 0),
     "seconds": ("unlearning, s", 1),
-}  # fmt: skip
+}
 
 
 def markdown(runs: Sequence[dict[str, Any]]) -> str:
-    """One line per request and model, mean and range over runs."""
+    """Format one line per request and model, with mean and range over runs."""
     every = [model for run in runs for model in run["models"]]
     columns = [key for key in COLUMNS if any(key in model for model in every)]
     keys = dict.fromkeys(sorted(((m["request"], m["model"]) for m in every), key=lambda key: key[0]))

@@ -1,6 +1,8 @@
-"""Memory that collecting takes above the model: `python recipes/collect_memory.py MODEL DATASET --max_memory 50MB`.
+"""Measure the memory that collecting statistics takes on top of the model.
 
-Private memory of the process, the largest of samples every 50 ms, on the first four TOFU rows.
+    python recipes/experiments/collect_memory.py MODEL DATASET --max_memory 50MB
+
+Prints the peak of the private memory of the process, sampled every 50 ms, on the first four TOFU rows.
 """
 
 import argparse
@@ -10,10 +12,9 @@ import time
 
 import psutil
 
-from hf_unlearn.data.splits import load_rows
-from hf_unlearn.errors import UnlearningError
-from hf_unlearn.models.loading import load_model, load_processor
-from hf_unlearn.statistics.collect import collect_statistics
+from hf_unlearn import UnlearningError, collect_statistics
+from hf_unlearn.data import load_rows
+from hf_unlearn.models import load_model, load_processor
 
 
 def main() -> int:
@@ -37,9 +38,14 @@ def main() -> int:
         watcher = threading.Thread(target=watch)
         watcher.start()
         statistics = collect_statistics(
-            model, rows, processing_class=tokenizer, batch_size=2, keep_on=args.keep_on, max_memory=args.max_memory,
+            model,
+            rows,
+            processing_class=tokenizer,
+            batch_size=2,
+            keep_on=args.keep_on,
+            max_memory=args.max_memory,
             progress=False,
-        )  # fmt: skip
+        )
         done.set()
         watcher.join()
     except UnlearningError as error:

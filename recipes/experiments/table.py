@@ -1,8 +1,8 @@
-"""Markdown table of finished runs: one line per model, the mean over runs and, in brackets, the range.
+"""Print a Markdown table of finished runs: one line per model, with the mean over runs and the range in brackets.
 
-    python recipes/table.py --metric accuracy outputs/digits-0 outputs/digits-1 outputs/digits-2
+    python recipes/experiments/table.py --metric accuracy outputs/digits-0 outputs/digits-1 outputs/digits-2
 
-Each folder is the output of a run, or of one with several constraints (a folder each below it).
+Each folder is the output of one run, or of a run with several constraints (one subfolder per constraint).
 """
 
 import argparse
@@ -10,9 +10,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from hf_unlearn import OutputError, UnlearningReport
 from hf_unlearn.core.text import spread
-from hf_unlearn.errors import OutputError
-from hf_unlearn.evaluation.report import REPORT, UnlearningReport
+from hf_unlearn.evaluation.report import REPORT
 
 
 def main() -> int:
@@ -29,11 +29,11 @@ def main() -> int:
 
 
 def markdown(folders: list[Path], metric: str) -> str:
-    """The table; raises `OutputError` where a folder has no report."""
+    """Return the table; raises `OutputError` if a folder has no report."""
     reports: dict[str, list[UnlearningReport]] = defaultdict(list)
     for folder in folders:
-        found = sorted(folder.glob(f"*/{REPORT}")) or [folder / REPORT]
-        for path in found:
+        paths = sorted(folder.glob(f"*/{REPORT}")) or [folder / REPORT]
+        for path in paths:
             report = UnlearningReport.load(path)
             reports[report.method["constraint"]].append(report)
     every = [report for group in reports.values() for report in group]

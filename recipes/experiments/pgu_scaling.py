@@ -1,14 +1,15 @@
-"""Does a trainable scaling of the core gradient space help to get poisoned labels out? An experiment beside `pgu.py`.
+"""Test whether a trainable scaling of the core gradient space helps to remove poisoned labels (see `pgu.py`).
 
-    python recipes/pgu.py poison CIFAR10.npz --output_dir outputs/pgu/poison-0
-    python recipes/pgu_scaling.py CIFAR10.npz outputs/pgu/poison-0
+    python recipes/experiments/pgu.py poison CIFAR10.npz --output_dir outputs/pgu/poison-0
+    python recipes/experiments/pgu_scaling.py CIFAR10.npz outputs/pgu/poison-0
 
 PGU's authors let their poison variant move inside the core space as well (`depoisoning.py`, `backbone/layers.py`): each
 layer computes with `W + W U (S - 1) U^T`, where the basis U of the core space is fixed and S (K x K, from the identity;
 of a linear layer the last 400 directions at most) is trained at a tenth of the learning rate, while the steps of W stay
 orthogonal to U. Their script needs files that their repository lacks. Here the same loop runs with S, at that rate and
-lower ones, and without, from the original that `pgu.py` left. It is judged after every epoch; the table has the epoch
-that the held-out rows' mark is reached in, and the last one (held-out accuracy has dropped by 5 points).
+lower ones, and without it, from the original model that `pgu.py` saved. The model is evaluated after every epoch. The
+table has the epoch in which the target of the held-out rows is reached, and the last one (held-out accuracy has dropped
+by 5 points).
 """
 
 import argparse
@@ -20,16 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pgu import HERE, PAPER, SCENARIOS, Images, accuracy, collect, load, made, probabilities, read, settings
+from pgu import HERE, PAPER, SCENARIOS, Images, accuracy, collect, load, probabilities, read, settings, trained_net
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from hf_unlearn import EnergyConstraint, RetainStatistics, build_loss
 from hf_unlearn.cli.common import hush
-from hf_unlearn.constraints.energy import EnergyConstraint
-from hf_unlearn.losses import build_loss
 from hf_unlearn.models.modes import hold_norm_statistics
-from hf_unlearn.statistics.eigen import leading_basis
-from hf_unlearn.statistics.retain_statistics import RetainStatistics
+from hf_unlearn.statistics import leading_basis
 
 LINEAR_DIRECTIONS = 400
 
@@ -49,7 +48,7 @@ class Scaled(nn.Module):
 
 
 def add_scaling(model: nn.Module, statistics: RetainStatistics, constraint: EnergyConstraint) -> list[Any]:
-    """Freeze all but the layers' weights and their S; returns the layers."""
+    """Freeze everything except the weights of the layers and their S; return the layers."""
     model.requires_grad_(False)
     layers = []
     for name in statistics.layers:
@@ -63,7 +62,7 @@ def add_scaling(model: nn.Module, statistics: RetainStatistics, constraint: Ener
 
 
 def epochs(model: nn.Module, layers: list[Any], forget: Images, config: Any, rate_share: float) -> Iterator[None]:
-    """The authors' loop; yields after each epoch."""
+    """Run the training loop of the authors; yield after each epoch."""
     pixels, labels = torch.from_numpy(forget.pixels), torch.from_numpy(forget.labels)
     loss = build_loss(config.loss, config.loss_settings)
     weights, scales = [layer.original for layer in layers], [layer[0].change_SS for layer in layers]
@@ -88,26 +87,28 @@ def epochs(model: nn.Module, layers: list[Any], forget: Images, config: Any, rat
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("folder", type=Path, help="what pgu.py poison left")
+    parser.add_argument("folder", type=Path, help="output folder of `pgu.py poison`")
     parser.add_argument("--epochs", type=int, default=100, help="at most")
     shares = {"type": float, "nargs": "+", "default": [0, 0.1, 0.01, 0.001]}
     parser.add_argument("--rate_shares", **shares, help="learning rate of S over that of W; 0: no S; 0.1 is theirs")
     args = parser.parse_args()
     hush(bars=False)
-    told = read(args.folder)
-    scenario, share, seed = SCENARIOS["poison"], told["images"] / PAPER, told["seed"]
-    train, holdout, test = load(args.data, told["images"], seed)
+    pgu_run = read(args.folder)
+    scenario, share, seed = SCENARIOS["poison"], pgu_run["images"] / PAPER, pgu_run["seed"]
+    train, holdout, test = load(args.data, pgu_run["images"], seed)
     (poisoned,) = scenario.requests(train, share)
     train.labels[poisoned] = train[poisoned].flipped(seed).labels
     forget, flipped = train[poisoned], holdout.flipped(seed)
-    model = made(args.folder / "original.safetensors", told["net"], told["width"], train, told["epochs"], seed)
+    model = trained_net(
+        args.folder / "original.safetensors", pgu_run["net"], pgu_run["width"], train, pgu_run["epochs"], seed
+    )
     mark = accuracy(probabilities(model, flipped), flipped.labels)
     lowest = accuracy(probabilities(model, holdout), holdout.labels) - 0.05
     config = settings(HERE / "pgu_poison.yaml", args.folder / "scaling", share, seed)
     constraint = config.build_constraint()
     assert isinstance(constraint, EnergyConstraint)
     statistics = collect(model, train, fisher=False) - collect(model, forget, fisher=False)
-    left = train[[i for i in range(len(train)) if i not in set(poisoned)]]
+    retain = train[[i for i in range(len(train)) if i not in set(poisoned)]]
 
     print("| rate of S | epoch | forget | clean label back | retain | test | s |\n|---|---:|---:|---:|---:|---:|---:|")
     for rate_share in args.rate_shares:
@@ -115,14 +116,21 @@ def main() -> int:
         net, start, reached = copy.deepcopy(model), time.perf_counter(), False
         layers = add_scaling(net, statistics, constraint)
         for epoch, _ in enumerate(epochs(net, layers, forget, config, rate_share), 1):
-            found = probabilities(net, forget)
-            poison, held = accuracy(found, forget.labels), accuracy(probabilities(net, holdout), holdout.labels)
+            probabilities_NC = probabilities(net, forget)
+            poison, held = (
+                accuracy(probabilities_NC, forget.labels),
+                accuracy(probabilities(net, holdout), holdout.labels),
+            )
             last = held < lowest or epoch == args.epochs
             if last or (poison <= mark and not reached):
                 reached = reached or poison <= mark
-                judged = [poison, accuracy(found, forget.clean), accuracy(probabilities(net, left), left.labels)]
-                judged.append(accuracy(probabilities(net, test), test.labels))
-                cells = " | ".join(f"{value:.3f}" for value in judged)
+                accuracies = [
+                    poison,
+                    accuracy(probabilities_NC, forget.clean),
+                    accuracy(probabilities(net, retain), retain.labels),
+                ]
+                accuracies.append(accuracy(probabilities(net, test), test.labels))
+                cells = " | ".join(f"{value:.3f}" for value in accuracies)
                 print(f"| {rate_share:g} | {epoch} | {cells} | {time.perf_counter() - start:.0f} |", flush=True)
             if last:
                 break
