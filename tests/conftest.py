@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 from helpers.hub_client import Client, start
 from helpers.hub_server import Hub, loopback_hub
 from helpers.tiny import CLASSES, tiny_bert, tiny_vit
@@ -32,6 +33,14 @@ def nan_after_first() -> Iterator[str]:
     LOSSES.add("nan_after_first", LossKind(term))
     yield "nan_after_first"
     LOSSES.remove("nan_after_first")
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """New tensors are float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -178,11 +178,29 @@ def test_different_statistics_are_an_error_on_every_process(processes: int, foun
 def tiny_request(tmp_path: Path, out: str, batch: int) -> list[str]:
     model, data = requires_asset("stories260K"), requires_asset("tofu/full.json").parent
     return [
-        "--model_name_or_path", str(model), "--dataset_name", str(data), "--train", "full[0:12]", "--forget",
-        "full[0:4]", "--max_length", "128", "--cache_dir", str(tmp_path / "cache"), "--max_steps", "2",
-        "--learning_rate", "5e-3", "--eval_strategy", "no", "--per_device_train_batch_size", str(batch),
-        "--output_dir", str(tmp_path / out),
-    ]  # fmt: skip
+        "--model_name_or_path",
+        str(model),
+        "--dataset_name",
+        str(data),
+        "--train",
+        "full[0:12]",
+        "--forget",
+        "full[0:4]",
+        "--max_length",
+        "128",
+        "--cache_dir",
+        str(tmp_path / "cache"),
+        "--max_steps",
+        "2",
+        "--learning_rate",
+        "5e-3",
+        "--eval_strategy",
+        "no",
+        "--per_device_train_batch_size",
+        str(batch),
+        "--output_dir",
+        str(tmp_path / out),
+    ]
 
 
 def forgotten(folder: Path) -> float:

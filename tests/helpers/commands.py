@@ -29,9 +29,16 @@ def tiny_model(folder: Path, tied: bool = False) -> Path:
     words.pre_tokenizer = splitter
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
     config = LlamaConfig(
-        vocab_size=words.get_vocab_size(), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, bos_token_id=0, eos_token_id=0, pad_token_id=0, tie_word_embeddings=tied,
-    )  # fmt: skip
+        vocab_size=words.get_vocab_size(),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        tie_word_embeddings=tied,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 

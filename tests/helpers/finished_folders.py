@@ -18,8 +18,10 @@ result = push_unlearned_model(folder, folder, repo, **options).oid
 
 
 def report(**changes: Any) -> UnlearningReport:
-    metrics = [Metric("accuracy", value, "forget", model, 20, value - 0.05, value + 0.05)
-               for model, value in (("original", 0.98), ("unlearned", 0.05))]  # fmt: skip
+    metrics = [
+        Metric("accuracy", value, "forget", model, 20, value - 0.05, value + 0.05)
+        for model, value in (("original", 0.98), ("unlearned", 0.05))
+    ]
     request = {"rows": 2, "source": "invented", "date": "2025-05-01", "commitment": "ab12"}
     return UnlearningReport(
         metrics=metrics, request=request, method={"loss": "ce_u", "constraint": "energy"}, **changes

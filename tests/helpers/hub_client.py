@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from helpers.paths import ROOT
+from helpers.paths import ROOT, TESTS
 
 TOKEN = "hf_LoopbackOnlyLoopbackOnlyLoopbackOnly"
 LOAD = """
@@ -40,9 +40,14 @@ class Client:
         self.log = log
         keep = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
         self.process = subprocess.Popen(
-            [sys.executable, __file__], env={**keep, **env}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=log.open("wb"), text=True, cwd=ROOT,
-        )  # fmt: skip
+            [sys.executable, __file__],
+            env={**keep, **env},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("wb"),
+            text=True,
+            cwd=ROOT,
+        )
 
     def send(self, code: str, **values: Any) -> None:
         assert self.process.stdin is not None
@@ -66,9 +71,14 @@ class Client:
 
 def start(folder: Path, url: str, **env: str) -> Client:
     """A client of the Hub at `url`, with its cache and its log in `folder`."""
-    root = str(ROOT)
-    own = {"HF_ENDPOINT": url, "HF_TOKEN": TOKEN, "HF_HOME": str(folder / "home"), "PYTHONPATH": root,
-           "NO_PROXY": "127.0.0.1,localhost", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    own = {
+        "HF_ENDPOINT": url,
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(folder / "home"),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "OMP_NUM_THREADS": "1",
+    }
     return Client(own | env, folder / "log")
 
 

@@ -233,10 +233,13 @@ class Hub:
 
     def batch(self, seen: Seen, repo: str) -> Reply:
         self.repository(seen, repo, write=True)
-        actions = lambda oid: {} if oid in self.objects else {"actions": {  # noqa: E731
-            "upload": {"href": f"{self.url}/objects/{oid}?X-Amz-Signature=signed"},
-            "verify": {"href": f"{self.url}/verify"},
-        }}  # fmt: skip
+
+        def actions(oid: str) -> dict[str, Any]:
+            if oid in self.objects:
+                return {}
+            upload = {"href": f"{self.url}/objects/{oid}?X-Amz-Signature=signed"}
+            return {"actions": {"upload": upload, "verify": {"href": f"{self.url}/verify"}}}
+
         asked = json.loads(seen.body)["objects"]
         objects = [{"oid": o["oid"], "size": o["size"], **actions(o["oid"])} for o in asked]
         return Reply(200, {"transfer": "basic", "objects": objects})
@@ -276,8 +279,13 @@ class Hub:
         if self.xet_folder is None:
             return Reply(404, {"error": "no Xet here"})
         expiry, address = str(int(time.time()) + 3600), f"local://{self.xet_folder}"
-        return Reply(200, {"casUrl": address, "accessToken": "xet", "exp": int(expiry)}, X_Xet_Cas_Url=address,
-                     X_Xet_Access_Token="xet", X_Xet_Token_Expiration=expiry)  # fmt: skip
+        return Reply(
+            200,
+            {"casUrl": address, "accessToken": "xet", "exp": int(expiry)},
+            X_Xet_Cas_Url=address,
+            X_Xet_Access_Token="xet",
+            X_Xet_Token_Expiration=expiry,
+        )
 
     def info(self, seen: Seen, repo: str, rev: str | None = None) -> Reply:
         repository = self.repository(seen, repo)
@@ -287,8 +295,19 @@ class Hub:
             | ({"lfs": {"sha256": f.sha256, "size": f.size, "pointerSize": 130}} if f.content is None else {})
             for path, f in repository.commits[commit].items()
         ]
-        return Reply(200, {"id": repo, "modelId": repo, "sha": commit, "private": repository.private,
-                           "siblings": siblings, "tags": [], "downloads": 0, "likes": 0})  # fmt: skip
+        return Reply(
+            200,
+            {
+                "id": repo,
+                "modelId": repo,
+                "sha": commit,
+                "private": repository.private,
+                "siblings": siblings,
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+            },
+        )
 
     def entries(self, repository: Repository, commit: str) -> list[dict[str, Any]]:
         def entry(path: str, f: File) -> dict[str, Any]:
@@ -325,8 +344,10 @@ class Hub:
             return Reply(200, file.content, X_Repo_Commit=commit, ETag=f'"{file.oid}"')
         headers = {"X_Repo_Commit": commit, "X_Linked_Etag": f'"{file.sha256}"', "X_Linked_Size": str(file.size)}
         if file.sha256 in self.xet_hashes:
-            headers |= {"X_Xet_Hash": self.xet_hashes[file.sha256],
-                        "X_Xet_Refresh_Route": f"{self.url}/api/models/{repo}/xet-read-token/{commit}"}  # fmt: skip
+            headers |= {
+                "X_Xet_Hash": self.xet_hashes[file.sha256],
+                "X_Xet_Refresh_Route": f"{self.url}/api/models/{repo}/xet-read-token/{commit}",
+            }
         elsewhere = self.url.replace("127.0.0.1", "localhost")
         return Reply(302, Location=f"{elsewhere}/objects/{file.sha256}?X-Amz-Signature=signed", **headers)
 
@@ -345,9 +366,17 @@ class Hub:
             "tags": "refs/tags/",
             "pullRequests": "refs/pr/",
         }
-        return Reply(200, {kind: [{"name": ref.removeprefix(start), "ref": ref, "targetCommit": commit}
-                                  for ref, commit in refs.items() if ref.startswith(start)]
-                           for kind, start in kinds.items()})  # fmt: skip
+        return Reply(
+            200,
+            {
+                kind: [
+                    {"name": ref.removeprefix(start), "ref": ref, "targetCommit": commit}
+                    for ref, commit in refs.items()
+                    if ref.startswith(start)
+                ]
+                for kind, start in kinds.items()
+            },
+        )
 
     def squash(self, seen: Seen, repo: str, name: str) -> Reply:
         """The branch gets a commit without parents; the old ones stay reachable by name, as on the Hub."""
@@ -357,10 +386,19 @@ class Hub:
 
     def lfs_files(self, seen: Seen, repo: str) -> Reply:
         repository = self.repository(seen, repo, write=True)
-        found = {f.sha256: (path, f) for tree in repository.commits.values() for path, f in tree.items()
-                 if f.content is None and f.sha256 in self.objects}  # fmt: skip
-        return Reply(200, [{"fileOid": f.sha256, "filename": path, "oid": f.oid, "pushedAt": DATE, "size": f.size}
-                           for path, f in found.values()])  # fmt: skip
+        found = {
+            f.sha256: (path, f)
+            for tree in repository.commits.values()
+            for path, f in tree.items()
+            if f.content is None and f.sha256 in self.objects
+        }
+        return Reply(
+            200,
+            [
+                {"fileOid": f.sha256, "filename": path, "oid": f.oid, "pushedAt": DATE, "size": f.size}
+                for path, f in found.values()
+            ],
+        )
 
     def delete_lfs_files(self, seen: Seen, repo: str) -> Reply:
         repository = self.repository(seen, repo, write=True)

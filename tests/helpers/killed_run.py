@@ -28,9 +28,18 @@ def main(folder: Path) -> None:
     if not (folder / "statistics").is_dir():
         collect_statistics(model, RETAIN, fisher=True, progress=False).save_pretrained(folder / "statistics")
     args = UnlearningConfig(
-        str(folder / "run"), use_cpu=True, disable_tqdm=True, max_steps=12, seed=0, learning_rate=1e-2,
-        per_device_train_batch_size=2, constraint="kronecker", save_strategy="steps", save_steps=1, save_total_limit=2,
-    )  # fmt: skip
+        str(folder / "run"),
+        use_cpu=True,
+        disable_tqdm=True,
+        max_steps=12,
+        seed=0,
+        learning_rate=1e-2,
+        per_device_train_batch_size=2,
+        constraint="kronecker",
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=2,
+    )
     statistics = RetainStatistics.from_pretrained(folder / "statistics", model=model)
     trainer = UnlearningTrainer(model, args, FORGET, statistics=statistics, callbacks=[Slowly()])
     print("ready", flush=True)

@@ -71,10 +71,19 @@ def request(name: str, config: Any, constraint: str, optim: str, out: str) -> di
     statistics = collect_statistics(model, retain, batch_size=BATCH, fisher=fisher, progress=False)
     found["collect"] = resident("VmHWM") - base
     args = UnlearningConfig(
-        out, constraint=constraint, max_steps=2, use_cpu=True, disable_tqdm=True, optim=optim, eval_strategy="no",
-        per_device_train_batch_size=BATCH, per_device_eval_batch_size=BATCH, dataloader_pin_memory=False,
-        logging_strategy="no", forget_target=0.0,  # which no row reaches: a step is on all of them
-    )  # fmt: skip
+        out,
+        constraint=constraint,
+        max_steps=2,
+        use_cpu=True,
+        disable_tqdm=True,
+        optim=optim,
+        eval_strategy="no",
+        per_device_train_batch_size=BATCH,
+        per_device_eval_batch_size=BATCH,
+        dataloader_pin_memory=False,
+        logging_strategy="no",
+        forget_target=0.0,  # which no row reaches: a step is on all of them
+    )
     reset_peak()
     trainer = UnlearningTrainer(model, args, forget, statistics=statistics, holdout_dataset=rows(name, BATCH, 2))
     found["decompose"] = resident("VmHWM") - base

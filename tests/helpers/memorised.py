@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -20,13 +18,6 @@ def mean_nll(model: nn.Module, rows: list[dict[str, Any]]) -> Tensor:
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     chosen = labels != -100
     return -logits.log_softmax(-1)[chosen].gather(1, labels[chosen][:, None]).mean()
-
-
-@pytest.fixture
-def double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 MEMORISED = text_rows(12, seed=9)

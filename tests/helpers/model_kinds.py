@@ -27,9 +27,7 @@ def gpt_neox() -> Any:
 def opt() -> Any:
     from transformers import OPTConfig, OPTForCausalLM
 
-    config = OPTConfig(
-        **SIZES, **TOKENS, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64, dropout=0.0
-    )  # fmt: skip
+    config = OPTConfig(**SIZES, **TOKENS, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64, dropout=0.0)
     return OPTForCausalLM(config)
 
 
@@ -43,9 +41,14 @@ def qwen_moe() -> Any:
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     config = Qwen2MoeConfig(
-        **SIZES, **TOKENS, **EXPERTS, intermediate_size=48, moe_intermediate_size=40, num_experts=4,
+        **SIZES,
+        **TOKENS,
+        **EXPERTS,
+        intermediate_size=48,
+        moe_intermediate_size=40,
+        num_experts=4,
         shared_expert_intermediate_size=48,
-    )  # fmt: skip
+    )
     return Qwen2MoeForCausalLM(config)
 
 
@@ -54,7 +57,7 @@ def roberta() -> Any:
 
     config = RobertaConfig(
         **SIZES, **NO_DROPOUT, intermediate_size=48, max_position_embeddings=34, num_labels=CLASSES, pad_token_id=0
-    )  # fmt: skip
+    )
     return RobertaForSequenceClassification(config)
 
 
@@ -62,9 +65,18 @@ def t5() -> Any:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        vocab_size=VOCABULARY, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, dropout_rate=0.0,
-        pad_token_id=0, eos_token_id=0, decoder_start_token_id=0, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=16,
+        d_ff=48,
+        num_layers=2,
+        num_heads=2,
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=0,
+        tie_word_embeddings=False,
+    )
     return T5ForConditionalGeneration(config)
 
 
@@ -73,7 +85,7 @@ def resnet() -> Any:
 
     config = ResNetConfig(
         num_channels=1, embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=CLASSES
-    )  # fmt: skip
+    )
     return ResNetForImageClassification(config)
 
 
@@ -81,9 +93,15 @@ def convnext() -> Any:
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
     config = ConvNextConfig(
-        num_channels=1, patch_size=2, hidden_sizes=[16, 32], depths=[1, 1], num_stages=2, num_labels=CLASSES,
-        layer_scale_init_value=0.5, image_size=8,
-    )  # fmt: skip
+        num_channels=1,
+        patch_size=2,
+        hidden_sizes=[16, 32],
+        depths=[1, 1],
+        num_stages=2,
+        num_labels=CLASSES,
+        layer_scale_init_value=0.5,
+        image_size=8,
+    )
     return ConvNextForImageClassification(config)
 
 

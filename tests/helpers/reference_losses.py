@@ -186,12 +186,14 @@ def row_scores(rows: Labels) -> NDArray:
     scores = []
     for row in rows:
         likelihood = np.prod([softmax(z)[y] ** (1 / len(row)) for z, y in row])
-        scores.append([
-            np.mean([nll(z, y) for z, y in row]),
-            likelihood,
-            np.mean([all(z[v] < z[y] for v in range(len(z)) if v != y) for z, y in row]),
-            np.mean([entropy(softmax(z)) for z, _ in row]),
-        ])  # fmt: skip
+        scores.append(
+            [
+                np.mean([nll(z, y) for z, y in row]),
+                likelihood,
+                np.mean([all(z[v] < z[y] for v in range(len(z)) if v != y) for z, y in row]),
+                np.mean([entropy(softmax(z)) for z, _ in row]),
+            ]
+        )
     return np.array(scores)
 
 

@@ -45,9 +45,16 @@ def tiny_gpt2(seed: int = 0, *, layers: int = 2, width: int = 32, dropout: float
     torch.manual_seed(seed)
     rates = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=32, n_embd=width, n_layer=layers, n_head=2, **rates,
-        bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        n_positions=32,
+        n_embd=width,
+        n_layer=layers,
+        n_head=2,
+        **rates,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
     return sharpen(GPT2LMHeadModel(config))
 
 
@@ -57,10 +64,19 @@ def tiny_llama(seed: int = 0, *, layers: int = 2, width: int = 32, dropout: floa
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=48, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, attention_dropout=dropout,
-        tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attention_dropout=dropout,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
     return sharpen(LlamaForCausalLM(config))
 
 
@@ -70,9 +86,16 @@ def tiny_bert(seed: int = 0, *, width: int = 16) -> Any:
 
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=32, num_labels=CLASSES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        num_labels=CLASSES,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     return sharpen(BertForSequenceClassification(config))
 
 
@@ -82,9 +105,17 @@ def tiny_vit(seed: int = 0, *, width: int = 16) -> Any:
 
     torch.manual_seed(seed)
     config = ViTConfig(
-        hidden_size=width, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8,
-        patch_size=4, num_channels=1, num_labels=CLASSES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+        hidden_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        num_labels=CLASSES,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     return sharpen(ViTForImageClassification(config))
 
 

@@ -103,9 +103,11 @@ def _dense(constraint: Any, gram_II: Tensor, fisher_OO: Tensor, step_OI: Tensor)
 
 
 CONSTRAINTS = [
-    EnergyConstraint(0.8), EnergyConstraint(0.95, spectrum="eigenvalues"), RidgeConstraint(0.01),
+    EnergyConstraint(0.8),
+    EnergyConstraint(0.95, spectrum="eigenvalues"),
+    RidgeConstraint(0.01),
     KroneckerConstraint(0.01, 0.1),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=str)

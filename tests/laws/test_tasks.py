@@ -31,9 +31,16 @@ def tagger() -> Any:
 
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
-        max_position_embeddings=32, num_labels=CLASSES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=32,
+        num_labels=CLASSES,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     return sharpen(BertForTokenClassification(config))
 
 
@@ -72,10 +79,16 @@ def test_a_run_from_raw_rows_and_the_folder_loads_by_its_task(task: Any, tmp_pat
     batches = [default_collator(words)(part) for part in (retain, forget)]
     before = [predict(model, batch).logits_LV.detach() for batch in batches]
     args = UnlearningConfig(
-        str(tmp_path / "out"), loss="grad_ascent", constraint="energy", constraint_settings={"energy": 1.0},
-        learning_rate=3e-3, max_steps=4,
-        report_to=[], disable_tqdm=True, use_cpu=True,
-    )  # fmt: skip
+        str(tmp_path / "out"),
+        loss="grad_ascent",
+        constraint="energy",
+        constraint_settings={"energy": 1.0},
+        learning_rate=3e-3,
+        max_steps=4,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
     trainer = UnlearningTrainer(model, args, rows[2:], statistics=statistics, processing_class=words)
     trainer.train()
     after = [predict(model.eval(), batch).logits_LV.detach() for batch in batches]

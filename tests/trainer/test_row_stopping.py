@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.memorised import MEMORISED, double, mean_nll, memorised
+from helpers.memorised import MEMORISED, mean_nll, memorised
 from helpers.tiny import collate, text_rows, tiny_llama
 from helpers.training import FORGET, HOLDOUT, RETAIN, settings, trained
 
@@ -20,8 +20,6 @@ from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.trainer.presets import preset
 from hf_unlearn.trainer.row_stopping import Band
 from hf_unlearn.trainer.trainer import UnlearningTrainer
-
-__all__ = ["double"]
 
 
 @pytest.mark.parametrize("pushed", [True, False])

@@ -21,10 +21,16 @@ from hf_unlearn.trainer.trainer import UnlearningTrainer
 def main(folder: Path) -> None:
     sharded = {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
     common = {
-        "use_cpu": True, "disable_tqdm": True, "max_steps": 4, "adversary_steps": 2, "adversary_learning_rate": 0.01,
-        "eval_strategy": "steps", "eval_steps": 2, "forget_target": 0.0,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "max_steps": 4,
+        "adversary_steps": 2,
+        "adversary_learning_rate": 0.01,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "forget_target": 0.0,
         "ddp_timeout": 60,
-    }  # fmt: skip
+    }
     model = tiny_llama()
     before = weights_fingerprint(model)
     statistics = collect_statistics(model, text_rows(2, seed=1), progress=False)
@@ -58,9 +64,13 @@ def by_row(folder: Path, statistics: RetainStatistics, holdout: list[dict[str, A
     for name, mark in (("both", 0.0), ("one", sum(scores) / 2), ("none", 1.0)):
         model = tiny_llama()
         args = UnlearningConfig(
-            str(folder / "run"), use_cpu=True, disable_tqdm=True, max_steps=1, per_device_train_batch_size=1,
+            str(folder / "run"),
+            use_cpu=True,
+            disable_tqdm=True,
+            max_steps=1,
+            per_device_train_batch_size=1,
             ddp_timeout=60,
-        )  # fmt: skip
+        )
         trainer = UnlearningTrainer(model, args, rows, statistics=statistics, holdout_dataset=holdout)
         trainer.stop_by(rows, mark)
         trainer.train()

@@ -26,9 +26,14 @@ NAMES = ["loss", "rouge_l", "truth_ratio", "membership_auc_min_k_plus_plus", "fo
 
 def judged(model: torch.nn.Module, names: list[str], cache: Path | None) -> list[list[Any]]:
     report = evaluate_unlearning(
-        model, {"forget": FORGET, "holdout": HOLDOUT}, metrics=names, batch_size=2, retrained=tiny_llama(1),
-        processing_class=Letters(), cache_dir=cache,
-    )  # fmt: skip
+        model,
+        {"forget": FORGET, "holdout": HOLDOUT},
+        metrics=names,
+        batch_size=2,
+        retrained=tiny_llama(1),
+        processing_class=Letters(),
+        cache_dir=cache,
+    )
     return [[m.name, m.split, m.model, m.n, m.value] for m in report.metrics]
 
 
@@ -62,9 +67,14 @@ def main(folder: Path, processes: int) -> None:
     found["cached"] = judged(whole, [*NAMES, "membership_auc_gradient_norm"], folder / "cache")
     settings = AuditSettings(relearn_steps=2, relearn_learning_rate=1e-2)
     report = audit(
-        whole, {"forget": FORGET, "holdout": HOLDOUT}, original=whole, retrained=tiny_llama(1), settings=settings,
-        processing_class=Letters(), batch_size=2,
-    )  # fmt: skip
+        whole,
+        {"forget": FORGET, "holdout": HOLDOUT},
+        original=whole,
+        retrained=tiny_llama(1),
+        settings=settings,
+        processing_class=Letters(),
+        batch_size=2,
+    )
     found["audit"] = [[m.name, m.split, m.model, m.n, m.value] for m in report.metrics]
     if processes > 1:
         model = sharded(processes)

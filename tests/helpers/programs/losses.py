@@ -29,10 +29,19 @@ def main(folder: Path, processes: int) -> None:
     found, tensors = {}, {}
     for loss, (own, on_disk) in RUNS.items():
         args = UnlearningConfig(
-            str(folder / "scratch"), use_cpu=True, disable_tqdm=True, max_steps=3, seed=0, learning_rate=1e-2,
-            per_device_train_batch_size=6 // processes, per_device_eval_batch_size=2, constraint="none", loss=loss,
-            loss_settings=own, original_logprobs=str(folder / f"{loss}.outputs") if on_disk else None,
-        )  # fmt: skip
+            str(folder / "scratch"),
+            use_cpu=True,
+            disable_tqdm=True,
+            max_steps=3,
+            seed=0,
+            learning_rate=1e-2,
+            per_device_train_batch_size=6 // processes,
+            per_device_eval_batch_size=2,
+            constraint="none",
+            loss=loss,
+            loss_settings=own,
+            original_logprobs=str(folder / f"{loss}.outputs") if on_disk else None,
+        )
         model = tiny_llama()
         trainer = UnlearningTrainer(model, args, FORGET, RETAIN)
         trainer.train()

@@ -20,10 +20,15 @@ CASES: dict[str, dict[str, Any]] = {
     "adamw": {"constraint_settings": {"energy": 0.9}, "optim": "adamw_torch", "weight_decay": 0.1, "max_steps": 7},
     # the stretch that is shortened begins before the checkpoint: its start travels with it
     "stopping": {
-        "loss": "grad_ascent", "constraint": "none", "learning_rate": 4e-3, "max_steps": 40, "eval_strategy": "steps",
-        "eval_steps": 4, "save_steps": 2,
+        "loss": "grad_ascent",
+        "constraint": "none",
+        "learning_rate": 4e-3,
+        "max_steps": 40,
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "save_steps": 2,
     },
-}  # fmt: skip
+}
 
 
 def make(folder: Path, mode: str, processes: int, case: str) -> UnlearningTrainer:
@@ -58,11 +63,14 @@ def compare(folder: Path, mode: str, processes: int, case: str) -> dict[str, Any
         taken_up = all(torch.equal(a, b) for a, b in zip(wanted, weights(stopped), strict=True))
         equal = equal and taken_up and stopped.stop_reason == whole.stop_reason
     return {
-        "equal": gather(equal), "moved": moved, "steps": [end, again.state.global_step], "checkpoint": checkpoint,
+        "equal": gather(equal),
+        "moved": moved,
+        "steps": [end, again.state.global_step],
+        "checkpoint": checkpoint,
         "reasons": [whole.stop_reason, again.stop_reason],
         "drift": [t.constrainer.drift().relative for t in (whole, again)],
         "files": sorted(p.name for p in (folder / f"checkpoint-{checkpoint}").iterdir()),
-    }  # fmt: skip
+    }
 
 
 def main(folder: Path, processes: int, modes: list[str]) -> None:

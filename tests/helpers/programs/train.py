@@ -54,16 +54,23 @@ RUNS: dict[str, dict[str, Any]] = {
     "conv1d": {"model": tiny_gpt2, "constraint": "kronecker"},
     "row by row": {"constraint": "kronecker", "forget_target": 3.33},  # half of the rows have reached this loss
     "signature": {
-        "constraint_settings": {"energy": 1.0}, "optim": "adamw_torch", "weight_decay": 0.1, "max_grad_norm": 1.0,
-        "learning_rate": 5e-3, "relative_step": False, "gradient_accumulation_steps": 2, "npo": True,
+        "constraint_settings": {"energy": 1.0},
+        "optim": "adamw_torch",
+        "weight_decay": 0.1,
+        "max_grad_norm": 1.0,
+        "learning_rate": 5e-3,
+        "relative_step": False,
+        "gradient_accumulation_steps": 2,
+        "npo": True,
     },
     "signature, conv1d": {"model": tiny_gpt2, "constraint_settings": {"energy": 1.0}, "learning_rate": 1e-2},
     "bf16": {"constraint_settings": {"energy": 1.0}, "learning_rate": 1e-2, "bf16": True},
     "lora": {
-        "constraint_settings": {"energy": 1.0}, "learning_rate": 1e-2,
+        "constraint_settings": {"energy": 1.0},
+        "learning_rate": 1e-2,
         "peft": LoraConfig(r=3, target_modules=["q_proj", "down_proj"]),
     },
-}  # fmt: skip
+}
 
 
 def settings(folder: Path, mode: str, processes: int, **changes: Any) -> UnlearningConfig:
@@ -99,15 +106,20 @@ def unlearn(name: str, folder: Path, mode: str, processes: int) -> tuple[dict[st
     trained: list[Any] = [p for p in trainer.model.parameters() if p.requires_grad]
     lines = trainer.state.log_history
     found = {
-        "retain": retain, "forget": forget, "back": back, "scale": before[0].abs().max().item(),
-        "loss": scores.loss.tolist(), "steps": trainer.state.global_step,
-        "drift": trainer.constrainer.drift().relative, "kl": trainer.constrainer.drift().kl,
+        "retain": retain,
+        "forget": forget,
+        "back": back,
+        "scale": before[0].abs().max().item(),
+        "loss": scores.loss.tolist(),
+        "steps": trainer.state.global_step,
+        "drift": trainer.constrainer.drift().relative,
+        "kl": trainer.constrainer.drift().kl,
         "leak": trainer.constrainer.leak,
         "evaluation": [line["eval_rows_loss"] for line in lines if "eval_rows_loss" in line][-1:],
         "placements": sorted({type(part.place).__name__ for part in trainer.constrainer.parts}),
         "dtensors": all(isinstance(p, DTensor) for p in trained),
         "held": sum(part.anchor.numel() for part in trainer.constrainer.parts) / sum(map(_size, trained)),
-    }  # fmt: skip
+    }
     state = trainer.whole_state_dict() or trainer.model.state_dict()
     moved = {k: v for k, v in state.items() if "lm_head" not in k and ("lora_" in k or peft is None)}
     trainer.save_model()
