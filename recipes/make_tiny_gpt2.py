@@ -8,13 +8,13 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from hf_unlearn import SettingsError, UnlearningError
-from hf_unlearn.core.files import check_output, replace_folder
+from hf_unlearn import OutputError, SettingsError, UnlearningError
 from hf_unlearn.data import load_rows
 
 END = "<|endoftext|>"
@@ -59,7 +59,9 @@ def make_model(end: int, seed: int) -> GPT2LMHeadModel:
 
 def make(dataset: str, output_dir: str, rows: str, seed: int, overwrite: bool) -> str:
     """Write tokenizer and model to `output_dir`; return a one-line summary."""
-    check_output(output_dir, overwrite)
+    folder = Path(output_dir)
+    if not overwrite and folder.exists() and any(folder.iterdir()):
+        raise OutputError(f"{folder} is not empty; choose another folder, or pass --overwrite_output_dir")
     if not re.fullmatch(r"\d*:\d*", rows):
         raise SettingsError(f"--rows {rows!r} is malformed; write start:stop, such as 0:800")
     data = load_rows(dataset, f"full[{rows}]", "tokenizer")
@@ -69,9 +71,8 @@ def make(dataset: str, output_dir: str, rows: str, seed: int, overwrite: bool) -
             f"{len(data)} rows give only {len(tokenizer)} of {VOCABULARY} tokens; take more with --rows"
         )
     model = make_model(tokenizer.eos_token_id, seed)
-    with replace_folder(output_dir, overwrite) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return f"{model.num_parameters():,} random parameters, {len(tokenizer)} tokens from {len(data)} rows: {output_dir}"
 
 

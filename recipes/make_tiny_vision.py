@@ -9,6 +9,7 @@ The same arguments give the same files, so fine-tuned models are reused from the
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 from transformers import (
@@ -19,9 +20,6 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessorPil,
 )
-
-from hf_unlearn import UnlearningError
-from hf_unlearn.core.files import check_output, replace_folder
 
 
 def make_vit(size: int, channels: int, classes: int) -> PreTrainedModel:
@@ -65,16 +63,14 @@ MODELS = {"vit": make_vit, "resnet": make_resnet}
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=MODELS)
-    parser.add_argument("folder")
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--image_size", type=int, default=32, help="pixels on a side")
     parser.add_argument("--channels", type=int, default=3)
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    try:
-        target = check_output(args.folder, False)
-    except UnlearningError as error:
-        print(f"make_tiny_vision.py: {error}", file=sys.stderr)
+    if args.folder.exists() and any(args.folder.iterdir()):
+        print(f"make_tiny_vision.py: {args.folder} is not empty; choose another folder", file=sys.stderr)
         return 2
     torch.manual_seed(args.seed)
     model = MODELS[args.kind](args.image_size, args.channels, args.classes)
@@ -82,10 +78,9 @@ def main() -> int:
     processor = ViTImageProcessorPil(
         size={"height": args.image_size, "width": args.image_size}, do_normalize=True, image_mean=half, image_std=half
     )
-    with replace_folder(target) as folder:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-    print(f"{target}: {model.num_parameters():,} parameters")
+    model.save_pretrained(args.folder)
+    processor.save_pretrained(args.folder)
+    print(f"{args.folder}: {model.num_parameters():,} parameters")
     return 0
 
 

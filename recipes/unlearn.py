@@ -8,9 +8,9 @@ The flags are those of `hf-unlearn run`, which can also start the processes: `hf
 number.
 """
 
+import runpy
 import sys
 
-from hf_unlearn.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main(["run", *sys.argv[1:]]))
+    sys.argv[1:1] = ["run"]
+    runpy.run_module("hf_unlearn", run_name="__main__")  # python -m hf_unlearn run ...
