@@ -1,12 +1,12 @@
 """Every error that hf_unlearn raises on purpose.
 
-Each message names the thing, what was seen, and the way out, in one line. All of them derive from `UnlearningError`,
-so `except UnlearningError` (and the command line's exit code 2) covers exactly the failures that a user can mend.
+Each message names the thing, what was seen, and the way out, in one line. All errors derive from `UnlearningError`, so
+`except UnlearningError` (and the command line's exit code 2) covers exactly the failures that a user can fix.
 """
 
 
 class UnlearningError(Exception):
-    """Base of the family. Never raised itself."""
+    """Base class of all errors of the package; never raised itself."""
 
 
 class SettingsError(UnlearningError, ValueError):
@@ -18,7 +18,7 @@ class DataError(UnlearningError, ValueError):
 
 
 class ModelError(UnlearningError, ValueError):
-    """The model has no layer that can be handled, or not the layer that was asked for."""
+    """The model has no layer that can be protected, lacks the layer that was asked for, or cannot be loaded."""
 
 
 class CoverageError(UnlearningError, ValueError):
@@ -26,7 +26,7 @@ class CoverageError(UnlearningError, ValueError):
 
 
 class StatisticsError(UnlearningError, ValueError):
-    """A statistics artifact is damaged, too new, or belongs to another model."""
+    """Saved statistics are damaged, too new, or belong to another model."""
 
 
 class OutputError(UnlearningError, OSError):
@@ -34,19 +34,19 @@ class OutputError(UnlearningError, OSError):
 
 
 class LedgerError(UnlearningError, ValueError):
-    """A ledger is damaged, missing or held by another process, or its key is wrong, too short or not at hand."""
+    """A ledger is damaged, missing or held by another process, or its key is wrong, too short or not available."""
 
 
 class NonFiniteLossError(UnlearningError, ArithmeticError):
-    """The loss became NaN or infinite; the last good weights are back in the model when this is raised."""
+    """The loss became NaN or infinite; when this is raised, the model has its last good weights again."""
 
 
 class PushError(UnlearningError, RuntimeError):
-    """A push to the Hub did not come to its end. What it publishes lies whole in a local folder; a re-run resumes.
+    """A push to the Hub did not finish. Everything it publishes is in a local folder; the same push again resumes.
 
     Attributes:
-        folder: The local folder, or None where nothing local is at stake (`purge_history`).
-        command: What resumes.
+        folder: The local folder, or None if no local files are involved (`purge_history`).
+        command: The command that resumes.
     """
 
     def __init__(self, message: str, folder: str | None = None, command: str | None = None):

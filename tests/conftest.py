@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from hf_unlearn.losses import LOSSES
-from hf_unlearn.losses.base import LossKind
+from hf_unlearn.losses.registry import LossKind
 from hf_unlearn.models.forward import Predictions
 
 

@@ -1,4 +1,11 @@
+from .cell import Cell as Cell
+from .frontier import save_frontier as save_frontier
+from .grid import CELLS_FOLDER as CELLS_FOLDER
+from .grid import Results as Results
+from .grid import grid_cells as grid_cells
 from .grid import run_grid as run_grid
 from .registry import BENCHMARKS as BENCHMARKS
 from .registry import Benchmark as Benchmark
 from .registry import Column as Column
+from .registry import Published as Published
+from .registry import register_benchmark as register_benchmark

@@ -2,50 +2,49 @@
 
 import shlex
 from pathlib import Path
-
-from transformers import HfArgumentParser
+from typing import TYPE_CHECKING
 
 from hf_unlearn.benchmark.registry import BENCHMARKS
-from hf_unlearn.cli.common import Answer, check_choice, hush, make_run_parser, parse
-from hf_unlearn.core.processes import is_main
+from hf_unlearn.cli.answers import Answer
+from hf_unlearn.cli.parsers import check_choice, make_run_parser, parse
+from hf_unlearn.cli.setup import hush
 from hf_unlearn.deletion.arguments import BenchmarkArguments
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.trainer.config import UnlearningConfig
 
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
 
-def parser() -> HfArgumentParser:
-    about = "Compare methods, with and without constraints: " + "; ".join(
-        f"{n}: {b.about}" for n, b in BENCHMARKS.items()
-    )
+
+def parser() -> "HfArgumentParser":
+    summaries = "; ".join(f"{name}: {benchmark.about}" for name, benchmark in BENCHMARKS.items())
     return make_run_parser(
         "benchmark",
-        f"{about}.",
+        f"Compare methods, with and without constraints: {summaries}.",
         [BenchmarkArguments, UnlearningConfig],
         f"{' | '.join(BENCHMARKS)} [FILE.yaml] [options]",
     )
 
 
 def main(argv: list[str]) -> Answer:
-    made, argv = parser(), list(argv)
     if not argv or argv[0].startswith("-"):
-        made.parse_known_args(argv)  # --help
         raise SettingsError(f"name a benchmark first: {', '.join(BENCHMARKS)}")
     name, *rest = argv
     check_choice("benchmark", name, list(BENCHMARKS))
-    benchmark = BENCHMARKS[name]
-    made.set_defaults(**benchmark.defaults)
-    args, config = parse(made, rest)
-    hush()
-    from hf_unlearn.benchmark import results
+    benchmark, flags = BENCHMARKS[name], parser()
+    flags.set_defaults(**benchmark.defaults)
+    args, config = parse(flags, rest)
     from hf_unlearn.benchmark.frontier import PLOT, save_frontier
     from hf_unlearn.benchmark.grid import run_grid
+    from hf_unlearn.benchmark.results import JSON, TABLE, content, lines_of, markdown, write
+    from hf_unlearn.core.processes import is_main
 
+    hush()
     folder = Path(config.output_dir or f"benchmark-{name}")
-    found = run_grid(args, config, folder)
+    results = run_grid(args, config, folder)
     command = shlex.join(["hf-unlearn", "benchmark", *argv])
     if is_main():
-        results.write(name, benchmark, found, command, folder)
-        save_frontier(benchmark, results.lines_of(found), folder / PLOT)
-    text = results.markdown(name, benchmark, found, command)
-    where = f"{text}\n{results.JSON}, {results.TABLE} and {PLOT} are in {folder}"
-    return Answer(where, {"output_dir": str(folder), **results.content(name, benchmark, found, command)})
+        write(name, benchmark, results, command, folder)
+        save_frontier(benchmark, lines_of(results), folder / PLOT)
+    text = f"{markdown(name, benchmark, results, command)}\n{JSON}, {TABLE} and {PLOT} are in {folder}"
+    return Answer(text, {"output_dir": str(folder), **content(name, benchmark, results, command)})

@@ -1,13 +1,11 @@
-"""`hf-unlearn completion`: a static script from the same parsers that read the flags, made by shtab."""
+"""`hf-unlearn completion`: a static script, made by shtab from the parsers that read the flags."""
 
-import argparse
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib import import_module
 
-import shtab
-from transformers import HfArgumentParser
-
 from hf_unlearn.cli import COMMANDS
-from hf_unlearn.cli.common import Answer, make_parser
+from hf_unlearn.cli.answers import Answer
+from hf_unlearn.cli.parsers import make_parser
 
 SHELLS = ("bash", "zsh", "fish")
 _HOW = """to use it:  bash  hf-unlearn completion bash > ~/.local/share/bash-completion/completions/hf-unlearn
@@ -15,24 +13,26 @@ _HOW = """to use it:  bash  hf-unlearn completion bash > ~/.local/share/bash-com
             fish  hf-unlearn completion fish > ~/.config/fish/completions/hf-unlearn.fish"""
 
 
-def parser() -> HfArgumentParser:
-    made = make_parser("completion", "Print a completion script.", usage="bash | zsh | fish")
-    made.add_argument("shell", choices=SHELLS, help="Which shell.")
-    made.epilog, made.formatter_class = _HOW, argparse.RawDescriptionHelpFormatter
-    return made
+def parser() -> ArgumentParser:
+    flags = make_parser("completion", "Print a completion script.", usage="bash | zsh | fish")
+    flags.add_argument("shell", choices=SHELLS, help="Name of the shell.")
+    flags.epilog, flags.formatter_class = _HOW, RawDescriptionHelpFormatter
+    return flags
 
 
 def main(argv: list[str]) -> Answer:
+    import shtab
+
     shell = parser().parse_args(argv).shell
-    script = shtab.complete(whole_parser(), shell=shell)
+    script = shtab.complete(complete_parser(), shell=shell)
     return Answer(script, {"shell": shell, "script": script})
 
 
-def whole_parser() -> argparse.ArgumentParser:
-    """One parser of every command, each with all of its flags."""
-    whole = argparse.ArgumentParser(prog="hf-unlearn")
-    commands = whole.add_subparsers()
-    for name, about in COMMANDS.items():
-        own = import_module(f"hf_unlearn.cli.{name}").parser()
-        commands.add_parser(name, parents=[own], help=about, add_help=False)
-    return whole
+def complete_parser() -> ArgumentParser:
+    """Return one parser with all commands, each with all of its flags."""
+    complete = ArgumentParser(prog="hf-unlearn")
+    commands = complete.add_subparsers()
+    for name, description in COMMANDS.items():
+        flags = import_module(f"hf_unlearn.cli.{name}").parser()
+        commands.add_parser(name, parents=[flags], help=description, add_help=False)
+    return complete

@@ -1,34 +1,47 @@
-"""`hf-unlearn env`: what a bug report needs; no name of a folder, user or machine is in it."""
+"""`hf-unlearn env`: versions and devices for a bug report, without names of folders, users or machines."""
 
 import os
 import platform
+from argparse import ArgumentParser
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
-from transformers import HfArgumentParser
-
-from hf_unlearn.cli.common import Answer, make_parser
+from hf_unlearn import __version__
+from hf_unlearn.cli.answers import Answer
+from hf_unlearn.cli.parsers import make_parser
 
 PACKAGES = (
-    "hf-unlearn", "torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "huggingface_hub", "numpy",
-    "scikit-learn", "deepspeed", "bitsandbytes",
-)  # fmt: skip
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "peft",
+    "safetensors",
+    "huggingface_hub",
+    "numpy",
+    "scikit-learn",
+    "deepspeed",
+    "bitsandbytes",
+)
 
 
-def parser() -> HfArgumentParser:
+def parser() -> ArgumentParser:
     return make_parser("env", "Print versions and devices, for bug reports.", usage="[--json]")
 
 
 def main(argv: list[str]) -> Answer:
     parser().parse_args(argv)
-    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
-    found |= {name: _version(name) for name in PACKAGES}
-    found |= {"cpu cores": os.cpu_count(), "torch threads": torch.get_num_threads(), "cuda": torch.version.cuda}
-    found["devices"] = [_device(index) for index in range(torch.cuda.device_count())]
-    found["mps"] = torch.backends.mps.is_available()
-    lines = [f"- {name}: {', '.join(v) or 'none' if isinstance(v, list) else v}" for name, v in found.items()]
-    return Answer("\n".join(lines), found)
+    import torch
+
+    facts: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    facts |= {"hf-unlearn": __version__, **{name: _version(name) for name in PACKAGES}}
+    facts |= {"cpu cores": os.cpu_count(), "torch threads": torch.get_num_threads(), "cuda": torch.version.cuda}
+    facts["devices"] = [_device(index) for index in range(torch.cuda.device_count())]
+    facts["mps"] = torch.backends.mps.is_available()
+    lines = [
+        f"- {name}: {', '.join(fact) or 'none' if isinstance(fact, list) else fact}" for name, fact in facts.items()
+    ]
+    return Answer("\n".join(lines), facts)
 
 
 def _version(name: str) -> str:
@@ -39,5 +52,7 @@ def _version(name: str) -> str:
 
 
 def _device(index: int) -> str:
-    about = torch.cuda.get_device_properties(index)
-    return f"{about.name}, {about.total_memory / 2**30:.0f} GiB, capability {about.major}.{about.minor}"
+    import torch
+
+    device = torch.cuda.get_device_properties(index)
+    return f"{device.name}, {device.total_memory / 2**30:.0f} GiB, capability {device.major}.{device.minor}"

@@ -1,39 +1,45 @@
-"""`hf-unlearn estimate`: how large and how long a request is, and what fits, from a configuration alone."""
+"""`hf-unlearn estimate`: memory and time of a request, and the settings that fit, from a configuration alone."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import convert_file_size_to_int
-from transformers import HfArgumentParser
-
-from hf_unlearn.cli.common import Answer, check_choice, hush, make_parser, parse
-from hf_unlearn.constraints.registry import CONSTRAINTS, needs_fisher
+from hf_unlearn.cli.answers import Answer
+from hf_unlearn.cli.parsers import check_choice, make_settings_parser, parse
+from hf_unlearn.cli.plugins import plugin_flags, take_plugins
+from hf_unlearn.cli.setup import hush
+from hf_unlearn.constraints.registry import CONSTRAINTS
 from hf_unlearn.core.settings import setting
-from hf_unlearn.deletion.arguments import RunArguments
-from hf_unlearn.deletion.prepare import peft_config
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.estimate import memory as estimate
-from hf_unlearn.estimate.memory import Memory, Settings, Work
-from hf_unlearn.estimate.tracing import Trace, read_config, trace
-from hf_unlearn.losses import LOSSES, build_loss
-from hf_unlearn.models.loading import MODELS
+from hf_unlearn.estimate.fit import candidates, fastest_fit
+from hf_unlearn.estimate.memory import Memory, estimate_memory
+from hf_unlearn.estimate.sizes import OPTIMIZERS, EstimateSettings
+from hf_unlearn.estimate.times import Work, communication, estimate_times
+from hf_unlearn.estimate.tracing import Trace, read_config, trace_model
 from hf_unlearn.models.tasks import Task
 from hf_unlearn.statistics.sketch import SKETCH_ABOVE, SKETCH_RANK, Sketching
+from hf_unlearn.trainer.config import UnlearningConfig
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
 
 PROCESSES = (1, 2, 4, 8, 16, 32, 64)
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass
 class EstimateArguments:
+    """Settings of an estimate."""
+
     model_name_or_path: str = setting("", "Folder or Hub id of a model, also as first argument; its config is read.")
     task: Task = setting("language-model", "What the model does.")
-    constraint: str = setting(estimate.Settings.constraint, f"Constraint on every step: {', '.join(CONSTRAINTS)}.")
-    fisher: bool = setting(False, "Also collect Fishers; kronecker needs them anyway.")
-    loss: str = setting("ce_u", "Forget loss; one that reads the original model makes a further pass.")
-    optim: str = setting("sgd", f"Optimizer: {', '.join(estimate.OPTIMIZERS)}.")
+    constraint: str = setting(UnlearningConfig.constraint, f"Constraint on every step: {', '.join(CONSTRAINTS)}.")
+    fisher: bool = setting(False, "Also collect Fishers; they are always collected if the constraint needs them.")
+    loss: str = setting(UnlearningConfig.loss, "Forget loss; one that reads the original model adds a forward pass.")
+    optim: str = setting(UnlearningConfig.optim, f"Optimizer: {', '.join(OPTIMIZERS)}.")
     use_peft: bool = setting(False, "Train a LoRA adapter on all linear modules instead of the weights.")
-    lora_r: int = setting(16, "Its rank.")
+    lora_r: int = setting(16, "Rank of the adapter.")
     gradient_checkpointing: bool = setting(False, "Compute activations again in the backward pass.")
     dtype: str = setting("float32", "Precision of the weights: float32 (what the commands load) or bfloat16.")
     sketch_above: int = setting(SKETCH_ABOVE, "Sketch the statistics of more features than this.")
@@ -43,16 +49,18 @@ class EstimateArguments:
     rows: int = setting(4000, "Rows to collect statistics on.")
     forget_rows: int = setting(40, "Rows to forget.")
     steps: int = setting(20, "Optimizer steps.")
-    memory: str = setting("80GB", "Memory of one device, for what fits.")
+    memory: str = setting("80GB", "Memory of one device.")
     tflops: float = setting(60.0, "10^12 operations a second that a device reaches in this precision.")
-    tflops_float64: float = setting(20.0, "The same in float64, in which statistics are.")
+    tflops_float64: float = setting(20.0, "10^12 operations a second in float64, the precision of the statistics.")
     bandwidth: float = setting(2000.0, "10^9 bytes a second of its memory.")
     interconnect: float = setting(100.0, "10^9 bytes a second from and to other processes.")
 
 
-def parser() -> HfArgumentParser:
-    about = "Say how large and how long a request is, and what settings fit, before it is run; no weights are read."
-    return make_parser("estimate", about, [EstimateArguments], usage="[MODEL] [options]")
+def parser() -> "HfArgumentParser":
+    description = (
+        "Estimate the memory and time of a request, and which settings fit, before it runs; no weights are read."
+    )
+    return make_settings_parser("estimate", description, [EstimateArguments], usage="[MODEL] [options]")
 
 
 def main(argv: list[str]) -> Answer:
@@ -60,35 +68,38 @@ def main(argv: list[str]) -> Answer:
         argv = ["--model_name_or_path", *argv]
     (args,) = parse(parser(), argv)
     hush()
-    room = _check(args)
-    settings = Settings(args.constraint, args.fisher, args.optim)
-    adapter = peft_config(RunArguments(use_peft=args.use_peft, lora_r=args.lora_r, task=args.task))
-    found = trace(
-        read_config(args.model_name_or_path), args.task, build_loss(args.loss), batch_size=args.batch_size,
-        length=args.max_length, dtype=estimate.dtype_of(args.dtype),
-        fisher=args.fisher or needs_fisher(args.constraint), gradient_checkpointing=args.gradient_checkpointing,
-        peft_config=adapter,
-    )  # fmt: skip
-    found = replace(found, sketching=Sketching(args.sketch_above, args.sketch_rank))
-    one = estimate.memory(found, settings)
-    fits = {count: estimate.fitting(found, settings, count, room) for count in PROCESSES}
+    device_bytes = _check(args)
+    settings = EstimateSettings(args.constraint, args.fisher, args.optim)
+    trace = _trace(args, settings)
+    fits = {count: fastest_fit(trace, settings, count, device_bytes) for count in PROCESSES}
     if not any(fits.values()):
-        _nothing_fits(args, found, settings)
+        _nothing_fits(args, trace, settings)
     work = Work(
-        args.rows, args.forget_rows, args.batch_size, args.steps, args.tflops, args.tflops_float64, args.bandwidth,
-        args.interconnect,
-    )  # fmt: skip
-    content = _content(args, found, settings, one, fits, work)
+        rows=args.rows,
+        forget_rows=args.forget_rows,
+        batch_size=args.batch_size,
+        steps=args.steps,
+        tflops=args.tflops,
+        tflops64=args.tflops_float64,
+        bandwidth=args.bandwidth,
+        interconnect=args.interconnect,
+    )
+    content = _content(args, trace, settings, fits, work, take_plugins(argv)[1])
     return Answer(_text(args, content), content)
 
 
 def _check(args: EstimateArguments) -> int:
+    """Check the settings and return the bytes of one device."""
+    from accelerate.utils import convert_file_size_to_int
+
+    from hf_unlearn.models.loading import MODELS
+
     check_choice("constraint", args.constraint, list(CONSTRAINTS))
     check_choice("task", args.task, list(MODELS))
-    check_choice("optim", args.optim, list(estimate.OPTIMIZERS))
-    check_choice("loss", args.loss, sorted(LOSSES))
-    for name in ("batch_size", "max_length", "rows", "forget_rows", "steps", "lora_r", "tflops", "tflops_float64",
-                 "bandwidth", "interconnect"):  # fmt: skip
+    check_choice("optim", args.optim, list(OPTIMIZERS))
+    check_choice("dtype", args.dtype, PRECISIONS)
+    positive = ("batch_size", "max_length", "rows", "forget_rows", "steps", "lora_r", "tflops", "tflops_float64")
+    for name in (*positive, "bandwidth", "interconnect"):
         if not getattr(args, name) > 0:
             raise SettingsError(f"{name} must be above 0, got {getattr(args, name)}")
     try:
@@ -97,42 +108,78 @@ def _check(args: EstimateArguments) -> int:
         raise SettingsError(f"memory must be a size such as '80GB', got {args.memory!r}") from error
 
 
-def _nothing_fits(args: EstimateArguments, found: Trace, settings: Settings) -> None:
-    peaks = {c: estimate.memory(found, c) for count in PROCESSES for c in estimate.candidates(settings, count)}
-    best = min(peaks.values(), key=lambda memory: memory.peak)
-    phase = max(best.phases, key=lambda name: best.phases[name])
+def _trace(args: EstimateArguments, settings: EstimateSettings) -> Trace:
+    import torch
+
+    from hf_unlearn.deletion.arguments import RunArguments
+    from hf_unlearn.deletion.build import peft_config
+    from hf_unlearn.losses import build_loss
+
+    trace = trace_model(
+        read_config(args.model_name_or_path),
+        args.task,
+        build_loss(args.loss),
+        batch_size=args.batch_size,
+        length=args.max_length,
+        dtype=getattr(torch, args.dtype),
+        fisher=settings.has_fishers,
+        gradient_checkpointing=args.gradient_checkpointing,
+        peft_config=peft_config(RunArguments(use_peft=args.use_peft, lora_r=args.lora_r, task=args.task)),
+    )
+    return replace(trace, sketching=Sketching(args.sketch_above, args.sketch_rank))
+
+
+def _nothing_fits(args: EstimateArguments, trace: Trace, settings: EstimateSettings) -> None:
+    estimates = [estimate_memory(trace, c) for count in PROCESSES for c in candidates(settings, count)]
+    least = min(estimates, key=lambda memory: memory.peak)
+    phase = max(least.phases, key=lambda name: least.phases[name])
     raise SettingsError(
-        f"nothing fits in {args.memory} on up to {PROCESSES[-1]} processes: at least {best.peak / 1e9:.1f} GB, while "
-        f"it does '{phase}'; take a smaller batch_size or max_length, use_peft, bfloat16, or more memory"
+        f"nothing fits in {args.memory} on up to {PROCESSES[-1]} processes: phase '{phase}' needs at least "
+        f"{least.peak / 1e9:.1f} GB; use a smaller batch_size or max_length, use_peft, bfloat16, or more memory"
     )
 
 
 def _content(
-    args: EstimateArguments, found: Trace, settings: Settings, one: Memory,
-    fits: Mapping[int, tuple[Settings, Memory] | None], work: Work,
-) -> dict[str, Any]:  # fmt: skip
-    rows = []
+    args: EstimateArguments,
+    trace: Trace,
+    settings: EstimateSettings,
+    fits: Mapping[int, tuple[EstimateSettings, Memory] | None],
+    work: Work,
+    plugins: list[str],
+) -> dict[str, Any]:
+    """Return the estimate on one process, and a plan for each number of processes."""
+
+    def times(plan: EstimateSettings) -> dict[str, Any]:
+        return {name: asdict(phase) for name, phase in estimate_times(trace, plan, work).items()}
+
+    plans = []
     for count, fit in fits.items():
         row: dict[str, Any] = {"processes": count, "fits": fit is not None}
         if fit is not None:
-            own, memory = fit
-            times = {name: asdict(phase) for name, phase in estimate.times(found, own, work).items()}
+            plan, memory = fit
             row |= {
-                "settings": asdict(own), "memory": asdict(memory), "times": times, "launch": launch_line(args, own),
-                "communication": estimate.communication(found, own),
-            }  # fmt: skip
-        rows.append(row)
-    times = {name: asdict(phase) for name, phase in estimate.times(found, settings, work).items()}
+                "settings": asdict(plan),
+                "memory": asdict(memory),
+                "times": times(plan),
+                "launch": launch_line(args, plan, plugins),
+                "communication": communication(trace, plan),
+            }
+        plans.append(row)
     return {
-        "model": args.model_name_or_path, "parameters": found.parameters, "layers": len(found.layers),
-        "grams": len(found.grams), "memory": asdict(one), "times": times, "plans": rows,
-    }  # fmt: skip
+        "model": args.model_name_or_path,
+        "parameters": trace.parameters,
+        "layers": len(trace.layers),
+        "grams": len(trace.grams),
+        "memory": asdict(estimate_memory(trace, settings)),
+        "times": times(settings),
+        "plans": plans,
+    }
 
 
-def launch_line(args: EstimateArguments, own: Settings) -> str:
-    """The command, or for weights that are sharded from the start the settings of your own program."""
-    flags = [f"--keep_statistics_on {own.place}"] * (own.place != "device")
-    flags += [] if own.max_memory is None else [f"--max_memory {own.max_memory // 10**6}MB"]
+def launch_line(args: EstimateArguments, plan: EstimateSettings, plugins: list[str]) -> str:
+    """Return the command, or the settings of your own program if the weights are sharded from the start."""
+    flags = [f"--keep_statistics_on {plan.place}"] * (plan.place != "device")
+    flags += [] if plan.max_memory is None else [f"--max_memory {plan.max_memory // 10**6}MB"]
     sketching = {"sketch_above": SKETCH_ABOVE, "sketch_rank": SKETCH_RANK}
     flags += [f"--{name} {getattr(args, name)}" for name, usual in sketching.items() if getattr(args, name) != usual]
     for name in ("constraint", "optim", "loss"):
@@ -140,32 +187,34 @@ def launch_line(args: EstimateArguments, own: Settings) -> str:
     flags += [f"--per_device_train_batch_size {args.batch_size} --per_device_eval_batch_size {args.batch_size}"]
     flags += ["--gradient_checkpointing True"] * args.gradient_checkpointing
     flags += [f"--use_peft True --lora_r {args.lora_r}"] * args.use_peft
-    config = "fsdp2" if own.sharding == "fsdp2" else "ddp"
-    launch = [f"--accelerate_config {config} --num_processes {own.processes}"] * (own.processes > 1)
-    if own.processes > 8:
-        launch += [f"--num_machines {own.processes // 8} --machine_rank I --main_process_ip ADDRESS"]
-    if own.sharded_before or args.dtype != "float32":
-        what = "sharded before collecting" if own.sharded_before else f"in {args.dtype}"
-        nodes = f"--nnodes {own.processes // 8} " * (own.processes > 8)
-        start = f"torchrun {nodes}--nproc_per_node {min(own.processes, 8)} YOURS.py (model {what}), UnlearningConfig:"
+    flags += [shlex.join(plugin_flags(plugins))] * bool(plugins)
+    config = "fsdp2" if plan.sharding == "fsdp2" else "ddp"
+    launch = [f"--accelerate_config {config} --num_processes {plan.processes}"] * (plan.processes > 1)
+    if plan.processes > 8:
+        launch += [f"--num_machines {plan.processes // 8} --machine_rank I --main_process_ip ADDRESS"]
+    if plan.sharded_before or args.dtype != "float32":
+        state = "sharded before collecting" if plan.sharded_before else f"in {args.dtype}"
+        nodes = f"--nnodes {plan.processes // 8} " * (plan.processes > 8)
+        start = f"torchrun {nodes}--nproc_per_node {min(plan.processes, 8)} YOURS.py (model {state}), UnlearningConfig:"
         return " ".join([start, *["fsdp2"] * (config == "fsdp2"), *flags])
     return " ".join(["hf-unlearn run FILE.yaml", *launch, *flags])
 
 
 def _text(args: EstimateArguments, content: dict[str, Any]) -> str:
-    parts, phases, times = content["memory"]["parts"], content["memory"]["phases"], content["times"]
+    held, phases, times = content["memory"]["held"], content["memory"]["phases"], content["times"]
     lines = [
         f"{content['model']}: {content['parameters'] / 1e9:.3f} billion parameters in {args.dtype}, "
-        f"{content['layers']} covered layers, {content['grams']} Grams", "\nheld while training, one process (GB)",
-    ]  # fmt: skip
-    lines += [f"  {name:<16} {size / 1e9:>10.3f}" for name, size in parts.items()]
+        f"{content['layers']} covered layers, {content['grams']} Grams",
+        "\nheld while training, one process (GB)",
+    ]
+    lines += [f"  {name:<16} {size / 1e9:>10.3f}" for name, size in held.items()]
     lines += [f"\n{'phase':<12} {'peak GB':>10} {'TFLOP':>12} {'seconds':>10}"]
     for name in ("load", "collect", "decompose", "bind", "train"):
         time = times.get({"train": "step"}.get(name, name))
         spent = f" {time['flops'] / 1e12:>12.2f} {time['seconds']:>10.2f}" if time else ""
         lines.append(f"{name:<12} {phases[name] / 1e9:>10.3f}{spent}" + " a step" * (name == "train"))
-    whole = times["request"]
-    lines.append(f"{'request':<12} {'':>10} {whole['flops'] / 1e12:>12.2f} {whole['seconds']:>10.2f}")
+    request = times["request"]
+    lines.append(f"{'request':<12} {'':>10} {request['flops'] / 1e12:>12.2f} {request['seconds']:>10.2f}")
     lines.append(f"\n{'processes':>9} {'peak GB':>8} {'GB/step':>8} {'seconds':>9}  fits in {args.memory}")
     for row in content["plans"]:
         if not row["fits"]:

@@ -1,43 +1,50 @@
 """`hf-unlearn ledger show | verify | prove ROW`: the record of deletion requests."""
 
 import json
+from argparse import ArgumentParser
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
-
-from hf_unlearn.cli.common import NO, Answer, make_parser
+from hf_unlearn.cli.answers import NO, Answer
+from hf_unlearn.cli.parsers import make_parser
 from hf_unlearn.core.text import align
-from hf_unlearn.deletion.ledger import KEY_VARIABLE, Entry, Ledger, Verdict, read_key
+from hf_unlearn.deletion.ledger import Ledger
+from hf_unlearn.deletion.ledger_entries import Entry, Verdict
+from hf_unlearn.deletion.ledger_key import KEY_VARIABLE, read_key
 from hf_unlearn.errors import DataError, SettingsError
 
 
-def parser() -> HfArgumentParser:
-    made = make_parser(
-        "ledger", "Show or verify the record of deletion requests, or find a row in it.",
+def parser() -> ArgumentParser:
+    flags = make_parser(
+        "ledger",
+        "Show or verify the record of deletion requests, or find a row in it.",
         usage="show | verify | prove ROW --ledger FOLDER [options]",
-    )  # fmt: skip
-    made.add_argument(
-        "action", choices=("show", "verify", "prove"),
-        help="show: one line a request. verify: was it altered, or cut at the end? prove: was a row in a completed "
-        "request? The last two exit with 3 for a no.",
-    )  # fmt: skip
-    made.add_argument("row", nargs="?", help="Row to prove: a JSON object, or FILE:LINE of a file of JSON lines.")
-    made.add_argument("--ledger", required=True, metavar="FOLDER", help="Folder of the ledger.")
-    made.add_argument("--ledger_key_file", metavar="FILE", help=f"File of its key; default: {KEY_VARIABLE}.")
-    made.add_argument(
-        "--anchor", action="append", default=[], metavar="HASH",
-        help="verify: hash of an entry, or commitment of a request, kept elsewhere, that must be in it.",
-    )  # fmt: skip
-    return made
+    )
+    flags.add_argument(
+        "action",
+        choices=("show", "verify", "prove"),
+        help="show: one line for each request. verify: was it altered, or cut at the end? prove: was a row in a "
+        "completed request? verify and prove exit with 3 for a no.",
+    )
+    flags.add_argument("row", nargs="?", help="Row to prove: a JSON object, or FILE:LINE of a file of JSON lines.")
+    flags.add_argument("--ledger", required=True, metavar="FOLDER", help="Folder of the ledger.")
+    flags.add_argument("--ledger_key_file", metavar="FILE", help=f"File with its key; default: {KEY_VARIABLE}.")
+    flags.add_argument(
+        "--anchor",
+        action="append",
+        default=[],
+        metavar="HASH",
+        help="verify: hash of an entry, or commitment of a request, kept elsewhere, that the ledger must contain.",
+    )
+    return flags
 
 
 def main(argv: list[str]) -> Answer:
     args = parser().parse_args(argv)
     ledger = Ledger(args.ledger, read_key(args.ledger_key_file))
     if (args.row is None) == (args.action == "prove"):
-        raise SettingsError("ledger: prove needs one row, show and verify none: ledger prove ROW --ledger FOLDER")
+        raise SettingsError("ledger: prove needs one row, show and verify take none: ledger prove ROW --ledger FOLDER")
     if args.action == "prove":
         return _prove(ledger, read_row(args.row))
     verdict = ledger.verify(args.anchor)
@@ -45,28 +52,35 @@ def main(argv: list[str]) -> Answer:
 
 
 def read_row(text: str) -> dict[str, Any]:
-    """A row given as JSON, or as `FILE:LINE` with lines from 1; raises `DataError`."""
+    """Return a row that is given as JSON, or as `FILE:LINE` with lines from 1.
+
+    >>> read_row('{"id": 7}')
+    {'id': 7}
+
+    Raises:
+        DataError: The text is neither, or its JSON is not an object with columns.
+    """
     if not text.lstrip().startswith("{"):
         file, _, line = text.rpartition(":")
         try:
             text = Path(file).read_text(encoding="utf-8").splitlines()[int(line) - 1 if int(line) > 0 else 2**62]
         except (OSError, ValueError, IndexError, OverflowError) as error:
-            raise DataError(f"row {text!r} is neither a JSON object nor FILE:LINE of a file that has it") from error
+            raise DataError(f"row {text!r} is neither a JSON object nor FILE:LINE of an existing line") from error
     try:
         row = json.loads(text)
     except ValueError as error:
-        raise DataError(f"the row is no JSON ({error})") from error
+        raise DataError(f"the row is not valid JSON ({error})") from error
     if not isinstance(row, dict) or not row:
         raise DataError("the row must be a JSON object with the columns of the data set")
     return row
 
 
 def _prove(ledger: Ledger, row: dict[str, Any]) -> Answer:
-    found = [{"request": e.content["request"], "time": e.time, "hash": e.hash} for e in ledger.prove(row)]
-    if not found:
-        return Answer("no: this row, as it stands, was in no completed request", {"found": []}, NO)
-    lines = [f"yes: in request {f['request']}, completed {f['time']} (entry {f['hash']})" for f in found]
-    return Answer("\n".join(lines), {"found": found})
+    entries = [{"request": e.content["request"], "time": e.time, "hash": e.hash} for e in ledger.prove(row)]
+    if not entries:
+        return Answer("no: no completed request contains exactly this row", {"found": []}, NO)
+    lines = [f"yes: in request {e['request']}, completed {e['time']} (entry {e['hash']})" for e in entries]
+    return Answer("\n".join(lines), {"found": entries})
 
 
 def _verify(ledger: Ledger, verdict: Verdict) -> Answer:
@@ -77,12 +91,16 @@ def _verify(ledger: Ledger, verdict: Verdict) -> Answer:
         lines.append(
             "its key was checked"
             if verdict.keyed
-            else "without the key: a ledger that was wholly rewritten by somebody else would look the same"
+            else "without the key: a ledger that somebody else rewrote completely would look the same"
         )
     content = {
-        "intact": verdict.intact, "problems": verdict.problems, "notes": verdict.notes, "key_checked": verdict.keyed,
-        "entries": len(verdict.entries), "head": verdict.head,
-    }  # fmt: skip
+        "intact": verdict.intact,
+        "problems": verdict.problems,
+        "notes": verdict.notes,
+        "key_checked": verdict.keyed,
+        "entries": len(verdict.entries),
+        "head": verdict.head,
+    }
     return Answer("\n".join(lines), content, 0 if verdict.intact else NO)
 
 

@@ -4,6 +4,9 @@ from .binding import bind_constraints as bind_constraints
 from .drift import Drift as Drift
 from .energy import EnergyConstraint as EnergyConstraint
 from .energy_ridge import EnergyRidgeConstraint as EnergyRidgeConstraint
+from .factors import Factor as Factor
+from .factors import Scale as Scale
+from .factors import Shrink as Shrink
 from .kronecker import KroneckerConstraint as KroneckerConstraint
 from .registry import CONSTRAINTS as CONSTRAINTS
 from .registry import build_constraint as build_constraint

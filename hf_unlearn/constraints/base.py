@@ -1,6 +1,6 @@
 """What every constraint provides, and a constraint bound to the statistics of one layer.
 
-Shapes: step_OI is a step of a weight with O outputs and I inputs.
+Shapes: step_OI is a step of a weight with O outputs and I inputs; G blocks.
 """
 
 import inspect
@@ -12,12 +12,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from hf_unlearn.constraints.factors import Factor
-from hf_unlearn.constraints.layouts import apply_right, turned
+from hf_unlearn.constraints.layouts import apply_right, transposed
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.statistics.eigen import Eigen
 
-HELD_ENERGY_WARNING = 0.9
-"""Share of the trace that a sketch must hold under a soft constraint."""
+MIN_SKETCHED_SHARE = 0.9
+"""Share of the trace that a sketch must hold under a soft constraint; below it a warning says so, because what a sketch
+misses is shrunk evenly in all directions."""
 
 
 class Constraint(ABC):
@@ -25,10 +26,11 @@ class Constraint(ABC):
 
     A subclass is a frozen dataclass whose fields are the settings, registered under a name with
     `@register_constraint("name")`. `bind_constraints` turns it and the statistics into one `BoundConstraint` per layer.
+    Only `right` is required; the other members say what differs from a one-sided soft constraint.
 
     Attributes:
         needs_fisher: Whether it has a left factor, so that the statistics need Fishers.
-        anchored: Whether its map is idempotent. It then holds for the whole move from the original weight; other
+        anchored: Whether its map is idempotent. It then applies to the total move from the original weight; other
             constraints are applied once to each realised step.
         factor_share: The right factor of I features stores at most this share of `I * I` numbers.
     """
@@ -39,41 +41,51 @@ class Constraint(ABC):
 
     @abstractmethod
     def right(self, gram: Eigen) -> Factor:
-        """The factor on the input side, from the decomposed Gram of a layer."""
+        """Return the factor on the input side, from the decomposed Gram of a layer."""
 
     def left(self, fisher: Eigen) -> Factor | None:
-        """The factor on the output side, from the decomposed Fisher of a layer; None for a one-sided constraint."""
+        """Return the factor on the output side, from the decomposed Fisher of a layer; None if it is one-sided."""
         return None
 
     def resolve(self, grams: Sequence[Eigen]) -> "Constraint":
-        """The constraint to bind, given the Grams of all layers under this one; most constraints return themselves."""
+        """Return the constraint to bind, given the Grams of all layers that have this one; by default itself."""
         return self
 
     def protected_rank(self, gram: Eigen) -> int | None:
-        """How many leading directions no step may change; None for a constraint that only shrinks."""
+        """Return how many leading directions no step may change; None for a constraint that only shrinks."""
         return None
 
     def sketch_shortfall(self, gram: Eigen) -> str | None:
-        """What a sketched Gram lacks for this constraint, as the end of a warning; None where it holds enough."""
+        """Return what a sketched Gram lacks for this constraint, as the end of a warning; None if it holds enough."""
         held = min((1 - block.missed_share for block in gram.blocks()), default=1.0)
-        enough = gram.missed is None or held >= HELD_ENERGY_WARNING
-        return None if enough else f"holds {held:.1%} of its trace; what it has missed is shrunk evenly"
+        if gram.missed is None or held >= MIN_SKETCHED_SHARE:
+            return None
+        return f"holds {held:.1%} of its trace; the rest is shrunk evenly in all directions"
 
     @classmethod
     def summary(cls) -> str:
-        """One line on what the constraint does, for the model card: the first line of its docstring."""
+        """Return one line on what the constraint does, for the model card: the first line of its docstring."""
         return (inspect.getdoc(cls) or cls.__name__).splitlines()[0]
 
 
 ConstraintLike = Constraint | None | Mapping[str, Constraint | None]
+"""One constraint for all layers, None for no constraint, or a mapping from layer name patterns to either."""
 
 
 @dataclass(frozen=True, eq=False)
 class BoundConstraint:
     """A constraint with the factors of one layer: a linear map on steps `[O, I]`, or `[G, O, I]` of G blocks.
 
-    `anchored` constraints are idempotent and hold for the whole move from the original weight; the others are applied
-    once to each realised step.
+    >>> import torch
+    >>> from hf_unlearn.constraints.factors import Remove
+    >>> basis_IK = torch.tensor([[1.0], [0.0]])
+    >>> bound = BoundConstraint(Remove(basis_IK), left=None, anchored=True)
+    >>> bound(torch.tensor([[3.0, 4.0]]))
+    tensor([[0., 4.]])
+
+    Attributes:
+        right, left: Factors on the inputs and on the outputs; None is the identity.
+        anchored: Whether it applies to the total move from the original weight, instead of to each step.
     """
 
     right: Factor | None
@@ -82,9 +94,10 @@ class BoundConstraint:
 
     def __call__(self, step_OI: Tensor) -> Tensor:
         allowed_OI = step_OI if self.right is None else apply_right(self.right, step_OI)
-        return allowed_OI if self.left is None else turned(apply_right(self.left, turned(allowed_OI)))
+        return allowed_OI if self.left is None else transposed(apply_right(self.left, transposed(allowed_OI)))
 
 
 def check_positive(name: str, value: float) -> None:
+    """Raise `SettingsError` unless `value` is above 0."""
     if not value > 0:
         raise SettingsError(f"{name} must be above 0, got {value}; 1e-4 to 0.3 is the usual range")

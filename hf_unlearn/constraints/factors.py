@@ -1,7 +1,7 @@
 """Symmetric matrices that constraints apply to steps, each in its cheapest form.
 
 Shapes: step_OI is a step of a weight with O outputs and I inputs; basis_IK spans the core gradient space, basis_IM its
-complement.
+complement; G blocks.
 """
 
 import math
@@ -14,32 +14,33 @@ from torch import Tensor
 
 from hf_unlearn.core.sharding import whole
 from hf_unlearn.core.storage import Storage, fetch
-from hf_unlearn.statistics.eigen import (
-    Eigen,
-    eigen,
-)
+from hf_unlearn.statistics.eigen import Eigen, eigendecomposition
 
-UNSEEN = 2.0**-25
-"""Share that a step may lose in a direction without any number in float32 being another."""
+NEGLIGIBLE_SHRINKAGE = 2.0**-25
+"""Half the smallest relative spacing of float32 numbers: shrinking a number by a smaller share rounds back to it."""
 
 
 class Factor(Protocol):
-    """A symmetric matrix, applied from the right: `step_OI -> step_OI @ matrix_II`."""
+    """A symmetric matrix that is multiplied from the right: `step_OI -> step_OI @ matrix_II`."""
 
     def __call__(self, step_OI: Tensor) -> Tensor: ...
 
     def root(self) -> "Factor":
-        """The symmetric square root: applied twice it is this factor; a projection is its own."""
+        """Return the symmetric square root: applied twice it is this factor. A projection is its own root."""
         ...
 
     def kept_in(self, storage: Storage) -> "Factor":
-        """The same, its matrix kept elsewhere between uses."""
+        """Return the same factor with its matrix kept in `storage` between uses."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Remove:
-    """`I - U U^T` by the basis of what is removed: `2 O I K` multiply-adds."""
+    """`I - U U^T`, from the basis U of what is removed: `2 O I K` multiply-adds.
+
+    >>> Remove(torch.tensor([[1.0], [0.0]]))(torch.tensor([[3.0, 4.0]]))
+    tensor([[0., 4.]])
+    """
 
     basis_IK: Tensor
 
@@ -56,7 +57,7 @@ class Remove:
 
 @dataclass(frozen=True, eq=False)
 class Keep:
-    """`V V^T` by the basis of what is kept: `2 O I M` multiply-adds."""
+    """`V V^T`, from the basis V of what is kept: `2 O I M` multiply-adds."""
 
     basis_IM: Tensor
 
@@ -81,8 +82,8 @@ class Shrink:
         return step_OI @ fetch(self.matrix_II, step_OI.device).to(step_OI)
 
     def root(self) -> Factor:
-        parts = eigen(whole(self.matrix_II))
-        return Shrink(((parts.vectors_II * parts.values_I.sqrt()) @ parts.vectors_II.T).float())
+        eigen = eigendecomposition(whole(self.matrix_II))
+        return Shrink(((eigen.vectors_II * eigen.values_I.sqrt()) @ eigen.vectors_II.T).float())
 
     def kept_in(self, storage: Storage) -> Factor:
         return Shrink(storage.keep(self.matrix_II))
@@ -126,7 +127,7 @@ class Scale:
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """A factor for each block of a layer: `step_GOI -> step_GOI`."""
+    """One factor for each block of a layer: `step_GOI -> step_GOI`."""
 
     blocks: tuple[Factor, ...]
 
@@ -140,35 +141,35 @@ class Stack:
         return Stack(tuple(block.kept_in(storage) for block in self.blocks))
 
 
-def by_block(parts: Eigen, make: Callable[[Eigen], Factor]) -> Factor:
-    """The factor of a Gram, or of each of a stack of them."""
-    return make(parts) if parts.values_I.ndim == 1 else Stack(tuple(make(block) for block in parts.blocks()))
+def by_block(eigen: Eigen, make: Callable[[Eigen], Factor]) -> Factor:
+    """Return `make(eigen)`; of a stack of decompositions the stack of their factors."""
+    return make(eigen) if eigen.values_I.ndim == 1 else Stack(tuple(make(block) for block in eigen.blocks()))
 
 
-def price_scale(parts: Eigen, strength: float) -> float:
-    """`strength * mean_eig(A)`; infinite where A is zero."""
-    mean = parts.spectrum_I.mean().item()
+def price_scale(eigen: Eigen, strength: float) -> float:
+    """Return `strength * mean_eig(A)`; infinite if A is zero."""
+    mean = eigen.spectrum_I.mean().item()
     return strength * mean if mean > 0 else math.inf
 
 
-def shrink(parts: Eigen, scale: float, removed: int = 0) -> Factor:
-    """`(I + A / scale)^-1` from the eigen-decomposition of A; the `removed` leading directions are set to zero.
+def shrink(eigen: Eigen, scale: float, removed: int = 0) -> Factor:
+    """Return `(I + A / scale)^-1` from the eigendecomposition of A, with the `removed` leading directions set to zero.
 
-    Those outside of a sketch's vectors are shrunk by what has been missed in the mean. To let them pass instead would
-    make them the bulk of every step: with 5% of the trace there and strength 0.003, the true factor is of the order of
-    0.003 / 0.05 and not 1. The mean of their true factors is at least this one (`1 / (1 + x)` is convex).
+    Directions outside a sketch's vectors are shrunk according to the mean of what the sketch misses. To let them pass
+    would make them the bulk of every step: with 5% of the trace outside and strength 0.003, the true factor is of the
+    order of 0.003 / 0.05 and not 1. The mean of the true factors is at least the one used (`1 / (1 + x)` is convex).
     """
-    scaled_I = parts.values_I / scale
-    kept_I = 1 / (1 + scaled_I)
+    relative_I = eigen.values_I / scale
+    kept_I = 1 / (1 + relative_I)
     kept_I[:removed] = 0.0
-    if parts.missed is not None:
-        outside = 1 / (1 + parts.missed / scale)
-        return ShrinkThin(parts.vectors_II.float(), kept_I.float(), outside.item())
-    if parts.diagonal:
-        return Scale(kept_I.scatter(0, parts.vectors_II, kept_I).float())
-    shrunk = max(int((scaled_I > UNSEEN).sum()), removed)
-    if 2 * shrunk < len(scaled_I):
-        return ShrinkThin(parts.vectors_II[:, :shrunk].float().contiguous(), kept_I[:shrunk].float(), 1.0)
-    vectors_II = parts.vectors_II.double()
+    if eigen.missed is not None:
+        outside = 1 / (1 + eigen.missed / scale)
+        return ShrinkThin(eigen.vectors_II.float(), kept_I.float(), outside.item())
+    if eigen.diagonal:
+        return Scale(kept_I.scatter(0, eigen.vectors_II, kept_I).float())
+    shrunk = max(int((relative_I > NEGLIGIBLE_SHRINKAGE).sum()), removed)
+    if 2 * shrunk < len(relative_I):
+        return ShrinkThin(eigen.vectors_II[:, :shrunk].float().contiguous(), kept_I[:shrunk].float(), 1.0)
+    vectors_II = eigen.vectors_II.double()
     matrix_II = (vectors_II * kept_I) @ vectors_II.T
     return Shrink(matrix_II.float())

@@ -13,13 +13,14 @@ from hf_unlearn.errors import SettingsError
 CONSTRAINTS: Registry[type[Constraint] | None] = Registry("constraint", "hf_unlearn.constraints")
 CONSTRAINTS.add("none", None)
 
-Kind = TypeVar("Kind", bound=type[Constraint])
+ConstraintClass = TypeVar("ConstraintClass", bound=type[Constraint])
 
 
-def register_constraint(name: str) -> Callable[[Kind], Kind]:
+def register_constraint(name: str) -> Callable[[ConstraintClass], ConstraintClass]:
     """Class decorator: make a constraint available under `name` in settings, commands, estimates and grids.
 
-    The class is a frozen dataclass; its fields are the settings. Example, a constraint that shrinks every step evenly:
+    The class is a frozen dataclass; its fields are the settings. An example, a constraint that shrinks every step
+    evenly:
 
     >>> from dataclasses import dataclass
     >>> from hf_unlearn import Constraint, build_constraint, register_constraint
@@ -42,19 +43,19 @@ def register_constraint(name: str) -> Callable[[Kind], Kind]:
 
 
 def needs_fisher(name: str) -> bool:
-    """Whether the statistics need Fishers for this constraint; raises `SettingsError` on an unknown one."""
-    kind = CONSTRAINTS.find(name)
-    return kind is not None and kind.needs_fisher
+    """Return whether the statistics need Fishers for this constraint; raise `SettingsError` if it is unknown."""
+    constraint_class = CONSTRAINTS.find(name)
+    return constraint_class is not None and constraint_class.needs_fisher
 
 
 def setting_names(name: str) -> list[str]:
-    """The settings of a constraint; raises `SettingsError` on an unknown one."""
-    kind = CONSTRAINTS.find(name)
-    return [field.name for field in fields(kind)] if kind else []  # type: ignore[arg-type]
+    """Return the names of a constraint's settings; raise `SettingsError` if it is unknown."""
+    constraint_class = CONSTRAINTS.find(name)
+    return [field.name for field in fields(constraint_class)] if constraint_class else []  # type: ignore[arg-type]
 
 
 def build_constraint(name: str, settings: Mapping[str, Any] | None = None) -> Constraint | None:
-    """The constraint registered under `name`, with its settings; None for "none".
+    """Return the constraint registered under `name`, with its settings; None for "none".
 
     >>> build_constraint("ridge", {"strength": 0.01})
     RidgeConstraint(strength=0.01)
@@ -62,26 +63,27 @@ def build_constraint(name: str, settings: Mapping[str, Any] | None = None) -> Co
     Raises:
         SettingsError: Unknown name, unknown setting, or a value of the wrong type or out of range.
     """
-    kind, known, given = CONSTRAINTS.find(name), setting_names(name), settings or {}
-    for setting in given:
+    constraint_class, known, values = CONSTRAINTS.find(name), setting_names(name), settings or {}
+    for setting in values:
         if setting not in known:
             raise SettingsError(f"constraint {name!r} has no setting {setting!r}, only {', '.join(known) or 'none'}")
-    if kind is None:
+    if constraint_class is None:
         return None
-    numeric = {field.name for field in fields(kind) if is_number(field.default)}  # type: ignore[arg-type]
-    require_numbers(f"constraint {name!r}", {n: value for n, value in given.items() if n in numeric})
-    return kind(**given)
+    all_fields = fields(constraint_class)  # type: ignore[arg-type]
+    numeric = {field.name for field in all_fields if is_number(field.default)}
+    require_numbers(f"constraint {name!r}", {setting: values[setting] for setting in values if setting in numeric})
+    return constraint_class(**values)
 
 
 def constraint_for(layer: str, constraint: ConstraintLike) -> Constraint | None:
-    """The constraint of one layer; in a mapping from name patterns the first pattern that matches wins.
+    """Return the constraint of one layer; in a mapping from name patterns the first pattern that matches wins.
 
     Raises:
         SettingsError: No pattern matches.
     """
     if not isinstance(constraint, Mapping):
         return constraint
-    for pattern, chosen in constraint.items():
+    for pattern, constraint_or_none in constraint.items():
         if fnmatchcase(layer, pattern):
-            return chosen
+            return constraint_or_none
     raise SettingsError(f"no pattern of the constraint settings matches layer {layer}; add '*' as the last pattern")

@@ -1,34 +1,29 @@
-"""Constraining any torch optimizer through its step hooks; the anchor; the drift meter.
-
-Shapes: weight_OI, step_OI of one layer; gram_II and fisher_OO of the statistics.
-"""
+"""Constraining the steps of any torch optimizer through its step hooks."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hf_unlearn.constraints.base import ConstraintLike
 from hf_unlearn.constraints.binding import bind_constraints
-from hf_unlearn.constraints.drift import Drift
-from hf_unlearn.constraints.layouts import (
-    Whole,
-    apply_right,
-    group_of,
-    local_squares,
-    settle,
-    show_written,
-    sum_over_shards,
-    turned,
-)
-from hf_unlearn.constraints.trained_weights import Adapter, Part, trained_adapters, trained_parts
+from hf_unlearn.constraints.drift import Drift, DriftMeter, step_leak
+from hf_unlearn.constraints.layouts import ZeroOptimizer, publish_master_weights, reshard_gathered
+from hf_unlearn.constraints.relative_step import RelativeStep
+from hf_unlearn.constraints.trained_weights import trained_adapters, trained_weights
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.models.adapters import check_adapters
 from hf_unlearn.models.trainable import check_covered
-from hf_unlearn.statistics.eigen import Eigen
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
+
+
+class EngineOptimizer(Protocol):
+    """Accelerate's wrapper of the optimizer of a DeepSpeed engine."""
+
+    optimizer: ZeroOptimizer
+    step: Any
 
 
 def constrain_optimizer(
@@ -40,10 +35,36 @@ def constrain_optimizer(
     allow_exposed: Iterable[str] = (),
     relative_step: bool = False,
 ) -> torch.optim.Optimizer:
-    """Make every `optimizer.step()` obey `constraint`; works with any torch optimizer and any training loop.
+    """Make every `optimizer.step()` obey `constraint`, with any torch optimizer and any training loop.
 
-    Call it on the original weights: they become the anchor. The optimizer is returned, with a `StepConstrainer` as
-    its attribute `constrainer` (drift meter, original weights).
+    Call it on the original weights: they become the anchor. The same optimizer is returned. Its new attribute
+    `constrainer` is a `StepConstrainer` (drift, original weights).
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from hf_unlearn.constraints import EnergyConstraint, constrain_optimizer
+    >>> from hf_unlearn.models.trainable import freeze_unprotected
+    >>> from hf_unlearn.statistics import collect_statistics
+    >>> _ = torch.manual_seed(0)
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    ... )
+    >>> model = LlamaForCausalLM(config).eval()
+    >>> statistics = collect_statistics(model, [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}], progress=False)
+    >>> _ = freeze_unprotected(model, statistics.layers)
+    >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    >>> optimizer = constrain_optimizer(optimizer, model, statistics, EnergyConstraint(1.0))
+    >>> retain, forget = torch.tensor([[1, 2, 3]]), torch.tensor([[7, 8, 9]])
+    >>> with torch.no_grad():
+    ...     retain_before, forget_before = model(retain).logits, model(forget).logits
+    >>> (-model(forget, labels=forget).loss).backward()  # gradient ascent on the forget row
+    >>> optimizer.step()
+    >>> torch.allclose(model(retain).logits, retain_before, atol=1e-5)
+    True
+    >>> torch.allclose(model(forget).logits, forget_before, atol=1e-3)
+    False
+    >>> optimizer.constrainer.drift().relative < 1e-5
+    True
 
     Args:
         optimizer: Any torch optimizer, or accelerate's wrapper of one.
@@ -51,8 +72,8 @@ def constrain_optimizer(
         statistics: Statistics of these weights.
         constraint: One constraint, None, or a mapping from layer name patterns to either.
         allow_exposed: Shell patterns of parameters that may train without protection.
-        relative_step: Rescale each step to the norm `lr * |weights|`, over all trained weights together; the learning
-            rate then is the relative size of a step, whatever the loss's scale.
+        relative_step: Rescale each step to the norm `lr * |weights|`, over all trained weights together. The learning
+            rate is then the relative size of a step, whatever the scale of the loss.
 
     Raises:
         StatisticsError: The statistics belong to another model, or lack a Fisher that the constraint needs.
@@ -74,17 +95,50 @@ class StepConstrainer:
 
     Anchored constraints (energy) restore `W = W_0 + (W - W_0)(I - U U^T)` after each step, so that neither momentum,
     preconditioning, weight decay nor rounding accumulates. The others (ridge, Kronecker) are applied once to the
-    realised step; for SGD with or without momentum that equals applying them to the gradient.
+    realised step; for SGD with or without momentum this equals applying them to the gradient.
 
     LoRA (base weight + `scaling * B A`): A gets the right factor R, B the left factor L. With an energy constraint A
-    stays in the residual space, so that the merged move is orthogonal to the core space exactly. With the others A
-    starts as `A_0 R^(1/2)` and the steps of A and B are multiplied by R and L, which is the steps of `A = A' R^(1/2)`,
-    `B = L^(1/2) B'` in A' and B': the merged move always is `L^(1/2) X R^(1/2)` with X of rank r (exact), and a small
-    step of it is the one that the same optimizer would make without constraint, with L and R on the part through B
-    and on that through A (approximate: a full-weight step has both on the whole).
+    stays in the residual space, so that the merged move is exactly orthogonal to the core space. With the others A
+    starts as `A_0 R^(1/2)`, and the steps of A and B are multiplied by R and L. These are the steps of
+    `A = A' R^(1/2)`, `B = L^(1/2) B'` in A' and B'. The merged move always is `L^(1/2) X R^(1/2)` with X of rank r
+    (exact). A small merged step is the unconstrained step of the same optimizer with L and R applied to the part
+    through B and to the part through A respectively (approximate: a full-weight step has both applied to all of it).
+
+    >>> import torch
+    >>> from hf_unlearn.constraints import StepConstrainer
+    >>> model = torch.nn.Linear(3, 2)
+    >>> constrainer = StepConstrainer(model, None, None)  # no constraint: the control
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    >>> constrainer.attach(optimizer)
+    >>> original = model.weight.detach().clone()
+    >>> model(torch.ones(1, 3)).sum().backward()
+    >>> optimizer.step()
+    >>> torch.equal(model.weight, original)
+    False
+    >>> with constrainer.original():
+    ...     torch.equal(model.weight, original)
+    True
+    >>> constrainer.restore()
+    >>> torch.equal(model.weight, original)
+    True
+
+    Args:
+        model: The model on its original weights.
+        statistics: Statistics of these weights; may be None if `constraint` is.
+        constraint: One constraint, None, or a mapping from layer name patterns to either.
+        relative_step: Rescale each step to the norm `lr * |weights|`.
 
     Attributes:
-        still: Set, the next optimizer step changes the optimizer's state alone.
+        weights: The trained weights.
+        adapters: The trained LoRA layers.
+        skip_next_step: If true, the next step updates the optimizer state but not the weights.
+        measure_leak: If true, each step sets `leak`.
+        leak: Share of the last step in the core gradient space (`step_leak`); None if it was not measured.
+
+    Raises:
+        SettingsError: A constraint without statistics, or only one factor of an adapter is trainable.
+        StatisticsError: As `bind_constraints`.
+        ModelError: A weight, an adapter or a kind of sharding that is not supported.
     """
 
     def __init__(
@@ -97,223 +151,135 @@ class StepConstrainer:
     ):
         if statistics is None and constraint is not None:
             raise SettingsError("a constraint needs statistics; collect them, or choose constraint none")
-        self.statistics, self.relative_step = statistics, relative_step
+        self.model, self.statistics = model, statistics
+        self.skip_next_step = False
         self.measure_leak = False
-        self.still = False
         self.leak: float | None = None
         device = next(model.parameters()).device
         bound = bind_constraints(statistics, constraint, device) if statistics is not None else {}
         check_adapters(model)
-        self.model = model
-        self.parts = trained_parts(model, bound)
-        self.adapters = trained_adapters(model, self.parts)
+        self.weights = trained_weights(model, bound)
+        self.adapters = trained_adapters(model, self.weights)
+        self._drift_meter = DriftMeter(statistics, self.weights, self.adapters)
+        self._relative_step = RelativeStep(self.weights, self.adapters) if relative_step else None
         self._gradients_constrained = False
-        self._zero_optimizer: Any = None
-        self._original_outputs: dict[str, float] = {}
+        self._zero_optimizer: ZeroOptimizer | None = None
 
-    def attach(self, optimizer: Any) -> None:
-        """Register the step hooks on a torch optimizer, or around the steps of a DeepSpeed engine.
+    def attach(self, optimizer: torch.optim.Optimizer | EngineOptimizer) -> None:
+        """Register the step hooks on a torch optimizer, or wrap the steps of a DeepSpeed engine.
 
-        The engine's optimizer steps on flat pieces of several weights, which no hook of its own could tell apart.
+        The engine's optimizer steps on flat pieces of several weights; a hook of that optimizer could not tell the
+        weights apart.
         """
         if isinstance(optimizer, torch.optim.Optimizer):
             optimizer.register_step_pre_hook(self._before_step)
             optimizer.register_step_post_hook(self._after_step)
             return
-        step, self._zero_optimizer = optimizer.step, optimizer.optimizer
-        if self.relative_step:
-            optimizer.optimizer.clip_grad = 0.0  # it would clip gradients that were brought to the weights' norm
+        engine_step, zero_optimizer = optimizer.step, optimizer.optimizer
+        self._zero_optimizer = zero_optimizer
+        if self._relative_step is not None:
+            zero_optimizer.clip_grad = 0.0  # it would clip the gradients after they were scaled to the weights' norm
 
         def constrained_step(*args: Any, **kwargs: Any) -> Any:
-            self._before_step(optimizer.optimizer)
-            result = step(*args, **kwargs)
-            self._after_step(optimizer.optimizer)
+            self._before_step(zero_optimizer)
+            result = engine_step(*args, **kwargs)
+            self._after_step(zero_optimizer)
             return result
 
         optimizer.step = constrained_step
 
     @torch.no_grad()
     def constrain_gradients(self) -> None:
-        """Project the gradients of anchored constraints: before clipping and before the optimizer's moments.
+        """Project the gradients of anchored constraints: before clipping and before they enter the optimizer's moments.
 
-        What the step would remove anyway must not eat the clipping budget or fill the moments. Called by the step hook
-        if nobody called it before, unless the constrained move is the same without.
+        What the constraint removes from the step must not use up the clipping norm or fill the moments. The step hook
+        calls this if nobody called it before, unless the constrained move would be the same without it.
         """
-        for part in self.parts:
-            if part.bound is not None and part.bound.anchored:
-                part.constrain_gradient()
+        for weight in self.weights:
+            if weight.anchored:
+                weight.constrain_gradient()
         self._gradients_constrained = True
 
-    @torch.no_grad()
     def drift(self) -> Drift:
-        """Predicted retain drift of the move so far; empty without statistics."""
-        self._settle()
-        statistics, fisher = self.statistics, self.statistics is not None and bool(self.statistics.fisher_sums)
-        moved = self._covered()
-        if statistics is None or not moved:
-            return Drift({}, 0.0 if fisher else None)
-        seen: list[Tensor] = []
-        divergence: list[Tensor] = []
-        groups: list[Any] = []
-        for one in moved:
-            seen_OI = one.move_times_root(self._here(statistics.gram_eigen(one.owner)))
-            seen.append(local_squares([seen_OI])[0])
-            groups.append(group_of(seen_OI))
-            if fisher:
-                fisher_parts = self._here(statistics.fisher_eigen(one.owner))
-                share = local_squares([apply_right(fisher_parts.times_root, turned(seen_OI))])[0]
-                divergence.append(0.5 * statistics.positions_per_label(one.owner) * share)
-        sums = sum_over_shards(torch.stack(seen + divergence), groups * (2 if fisher else 1)).tolist()
-        outputs = self._outputs(moved)
-        by_layer = {one.owner: square**0.5 / outputs[one.owner] for one, square in zip(moved, sums, strict=False)}
-        return Drift(by_layer, sum(sums[len(moved) :]) if fisher else None)
-
-    def _covered(self) -> list[Part | Adapter]:
-        """The trained layers and adapters that there are statistics of."""
-        layers = self.statistics.layers if self.statistics is not None else {}
-        parts = [part for part in self.parts if part.layer is not None and not part.factor]
-        moved: list[Part | Adapter] = [*parts, *self.adapters]
-        return [one for one in moved if one.owner in layers]
-
-    def _outputs(self, moved: list[Part | Adapter]) -> dict[str, float]:
-        """`|W_0 X^T|`, the root mean square of each layer's original outputs; computed once."""
-        if not self._original_outputs:
-            assert self.statistics is not None
-            squares, groups = [], []
-            for one in moved:
-                gram = self._here(self.statistics.gram_eigen(one.owner))
-                output_OI = apply_right(gram.times_root, one.original_OI)
-                squares.append(local_squares([output_OI])[0])
-                groups.append(group_of(output_OI))
-            sums = sum_over_shards(torch.stack(squares), groups).tolist()
-            self._original_outputs = {
-                one.owner: max(square**0.5, 1e-30) for one, square in zip(moved, sums, strict=True)
-            }
-        return self._original_outputs
-
-    def _here(self, parts: Eigen) -> Eigen:
-        return parts.to(self.parts[0].place.read().device)
+        """Return the predicted retain drift of the move so far; empty without statistics."""
+        self._follow_sharding()
+        return self._drift_meter.measure()
 
     @contextmanager
     def original(self) -> Iterator[None]:
-        """Put the original weights into the model for a while: the original model without a second copy of it."""
-        current = self._exchange([part.anchor for part in self._settle()])
+        """Put the original weights into the model within a `with` block, without a second copy of the model."""
+        self._follow_sharding()
+        current = self._exchange([weight.anchor for weight in self.weights])
         try:
             yield
         finally:
-            self._settle()
+            self._follow_sharding()
             self._exchange(current)
 
-    def _exchange(self, values: list[Tensor]) -> list[Tensor]:
-        before = [part.place.exchange(value) for part, value in zip(self.parts, values, strict=True)]
-        self._show_written()
-        torch.clear_autocast_cache()  # autocast would go on with its low-precision copies of the other weights
-        return before
+    def _exchange(self, values: Sequence[Tensor]) -> list[Tensor]:
+        previous = [weight.layout.exchange(value) for weight, value in zip(self.weights, values, strict=True)]
+        self._publish_master_weights()
+        torch.clear_autocast_cache()  # autocast would use its low-precision copies of the previous weights
+        return previous
 
-    def weights(self) -> list[Tensor]:
-        """Copies of the trained weights (of this process's share of them), for `restore`."""
-        return [part.place.read().clone() for part in self._settle()]
+    def copy_weights(self) -> list[Tensor]:
+        """Return copies of this process's values of the trained weights, for `restore`."""
+        self._follow_sharding()
+        return [weight.layout.read().clone() for weight in self.weights]
 
     @torch.no_grad()
-    def restore(self, weights: list[Tensor] | None = None) -> None:
-        """Write back weights from `weights()`; the original ones by default."""
-        parts = self._settle()
-        for part, saved in zip(parts, weights or [p.anchor for p in parts], strict=True):
-            part.place.write(saved)
-        self._show_written()
+    def restore(self, values: Sequence[Tensor] | None = None) -> None:
+        """Write back values from `copy_weights`; default: the original weights."""
+        self._follow_sharding()
+        for weight, saved in zip(self.weights, values or [w.anchor for w in self.weights], strict=True):
+            weight.layout.write(saved)
+        self._publish_master_weights()
 
-    def _show_written(self) -> None:
+    def _publish_master_weights(self) -> None:
         if self._zero_optimizer is not None:
-            show_written(self._zero_optimizer)
+            publish_master_weights(self._zero_optimizer)
 
-    def _settle(self) -> list[Part]:
-        """The parts, once nothing gathered stands in for their shards and their anchors are sharded like them."""
-        settle(self.model)
-        for part in self.parts:
-            part.follow()
-        return self.parts
+    def _follow_sharding(self) -> None:
+        """Let FSDP free gathered parameters, and shard the anchors of parameters that were sharded since."""
+        reshard_gathered(self.model)
+        for weight in self.weights:
+            weight.shard_anchor()
 
     @torch.no_grad()
-    def _before_step(self, optimizer: Any, *hook: Any) -> None:
-        self._settle()
+    def _before_step(self, optimizer: torch.optim.Optimizer | ZeroOptimizer, *hook_arguments: Any) -> None:
+        self._follow_sharding()
         if not self._gradients_constrained and not self._is_linear(optimizer):
             self.constrain_gradients()
         self._gradients_constrained = False
-        if self.relative_step:
-            self._normalise_gradients()
-        for part in self.parts:
-            bound_step = part.bound is not None and not part.bound.anchored
-            if self.still or self.relative_step or self.measure_leak or bound_step:
-                part.before = part.place.read().clone()
+        if self._relative_step is not None:
+            self._relative_step.normalise_gradients()
+        needed_for_all = self.skip_next_step or self._relative_step is not None or self.measure_leak
+        for weight in self.weights:
+            constrains_step = weight.bound is not None and not weight.anchored
+            if needed_for_all or constrains_step:
+                weight.before = weight.layout.read().clone()
 
-    def _is_linear(self, optimizer: Any) -> bool:
-        """Whether moves are linear in the gradients: SGD, with or without momentum and weight decay, unclipped."""
-        return type(optimizer) is torch.optim.SGD and self._zero_optimizer is None and not self.relative_step
+    def _is_linear(self, optimizer: torch.optim.Optimizer | ZeroOptimizer) -> bool:
+        """Whether moves are linear in the gradients: SGD, with or without momentum and weight decay, unclipped.
+
+        Constraining the gradients then changes nothing, since the constraint is linear too.
+        """
+        return type(optimizer) is torch.optim.SGD and self._zero_optimizer is None and self._relative_step is None
 
     @torch.no_grad()
-    def _after_step(self, optimizer: Any, *hook: Any) -> None:
+    def _after_step(self, optimizer: torch.optim.Optimizer | ZeroOptimizer, *hook_arguments: Any) -> None:
         if not any(group["lr"] for group in optimizer.param_groups):
-            return  # nothing has moved: torch's checkpoints make such steps to have an optimizer's state
-        for part in self.parts:
-            if self.still and part.before is not None:
-                part.place.write(part.before)
-            elif part.bound is not None:
-                part.constrain()
-        if self.relative_step and not self.still:
-            self._rescale_step(optimizer.param_groups[0]["lr"])
-        self._show_written()
+            return  # nothing moved: torch's checkpointing makes such steps to initialise the optimizer state
+        for weight in self.weights:
+            if self.skip_next_step and weight.before is not None:
+                weight.layout.write(weight.before)
+            elif weight.bound is not None:
+                weight.constrain()
+        if self._relative_step is not None and not self.skip_next_step:
+            self._relative_step.rescale(optimizer.param_groups[0]["lr"])
+        self._publish_master_weights()
         if self.measure_leak:
-            self.leak = self._leak()
-        for part in self.parts:
-            part.before = None
-        self.still = False
-
-    def _normalise_gradients(self) -> None:
-        """Bring the gradients to the norm of the trained weights, so that `lr` times them is not lost in rounding."""
-        places = [part.place for part in self.parts]
-        found = [(place, gradient) for place in places if (gradient := place.gradient()) is not None]
-        if not found:
-            return
-        gradients = [gradient for _, gradient in found]
-        weight = _norm([place.read() for place in places], places)
-        size = _norm(gradients, [place for place, _ in found])
-        torch._foreach_mul_(gradients, torch.where(size > 0, weight / size, 1.0))
-        for place, gradient in found:
-            place.set_gradient(gradient)
-
-    def _rescale_step(self, relative: float) -> None:
-        """Give the realised step the norm `relative * |weights|`; of an adapter the merged step and weight count."""
-        moves = [(part.place, part.before) for part in self.parts if part.before is not None]
-        now, before = [place.read() for place, _ in moves], [before for _, before in moves]
-        plain = [i for i, part in enumerate(p for p in self.parts if p.before is not None) if not part.factor]
-        places = [moves[i][0] for i in plain]
-        step, size = (torch.zeros((), device=before[0].device) for _ in range(2))
-        if plain:
-            step = _norm(torch._foreach_sub([now[i] for i in plain], [before[i] for i in plain]), places)
-            size = _norm([before[i] for i in plain], places)
-        step = torch.stack([step, *(adapter.step_norm() for adapter in self.adapters)]).norm()
-        size = torch.stack([size, *(adapter.norm() for adapter in self.adapters)]).norm()
-        if step > 0:
-            scale = (1 - relative * size / step).item()
-            torch._foreach_lerp_(now, before, scale)
-            for (place, _), local in zip(moves, now, strict=True):
-                place.write(local)
-
-    def _leak(self) -> float | None:
-        """`|D U| / |D|` of the last realised step, over all weights with an anchored constraint."""
-        squares: list[Tensor] = []
-        groups: list[Any] = []
-        for part in self.parts:
-            if part.bound is not None and part.bound.anchored and part.before is not None:
-                step_OI = part.matrix(part.place.read().float() - part.before.float())
-                squares.append(local_squares([step_OI - part.bound(step_OI), step_OI]))
-                groups += [group_of(step_OI)] * 2
-        if not squares:
-            return None
-        removed, total = sum_over_shards(torch.cat(squares), groups).view(-1, 2).sum(0).tolist()
-        return (removed / total) ** 0.5 if total else None
-
-
-def _norm(tensors: Sequence[Tensor], places: Sequence[Whole]) -> Tensor:
-    """The norm of all values together."""
-    return sum_over_shards(local_squares(tensors), [place.group for place in places]).sum().sqrt()
+            self.leak = step_leak(self.weights)
+        for weight in self.weights:
+            weight.before = None
+        self.skip_next_step = False

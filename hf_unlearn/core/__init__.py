@@ -1,4 +1,4 @@
-"""Basics that every room uses: files, processes, sharding, storage, Hub client, settings, text."""
+"""Basics that every room uses: files, processes, sharding, storage, registries, settings, text, and the Hub client."""
 
 import lazy_loader
 

@@ -1,4 +1,5 @@
-from .hub import PurgeReport as PurgeReport
-from .hub import purge_history as purge_history
+from .history import PurgeReport as PurgeReport
+from .history import purge_history as purge_history
 from .registry import Registry as Registry
+from .registry import TypeRegistry as TypeRegistry
 from .storage import Storage as Storage

@@ -1,4 +1,4 @@
-"""Folders that are either wholly old or wholly new, whatever moment the process is killed at."""
+"""Files and folders that are either completely old or completely new, even if the process is killed while writing."""
 
 import ctypes
 import errno
@@ -18,7 +18,12 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def check_output(folder: str | os.PathLike, overwrite: bool = False) -> Path:
-    """Raise `OutputError` where writing `folder` would replace something that the user did not agree to lose."""
+    """Return `folder` as a path; raise `OutputError` if writing it would replace files without permission.
+
+    Args:
+        folder: The folder to be written.
+        overwrite: The user agrees to lose what is in it.
+    """
     target = Path(folder)
     if target.is_file():
         raise OutputError(f"{target} is a file; the output must be a folder: choose another --output_dir")
@@ -29,46 +34,57 @@ def check_output(folder: str | os.PathLike, overwrite: bool = False) -> Path:
 
 @contextmanager
 def replace_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`; on success it takes the place of `folder` in one rename.
+    """Yield an empty folder next to `folder`; on success it replaces `folder` in one rename.
 
-    On an exception the new folder is removed and the old one is untouched. What was in the old folder is deleted only
-    after the new one has its name. Raises `OutputError` if `folder` is not empty and `overwrite` is false.
+    On an exception the new folder is removed and the old one is untouched. The content of the old folder is deleted
+    only after the new one has its name.
+
+    Raises:
+        OutputError: `folder` is not empty and `overwrite` is false, or it is a file.
     """
     target = check_output(folder, overwrite).resolve()  # a link to a folder stays a link
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
-        yield beside
-        os.chmod(beside, 0o755)  # mkdtemp makes it private
-        _sync_tree(beside)
-        _swap_in(beside, target)
+        yield partial
+        os.chmod(partial, 0o755)  # mkdtemp makes it private
+        _sync_tree(partial)
+        _swap_in(partial, target)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path`; the file written there takes its place by rename: a reader sees old or new."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Yield a name next to `path`; the file written there replaces `path` by a rename, so a reader sees old or new."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield beside
-        with open(beside, "rb") as file:
+        yield partial
+        with open(partial, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(partial, path)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` beside `path` and rename it into place: a reader sees the old file or the new one."""
-    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)  # before any file is made: it may raise
-    with replace_file(path) as beside:
-        beside.write_text(text + "\n", encoding="utf-8")
+def write_json(path: Path, content: object) -> None:
+    """Write `content` as JSON with sorted keys; a reader sees the old file or the new one.
+
+    >>> path = Path(tempfile.mkdtemp()) / "a.json"
+    >>> write_json(path, {"b": 1})
+    >>> print(path.read_text(), end="")
+    {
+      "b": 1
+    }
+    """
+    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)  # first, because it may raise
+    with replace_file(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that is a mapping; raises `SettingsError` on any other."""
+    """Read a YAML file that holds a mapping; raise `SettingsError` if it does not."""
     import yaml
 
     try:
@@ -81,7 +97,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes as hexadecimal digits."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while chunk := file.read(1 << 24):
@@ -90,6 +106,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _sync_tree(folder: Path) -> None:
+    """Flush every file to the disk, so that the rename cannot be on it before the content is."""
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
@@ -97,6 +114,7 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _swap_in(new: Path, target: Path) -> None:
+    """Give `new` the name `target`, and delete what had the name."""
     if not target.exists():
         os.rename(new, target)
         return
@@ -115,7 +133,10 @@ def _swap_in(new: Path, target: Path) -> None:
 
 
 def _exchange(new: Path, target: Path) -> bool:
-    """Swap two names in one system call where the platform has it (Linux); two renames would leave a gap."""
+    """Swap two names in one system call and return True, or False if the platform has none (other than Linux).
+
+    Two renames would leave a moment without a folder.
+    """
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):

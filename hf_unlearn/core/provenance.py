@@ -8,18 +8,18 @@ _PACKAGES = ("hf-unlearn", "torch", "transformers", "datasets", "accelerate", "p
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that a result depends on."""
-    found = {}
+    """Return the installed versions of the packages that a result depends on."""
+    versions = {}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def hardware() -> str:
-    """One line on what a measurement ran on, for reports."""
+    """Return one line about what a measurement ran on, for reports."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"CPU, {torch.get_num_threads()} threads"

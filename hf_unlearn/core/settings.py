@@ -1,4 +1,8 @@
-"""Fields of settings classes, and checks of their values."""
+"""Fields of settings classes, and checks of their values.
+
+A setting is documented once, by the `help` of its field; the command line's help text and the documentation are made
+from it.
+"""
 
 import math
 from collections.abc import Mapping
@@ -8,17 +12,26 @@ from typing import Any
 from hf_unlearn.errors import SettingsError
 
 
-def require_numbers(what: str, settings: Mapping[str, Any]) -> None:
-    """Raise `SettingsError` where a setting of `what` (a loss, a constraint) is no number."""
+def require_numbers(what: str, settings: Mapping[str, object]) -> None:
+    """Raise `SettingsError` if a setting of `what` (a loss, a constraint) is not a number."""
     for name, value in settings.items():
         if not is_number(value):
             raise SettingsError(f"{name} of {what} must be a number, got {value!r}")
 
 
-def require_ranges(settings: Any, ranges: Mapping[str, tuple[float, float]], prefix: str = "") -> None:
-    """Raise `SettingsError` where an attribute of `settings` is below the first of its limits or not below the second.
+def require_ranges(settings: object, ranges: Mapping[str, tuple[float, float]], prefix: str = "") -> None:
+    """Raise `SettingsError` if an attribute of `settings` is outside its range; None passes.
 
-    None passes. `prefix` comes before the attribute's name, where that makes it a flag's.
+    >>> from types import SimpleNamespace
+    >>> require_ranges(SimpleNamespace(seed=0, energy=1.5), {"seed": (0, math.inf), "energy": (0, 1)})
+    Traceback (most recent call last):
+        ...
+    hf_unlearn.errors.SettingsError: energy must be at least 0 and below 1, got 1.5
+
+    Args:
+        settings: Object with the attributes.
+        ranges: The least value of each attribute, and the bound that it must be below.
+        prefix: Written before the attribute's name, such as `--` for a flag.
     """
     for name, (least, bound) in ranges.items():
         if (value := getattr(settings, name)) is not None and not least <= value < bound:
@@ -26,13 +39,21 @@ def require_ranges(settings: Any, ranges: Mapping[str, tuple[float, float]], pre
             raise SettingsError(f"{prefix}{name} must be at least {least} and {limit}, got {value}")
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is one; true and false are not."""
+def is_number(value: object) -> bool:
+    """Return whether a value is a number; true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def setting(default: Any, help: str) -> Any:
-    """Dataclass field whose one description is its help text; mutable defaults are copied."""
+    """Return a dataclass field with a default and a help text; a list or dict is copied for each instance.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Settings:
+    ...     steps: int = setting(10, "Number of steps.")
+    >>> Settings().steps, Settings.__dataclass_fields__["steps"].metadata["help"]
+    (10, 'Number of steps.')
+    """
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})

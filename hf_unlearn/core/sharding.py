@@ -1,9 +1,14 @@
-"""Sharded models: FSDP2 and DeepSpeed ZeRO."""
+"""Models whose weights are split over processes: FSDP2 and DeepSpeed ZeRO.
+
+Constraints need complete weight matrices and complete gradients. This module tells how a run is sharded, refuses
+sharding under which a constraint could not hold, and puts a shard together (`whole`) or takes this process's
+(`local_part`). Which process has which part of a weight is in `constraints.layouts`.
+"""
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -11,9 +16,12 @@ from torch.distributed.tensor import DTensor
 
 from hf_unlearn.errors import ModelError, SettingsError
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
-def sharding_of(accelerator: Any) -> str:
-    """How a run's weights lie on its processes: `none` (each has all), `fsdp2`, or `zero1` to `zero3` (DeepSpeed)."""
+
+def sharding_of(accelerator: "Accelerator") -> str:
+    """Return how a run's weights are sharded: `none`, `fsdp1`, `fsdp2`, or `zero1` to `zero3` (DeepSpeed)."""
     state = accelerator.state
     if (plugin := getattr(state, "deepspeed_plugin", None)) is not None:
         return f"zero{plugin.zero_stage}" if plugin.zero_stage else "none"
@@ -21,22 +29,22 @@ def sharding_of(accelerator: Any) -> str:
     return f"fsdp{plugin.fsdp_version}" if plugin is not None else "none"
 
 
-def check_sharding(accelerator: Any, model: nn.Module) -> None:
-    """Raise `SettingsError` on sharding under which a constraint could not be kept; `model` may be sharded already."""
-    kind = sharding_of(accelerator)
-    if kind == "fsdp2" and any(isinstance(module, FSDPModule) for module in model.modules()):
+def check_sharding(accelerator: "Accelerator", model: nn.Module) -> None:
+    """Raise `SettingsError` if a constraint could not hold under the run's sharding; `model` may be sharded already."""
+    sharding = sharding_of(accelerator)
+    if sharding == "fsdp2" and any(isinstance(module, FSDPModule) for module in model.modules()):
         accelerator.state.fsdp_plugin.auto_wrap_policy = None  # it looks for names that FSDP has changed
-    if kind == "fsdp1":
+    if sharding == "fsdp1":
         raise SettingsError("FSDP version 1 cuts weights in the middle of a matrix; set fsdp_version: 2")
-    if kind == "fsdp2" and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+    if sharding == "fsdp2" and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
         raise SettingsError(
-            "fsdp_cpu_ram_efficient_loading leaves all processes but one without the original weights, which are the "
-            "anchor; set it to false"
+            "fsdp_cpu_ram_efficient_loading leaves all processes except one without the original weights, which are "
+            "the anchor; set it to false"
         )
 
 
-def shard_on_cpu(accelerator: Any, plugin_settings: Mapping[str, Any] | None) -> None:
-    """Turn FSDP on in a distributed run on CPUs whose settings or launcher ask for it."""
+def shard_on_cpu(accelerator: "Accelerator", plugin_settings: Mapping[str, object] | None) -> None:
+    """Turn FSDP on in a distributed run on CPUs if the settings or the launcher ask for it."""
     from accelerate import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
@@ -52,9 +60,9 @@ def shard_on_cpu(accelerator: Any, plugin_settings: Mapping[str, Any] | None) ->
 
 @contextmanager
 def loaded_whole() -> Iterator[None]:
-    """Scope in which `from_pretrained` gives every process whole weights, under ZeRO-3 too.
+    """Make `from_pretrained` load the complete weights on every process inside this scope, under ZeRO-3 too.
 
-    Statistics and anchors come before weights are cut up; afterwards only the engine can put them together.
+    Statistics and anchors are made before weights are sharded; afterwards only the engine can put them together.
     """
     from transformers.integrations import deepspeed
 
@@ -67,22 +75,24 @@ def loaded_whole() -> Iterator[None]:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This process's shard of a sharded tensor; any other as it is."""
+    """Return this process's shard of a sharded tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of a sharded one (a collective call); any other as it is."""
+    """Return all of a sharded tensor (a collective call), or the tensor itself if it is not sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a process has only parts of the model's weights or gradients (FSDP2, DeepSpeed)."""
-    marks = ("ds_id", "_hp_mapping")  # of ZeRO-3 and of ZeRO-1 and -2
-    return any(isinstance(p, DTensor) or any(hasattr(p, mark) for mark in marks) for p in model.parameters())
+    """Return whether each process has only a part of the model's weights or gradients (FSDP2, DeepSpeed)."""
+    attributes = ("ds_id", "_hp_mapping")  # set by ZeRO-3, and by ZeRO-1 and -2
+    return any(isinstance(p, DTensor) or any(hasattr(p, name) for name in attributes) for p in model.parameters())
 
 
 def require_whole(model: nn.Module, what: str) -> None:
-    """Raise `ModelError` where `what` would see parts of a gradient, or a mean over the processes' rows."""
+    """Raise `ModelError` if `what` would see part of a gradient, or the mean of one over the processes' rows."""
     if is_sharded(model):
-        raise ModelError(f"{what} needs whole gradients, and the model is sharded over processes; load the saved one")
+        raise ModelError(
+            f"{what} needs complete gradients, but the model is sharded over processes; load the saved model instead"
+        )

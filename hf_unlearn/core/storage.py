@@ -1,4 +1,4 @@
-"""Where large tensors are kept between their uses: on the device, in main memory, in a mapped file, or in shards."""
+"""Where large tensors are kept between uses: on the device, in main memory, in a memory-mapped file, or in shards."""
 
 import os
 import tempfile
@@ -20,15 +20,19 @@ PLACES = ("device", "cpu", "disk", "shards")
 
 @dataclass(frozen=True)
 class Storage:
-    """A place to keep tensors in; what is kept is read with `fetch`.
+    """A place to keep tensors in; `fetch` reads them.
+
+    >>> kept = Storage("disk").keep(torch.ones(2))
+    >>> fetch(kept, "cpu")
+    tensor([1., 1.])
 
     Attributes:
-        place: `device`: where the tensor is; `cpu`: main memory; `disk`: a memory-mapped safetensors file in the
-            folder for temporary files (TMPDIR), which takes its disk space until the tensor is freed, and no longer
-            than the process lives; `shards`: each process has a share of the rows, gathered at each use.
+        place: `device`: the tensor stays on its device; `cpu`: main memory; `disk`: a memory-mapped safetensors file in
+            the folder for temporary files (TMPDIR), which takes disk space until the tensor is freed or the process
+            ends; `shards`: each process has a share of the rows, gathered at each use.
 
     Raises:
-        SettingsError: Another place.
+        SettingsError: The place is unknown.
     """
 
     place: str = "device"
@@ -38,7 +42,7 @@ class Storage:
             raise SettingsError(f"statistics can be kept on {', '.join(PLACES)}, not {self.place!r}")
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """The same values in this place; every process must call it where they go into shards."""
+        """Return the same values in this place; for `shards` a collective call."""
         if self.place == "shards":
             return shard(tensor)
         if self.place == "device":
@@ -48,7 +52,7 @@ class Storage:
 
 
 def fetch(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """All values of a kept tensor on `device` (a collective call where it is in shards)."""
+    """Return all values of a kept tensor on `device`; for a tensor in shards a collective call."""
     return whole(tensor).to(device)
 
 
@@ -60,14 +64,14 @@ def shard(tensor: Tensor) -> Tensor:
 
 
 def own_rows(count: int) -> slice:
-    """Which of `count` rows this process has of a tensor in shards."""
+    """Return which of `count` rows this process has of a tensor in shards."""
     rank, processes = world()
     size = -(-count // processes)
     return slice(min(rank * size, count), min((rank + 1) * size, count))
 
 
 def from_own_rows(rows: Tensor, count: int) -> Tensor:
-    """The tensor of `count` rows whose share of this process is `rows`."""
+    """Return the tensor of `count` rows in shards of which this process has `rows`."""
     if world()[1] == 1:
         return rows
     shape = torch.Size((count, *rows.shape[1:]))
@@ -77,15 +81,16 @@ def from_own_rows(rows: Tensor, count: int) -> Tensor:
 
 @cache
 def world_mesh() -> DeviceMesh:
-    """All processes in one row."""
+    """Return the one-dimensional mesh of all processes."""
     return init_device_mesh(communication_device().type, (world()[1],))
 
 
 def _mapped(tensor: Tensor) -> Tensor:
+    """Return the tensor as a view of a file that no longer has a name."""
     handle, path = tempfile.mkstemp(prefix="hf_unlearn-", suffix=".safetensors")
     os.close(handle)
     try:
         save_file({"tensor": tensor.contiguous()}, path)
         return load_file(path)["tensor"]
     finally:
-        os.unlink(path)  # the mapping keeps the file until it is freed itself
+        os.unlink(path)  # the mapping keeps the content until the tensor is freed

@@ -1,34 +1,51 @@
-"""Numbers and tables as text."""
+"""Numbers and tables as text, for reports and the command line."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 
-def is_finite(value: Any) -> bool:
-    """Whether it is a number, of numpy or torch too, that is neither NaN nor infinite."""
+def is_finite(value: object) -> bool:
+    """Return whether a value is a number (also of numpy or torch) that is neither NaN nor infinite.
+
+    >>> is_finite(2), is_finite(math.nan), is_finite("2")
+    (True, False, False)
+    """
     value = value.item() if hasattr(value, "item") else value
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, padded to a common width, with a rule under the header."""
+    """Return a table as text: columns padded to their widest cell, with a rule under the header.
+
+    >>> print(align([["split", "loss"], ["forget", "2.1"]]))
+    split   loss
+    ------  ----
+    forget  2.1
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def spread(found: Sequence[float], digits: int = 3) -> str:
-    """Mean and range, as in `0.981 (0.975-0.990)`; numbers below a thousandth in powers of ten."""
-    if not found:
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Return the mean and range of values; the mean alone if all are equal, and a dash if there are none.
+
+    >>> spread([0.97, 0.99]), spread([0.5, 0.5]), spread([])
+    ('0.980 (0.970-0.990)', '0.500', '-')
+    """
+    if not values:
         return "-"
-    mean, low, high = sum(found) / len(found), min(found), max(found)
+    mean, low, high = sum(values) / len(values), min(values), max(values)
     if low == high:
         return as_text(mean, digits)
     return f"{as_text(mean, digits)} ({as_text(low, digits)}-{as_text(high, digits)})"
 
 
 def as_text(value: float, digits: int = 3) -> str:
-    """So many digits, or a power of ten where none of them would be seen."""
+    """Return a number with this many decimals, or as a power of ten if all of them would be zero.
+
+    >>> as_text(0.25), as_text(0.00002)
+    ('0.250', '2e-05')
+    """
     small = 0 < abs(value) < 10.0**-digits and digits > 0
     return f"{value:.0e}" if small else f"{value:.{digits}f}"

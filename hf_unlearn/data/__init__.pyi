@@ -4,5 +4,7 @@ from .checks import require_disjoint as require_disjoint
 from .encoding import encode_dataset as encode_dataset
 from .pairs import PairedCollator as PairedCollator
 from .pairs import PairedDataset as PairedDataset
-from .row_identity import row_key as row_key
+from .row_filters import rows_where as rows_where
+from .row_identity import labelled_row_hash as labelled_row_hash
+from .row_identity import row_hash as row_hash
 from .splits import load_rows as load_rows

@@ -1,56 +1,77 @@
 """Batches of encoded rows: padding, and the share of each process."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from hf_unlearn.core.processes import own_indices
 from hf_unlearn.data.encoding import RowStream
-from hf_unlearn.data.formats import Row
-from hf_unlearn.models.tasks import IGNORED
+from hf_unlearn.data.formats import Row, Rows
+from hf_unlearn.models.tasks import IGNORED, Batch, Collator
+
+AnyRows = TypeVar("AnyRows", bound=Rows | RowStream)
 
 
-def take(rows: Any, max_rows: int | None) -> Any:
-    """The first rows of encoded ones, of a stream too; all of them with None."""
+def take(rows: AnyRows, max_rows: int | None) -> AnyRows:
+    """Return the first rows of encoded rows or of a stream; all of them if `max_rows` is None."""
     if isinstance(rows, RowStream):
-        return RowStream(rows.dataset, rows.encode, max_rows)
-    return rows if max_rows is None or max_rows >= len(rows) else Subset(rows, range(max_rows))
+        return cast(AnyRows, RowStream(rows.dataset, rows.encode, max_rows))
+    return rows if max_rows is None or max_rows >= len(rows) else cast(AnyRows, select(rows, range(max_rows)))
 
 
-def own_batches(rows: Any, collator: Callable[[Sequence[Row]], Any], batch_size: int) -> Iterator[tuple[Any, bool]]:
-    """Batches of this process's share of encoded rows, each with whether it counts.
+def select(rows: Rows, numbers: Sequence[int]) -> Rows:
+    """Return the rows of these numbers, read when they are needed."""
+    return Subset(cast(Dataset, rows), numbers)
 
-    Every process gets the same number of batches, for a sharded model needs them all at every forward pass; those that
-    only fill up do not count.
+
+def own_batches(rows: Rows | RowStream, collator: Collator, batch_size: int) -> Iterator[tuple[Batch, bool]]:
+    """Yield the batches of this process's share of encoded rows, each with whether it counts.
+
+    Every process gets the same number of batches, because every process takes part in each forward pass of a sharded
+    model. Batches that only fill up the number do not count.
     """
-    generator = torch.Generator()  # its own: a loader draws a seed even where it shuffles nothing
-    own = () if isinstance(rows, RowStream) else own_indices(len(rows))
-    share = rows if isinstance(rows, RowStream) else Subset(rows, own or range(1))
-    made, batch = 0, None
-    for batch in DataLoader(share, batch_size=batch_size, collate_fn=collator, generator=generator):
-        made += 1
-        yield batch, bool(own) or isinstance(rows, RowStream)
+    generator = torch.Generator()  # a loader draws a seed even without shuffling; the global state must not change
+    share: Rows | RowStream = rows
+    counted = True
+    if not isinstance(rows, RowStream):
+        indices = own_indices(len(rows))
+        share, counted = select(rows, indices or range(1)), bool(indices)
+    batch: Batch | None = None
+    n_batches = 0
+    for batch in DataLoader(cast(Dataset, share), batch_size=batch_size, collate_fn=collator, generator=generator):
+        n_batches += 1
+        yield batch, counted
     total = rows.total if isinstance(rows, RowStream) else len(rows)
-    for _ in range(len(range(0, len(own_indices(total, 0)), batch_size)) - made):  # process 0 has the most rows
-        yield collator([rows.first()]) if batch is None else batch, False
+    most = len(range(0, len(own_indices(total, 0)), batch_size))  # process 0 has the most rows
+    for _ in range(most - n_batches):
+        if batch is None:
+            assert isinstance(rows, RowStream)  # with fewer rows than processes
+            batch = collator([rows.first()])
+        yield batch, False
 
 
 @dataclass(frozen=True)
 class PaddingCollator:
-    """Stack rows into a batch, padding token sequences on the right (on the left with `side="left"`).
+    """Stack B rows into a batch, padding token sequences on the right, or on the left with `side="left"`.
 
-    Columns of text and other answers are left out, `label` is renamed to `labels`; any other column reaches the model.
+    Text columns and alternative answers are left out, and `label` is renamed to `labels`; every other column reaches
+    the model. Labels are padded with -100, `input_ids` with `pad_token_id`, other sequences with 0.
+
+    >>> batch = PaddingCollator(pad_token_id=9)([{"input_ids": [1, 2], "label": 0}, {"input_ids": [3], "label": 1}])
+    >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist(), batch["labels"].tolist()
+    ([[1, 2], [3, 9]], [[1, 1], [1, 0]], [0, 1])
     """
 
     pad_token_id: int = 0
     side: str = "right"
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Return the batch: tensors `[B, ...]` by argument name of the model."""
         batch = {}
         for name in rows[0]:
             values = [row[name] for row in rows]
@@ -59,27 +80,30 @@ class PaddingCollator:
             tensors = [_tensor(value) for value in values]
             batch["labels" if name in ("label", "label_ids") else name] = self._stack(name, tensors)
         if "input_ids" in batch and "attention_mask" not in batch:
-            batch["attention_mask"] = self._stack(
-                "attention_mask", [torch.ones(len(r["input_ids"])) for r in rows]
-            ).long()
+            ones = [torch.ones(len(row["input_ids"])) for row in rows]
+            batch["attention_mask"] = self._stack("attention_mask", ones).long()
         return batch
 
     def _stack(self, name: str, tensors: list[Tensor]) -> Tensor:
-        if tensors[0].ndim != 1 or len({len(t) for t in tensors}) == 1:
+        if tensors[0].ndim != 1 or len({len(tensor) for tensor in tensors}) == 1:
             return torch.stack(tensors)
         value = {"input_ids": self.pad_token_id, "labels": IGNORED}.get(name, 0)
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=self.side)
 
 
-def _tensor(value: Any) -> Tensor:
-    """As torch.tensor, but quick for long nested lists: Python's floats become the default dtype."""
+def _tensor(value: object) -> Tensor:
+    """Convert as `torch.as_tensor`, but quickly for long nested lists: Python floats get the default dtype."""
     if not isinstance(value, (list, float)):
         return torch.as_tensor(value)
     tensor = torch.as_tensor(np.asarray(value))
     return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
 
 
-def default_collator(processing_class: Any) -> PaddingCollator:
-    """The collator for rows of `encode_dataset`, padding with the tokenizer's own token where it has one."""
+def default_collator(processing_class: object) -> PaddingCollator:
+    """Return the collator for rows of `encode_dataset`; it pads with the tokenizer's padding token if there is one.
+
+    >>> default_collator(None)
+    PaddingCollator(pad_token_id=0, side='right')
+    """
     pad = getattr(processing_class, "pad_token_id", None)
     return PaddingCollator(pad_token_id=0 if pad is None else pad)

@@ -1,8 +1,17 @@
-"""From rows as users have them to batches as models take them, and the pairing of forget with retain rows.
+"""From rows as users have them to rows as models take them.
 
-Raw rows are those of `formats`; already tokenised rows (`input_ids`, ...) and image rows (`pixel_values`, `labels`)
-pass through unchanged. Other answers (`alternatives`) are encoded beside a row's own, for the metrics that compare with
-them.
+The way of a row into a model:
+
+    raw row      {"question": "Where does Ada live?", "answer": "In Ulm."}
+        |        `encode_dataset`: an encoder of the task (`encoders`) is chosen by the columns (`formats`) and applied
+    encoded row  {"input_ids": [5, 6, 9], "attention_mask": [1, 1, 1], "labels": [-100, -100, 9]}
+        |        `batches.PaddingCollator`: rows are padded to one length and stacked (`pairs`: forget with retain rows)
+    batch        {"input_ids": [B, T], "attention_mask": [B, T], "labels": [B, T]}
+        |        `models.forward.predict`: a forward pass
+    predictions  logits `[L, V]` and labels `[L]` at the L positions whose label is not -100
+
+Rows that are encoded already (tokens, `pixel_values`) skip the first step. Encoded rows may hold further rows: an
+`alternate` answer for losses that compare with it, and `alternatives` for metrics that do (`wrong_answers`).
 """
 
 import hashlib
@@ -10,23 +19,57 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
 from hf_unlearn.core.processes import world
 from hf_unlearn.data.checks import require_rows
-from hf_unlearn.data.formats import ENCODERS, MODEL_INPUTS, Encode, Encoding, Row
-from hf_unlearn.data.row_identity import row_key
+from hf_unlearn.data.encoders import ENCODERS, Encode, EncodingContext
+from hf_unlearn.data.formats import MODEL_INPUTS, Row, Rows
+from hf_unlearn.data.row_identity import row_hash
 from hf_unlearn.data.wrong_answers import WRONG, with_alternatives
 from hf_unlearn.errors import DataError
 from hf_unlearn.models.tasks import Task, task_of
 
+if TYPE_CHECKING:
+    import datasets
+
+    from hf_unlearn.data.encoders import Processor
+
+
+@overload
+def encode_dataset(
+    dataset: "Rows | None",
+    processing_class: "Processor | None",
+    *,
+    what: str = ...,
+    max_length: int | None = ...,
+    model: nn.Module | None = ...,
+    task: Task | None = ...,
+    idk_seed: int | None = ...,
+    streams: Literal[False] = ...,
+) -> Rows: ...
+
+
+@overload
+def encode_dataset(
+    dataset: "Rows | datasets.IterableDataset | None",
+    processing_class: "Processor | None",
+    *,
+    what: str = ...,
+    max_length: int | None = ...,
+    model: nn.Module | None = ...,
+    task: Task | None = ...,
+    idk_seed: int | None = ...,
+    streams: bool,
+) -> Any: ...
+
 
 def encode_dataset(
-    dataset: Any,
-    processing_class: Any,
+    dataset: "Rows | datasets.IterableDataset | None",
+    processing_class: "Processor | None",
     *,
     what: str = "given",
     max_length: int | None = None,
@@ -34,60 +77,69 @@ def encode_dataset(
     task: Task | None = None,
     idk_seed: int | None = None,
     streams: bool = False,
-) -> Any:
-    """Make model inputs of rows of any of the formats of `formats`; rows that are model inputs already pass through.
+) -> "Rows | RowStream":
+    """Make model inputs of rows in any of the formats of `formats`; return rows that are model inputs already as is.
 
     The `alternate` answer of a language model's row becomes a row of its own, under `alternate`. Images are encoded
     each time they are read.
+
+    >>> class Words:  # stands for a tokenizer
+    ...     eos_token_id = 0
+    ...     def encode(self, text, add_special_tokens=True):
+    ...         return [len(word) for word in text.split()]
+    >>> encode_dataset([{"prompt": "Ada lives", "completion": "in Ulm"}], Words())
+    [{'input_ids': [3, 5, 2, 3, 0], 'attention_mask': [1, 1, 1, 1, 1], 'labels': [-100, -100, 2, 3, 0]}]
 
     Args:
         dataset: `datasets.Dataset`, any sequence of rows, or a `datasets.IterableDataset`.
         processing_class: The model's tokenizer or image processor; not needed for rows that are model inputs.
         what: The name of the set in error messages.
         max_length: Longest row in tokens; longer rows are cut at the end.
-        model: Says what raw rows are to become (`predictions.task_of`), how many classes there are, and its context.
-        task: What raw rows are to become, in place of what `model` says; default `language-model`.
+        model: Determines the task (`models.tasks.task_of`), the number of classes, and the context.
+        task: The task, instead of the model's; default `language-model`.
         idk_seed: Give each row of a language model an alternate answer that says "I don't know", drawn by this seed
             and the row's content.
-        streams: Take a stream too, and return a `RowStream`.
+        streams: Also take a stream, and return a `RowStream` for it.
 
     Returns:
         Rows with `input_ids`, `attention_mask` and `labels` (-100 on the prompt; or the class), as a list, with
-        `alternatives` where there are wrong answers; rows with `pixel_values` and `labels`; a `RowStream`; or `dataset`
+        `alternatives` if there are wrong answers; rows with `pixel_values` and `labels`; a `RowStream`; or `dataset`
         itself.
 
     Raises:
-        DataError: No rows, a stream where rows are needed, none of the task's formats, no tokenizer, a row with
-            nothing left to predict or longer than the context, or a label that is no class of the model.
+        DataError: There are no rows; a stream where rows are needed; columns of none of the task's formats; no
+            tokenizer; a row with nothing left to predict, or longer than the context; a label that is not a class of
+            the model.
     """
-    streamed = not hasattr(dataset, "__len__") and dataset is not None
+    rows: Any = dataset
+    streamed = rows is not None and not hasattr(rows, "__len__")
     if not streamed:
-        require_rows(dataset, what)
+        require_rows(rows, what)
     elif not streams:
         raise DataError(f"the {what} set is a stream, which only collect_statistics reads; make it a list or a Dataset")
-    first = next(iter(dataset), None) if streamed else dataset[0]
+    first = next(iter(rows), None) if streamed else rows[0]
     if first is None:
         raise DataError(f"the {what} set is empty; give it at least one row")
     if set(first) & set(MODEL_INPUTS):
-        return RowStream(dataset, lambda row, index: dict(row)) if streamed else dataset
+        return RowStream(rows, lambda row, index: dict(row)) if streamed else rows
     task = task or (task_of(model) if model is not None else None) or "language-model"
-    encode = ENCODERS[task](set(first), Encoding(processing_class, what, max_length, model))
+    encode = ENCODERS[task](set(first), EncodingContext(processing_class, what, max_length, model))
     if WRONG in first and task == "language-model":
         encode = with_alternatives(encode, what)
     if idk_seed is not None:
         encode = _with_idk(encode, idk_seed)
     if streamed:
-        return RowStream(dataset, encode)
-    if task == "image-classification":  # all of them at once would take too much memory
-        return EncodedRows(dataset, encode)
-    return [encode(dataset[index], index) for index in range(len(dataset))]
+        return RowStream(rows, encode)
+    if task == "image-classification":  # the pixels of all rows at once would take too much memory
+        return EncodedRows(rows, encode)
+    return [encode(rows[index], index) for index in range(len(rows))]
 
 
 @dataclass(frozen=True)
 class EncodedRows(Dataset):
     """Rows that are encoded when they are read."""
 
-    dataset: Any
+    dataset: Rows
     encode: Encode
 
     def __len__(self) -> int:
@@ -98,32 +150,33 @@ class EncodedRows(Dataset):
 
 
 def idk_answers() -> list[str]:
-    """The answers that say "I don't know", shipped with the package."""
+    """Return the answers that say "I don't know", which come with the package."""
     return (files("hf_unlearn.data") / "idk.txt").read_text(encoding="utf-8").splitlines()
 
 
 def _with_idk(encode: Encode, seed: int) -> Encode:
     answers = idk_answers()
 
-    def with_answer(row: Row, index: int) -> dict[str, Any]:
-        drawn = hashlib.sha256(f"{seed}:".encode() + row_key(row)).digest()
+    def encode_with_idk(row: Row, index: int) -> dict[str, Any]:
+        drawn = hashlib.sha256(f"{seed}:".encode() + row_hash(row)).digest()
         return encode({**row, "alternate": answers[int.from_bytes(drawn, "big") % len(answers)]}, index)
 
-    return with_answer
+    return encode_with_idk
 
 
 class RowStream(IterableDataset):
-    """Rows of a stream, encoded one by one; every process reads all of it and keeps each `n`-th row.
+    """Rows of a stream, encoded one by one; each of n processes reads all of it and keeps every n-th row.
 
     Attributes:
-        total: Rows of the whole stream, once it has been read.
+        total: Number of rows of the stream, once it has been read to the end.
     """
 
-    def __init__(self, dataset: Any, encode: Encode, max_rows: int | None = None):
+    def __init__(self, dataset: "datasets.IterableDataset", encode: Encode, max_rows: int | None = None):
         self.dataset, self.encode, self.max_rows = dataset, encode, max_rows
         self.total = 0
 
     def first(self) -> dict[str, Any]:
+        """Return the first row, encoded."""
         return self.encode(next(iter(self.dataset)), 0)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

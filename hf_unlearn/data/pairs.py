@@ -1,26 +1,40 @@
-"""Forget rows paired with retain rows."""
+"""Pairs of forget and retain rows, which are one row of a training set."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from hf_unlearn.data.checks import require_rows
-from hf_unlearn.data.formats import Row
+from hf_unlearn.data.formats import Row, Rows
+from hf_unlearn.models.tasks import Batch, Collator
 
 
 class PairedDataset(Dataset):
-    """Forget rows, each with a retain row if there are any, and with its alternate answer if that is asked for:
+    """Forget rows, each with a retain row if there are any, and with its alternate answer if `alternates` is true:
     `{"forget": row, "alternate": row, "retain": row}`.
 
-    Retain rows come in a seeded random order that goes on from epoch to epoch, so that all of them are used and a
-    resumed run sees the same pairs. The length is that of the forget set.
+    Retain rows come in a seeded random order that continues from epoch to epoch, so that every row is used and a
+    resumed run sees the same pairs. The length is the number of forget rows.
+
+    >>> pairs = PairedDataset([{"input_ids": [1]}], retain=[{"input_ids": [2]}, {"input_ids": [3]}], seed=0)
+    >>> first = pairs[0]["retain"]
+    >>> pairs.set_epoch(1)
+    >>> len(pairs), sorted([first["input_ids"], pairs[0]["retain"]["input_ids"]])
+    (1, [[2], [3]])
+
+    Args:
+        forget: Encoded forget rows.
+        retain: Encoded retain rows, if any.
+        seed: Seed of the order of the retain rows.
+        alternates: Add the alternate answer of each forget row.
+
+    Raises:
+        DataError: One of the sets is empty.
     """
 
-    def __init__(self, forget: Any, retain: Any = None, seed: int = 0, alternates: bool = False):
+    def __init__(self, forget: Rows, retain: Rows | None = None, seed: int = 0, alternates: bool = False):
         require_rows(forget, "forget")
         self.forget, self.retain, self.alternates, self.epoch = forget, retain, alternates, 0
         if retain is not None:
@@ -31,6 +45,7 @@ class PairedDataset(Dataset):
         return len(self.forget)
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, which determines the retain rows; accelerate calls this."""
         self.epoch = epoch
 
     def __getitem__(self, index: int) -> dict[str, Row]:
@@ -45,24 +60,37 @@ class PairedDataset(Dataset):
 
 @dataclass(frozen=True)
 class PairedCollator:
-    """Collate `PairedDataset` rows to `{"forget": batch, "retain": batch}`, plain rows (evaluation) to a batch.
+    """Collate rows of `PairedDataset` to `{"forget": batch, "retain": batch}`, and plain rows (evaluation) to a batch.
 
-    With an `attacker`, its part of the forget rows is a batch of its own, `relearn`, and is in no other.
+    >>> from hf_unlearn.data.batches import PaddingCollator
+    >>> batch = PairedCollator(PaddingCollator())([{"forget": {"input_ids": [1]}, "retain": {"input_ids": [2]}}])
+    >>> batch["retain"]["input_ids"]
+    tensor([[2]])
+
+    Attributes:
+        collator: Makes a batch of plain rows.
+        attacker: Put the attacker's share of the forget rows (`attackers_rows`) in a batch `relearn` and in no other.
     """
 
-    collator: Callable[[Sequence[Row]], Mapping[str, Tensor]]
+    collator: Collator
     attacker: bool = False
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Batch] | Batch:
+        """Return one batch per part of the pairs, or one batch of plain rows."""
         if "forget" not in rows[0]:
             return dict(self.collator(rows))
         if not self.attacker:
             return {part: self.collator([row[part] for row in rows]) for part in rows[0]}
         few, others = attackers_rows(rows)
-        return {"relearn": self.collator([row["forget"] for row in few])} | PairedCollator(self.collator)(others)
+        relearn = {"relearn": self.collator([row["forget"] for row in few])}
+        return {**relearn, **{part: self.collator([row[part] for row in others]) for part in rows[0]}}
 
 
 def attackers_rows(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Every third row, which an attacker has, and the others; of a single row the same one twice."""
+    """Split rows into every third row, which the attacker has, and the others; a single row is in both parts.
+
+    >>> attackers_rows([{"id": 0}, {"id": 1}, {"id": 2}])
+    ([{'id': 0}], [{'id': 1}, {'id': 2}])
+    """
     rows = list(rows)
     return (rows[::3], [row for index, row in enumerate(rows) if index % 3]) if len(rows) > 1 else (rows, rows)

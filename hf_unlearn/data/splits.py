@@ -1,4 +1,4 @@
-"""Rows by the name of a data set and its splits."""
+"""Loading raw rows by the name of a data set and of its splits."""
 
 import re
 from pathlib import Path
@@ -10,24 +10,36 @@ from hf_unlearn.errors import DataError
 if TYPE_CHECKING:
     import datasets
 
-_FILES = {"json": "json", "jsonl": "json", "parquet": "parquet"}
+_BUILDERS = {"json": "json", "jsonl": "json", "parquet": "parquet"}
 _SPEC = re.compile(r"((?P<config>[\w.-]+)/)?(?P<name>[\w.-]+)(?P<slice>\[\d*:\d*\])?")
 
 
 def load_rows(dataset_name: str, splits: str, what: str) -> "datasets.Dataset":
-    """Rows of `name[start:stop]` splits: files of a local folder, configurations of a Hub data set, or its splits.
+    """Load the rows of one or more splits, `name` or `name[start:stop]`, separated by commas.
 
-    `config/name` is a split of one of its configurations, or a file of a subfolder.
+    A name is a file of a local folder, a configuration of a Hub data set, or a split of it; `config/name` is a split
+    of one of its configurations, or a file of a subfolder.
+
+    >>> import pathlib, tempfile
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> _ = (folder / "people.jsonl").write_text("".join(f'{{"id": {n}}}\\n' for n in range(4)))
+    >>> load_rows(str(folder), "people[0:1],people[2:4]", "forget")["id"][:]
+    [0, 2, 3]
+
+    Args:
+        dataset_name: A local folder, or the name of a data set on the Hub.
+        splits: The splits.
+        what: The name of the set in errors and of its flag.
 
     Raises:
-        DataError: A malformed or missing split, or one without rows.
+        DataError: A split is malformed, missing or empty.
     """
     import datasets
 
     if not splits:
         raise DataError(f"no {what} split was named; pass --{what} such as --{what} 'full[0:20]'")
-    parts = [_load_split(dataset_name, part.strip()) for part in splits.split(",")]
-    rows = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    loaded = [_load_split(dataset_name, split.strip()) for split in splits.split(",")]
+    rows = datasets.concatenate_datasets(loaded) if len(loaded) > 1 else loaded[0]
     require_rows(rows, what)
     return rows
 
@@ -48,12 +60,11 @@ def _load_split(dataset_name: str, split: str) -> "datasets.Dataset":
                 return datasets.load_dataset(dataset_name, match["name"], split=part)
             return datasets.load_dataset(dataset_name, split=split)
         folder = folder / (match["config"] or "")
-        files = ((folder / f"{match['name']}.{suffix}", kind) for suffix, kind in _FILES.items())
-        found = [(path, kind) for path, kind in files if path.is_file()]
-        if not found:
-            raise DataError(f"{folder} has no {match['name']}.json, .jsonl or .parquet")
-        return datasets.load_dataset(found[0][1], data_files=str(found[0][0]), split=part)
+        for suffix, builder in _BUILDERS.items():
+            if (path := folder / f"{match['name']}.{suffix}").is_file():
+                return datasets.load_dataset(builder, data_files=str(path), split=part)
+        raise DataError(f"{folder} has no {match['name']}.json, .jsonl or .parquet")
     except DataError:
         raise
-    except Exception as error:  # datasets raises many kinds
+    except Exception as error:  # datasets raises errors of many types
         raise DataError(f"cannot load split {split!r} of {dataset_name!r}: {str(error).splitlines()[0]}") from error

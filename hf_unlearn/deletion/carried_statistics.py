@@ -1,30 +1,46 @@
 """Statistics that one request passes on to the next."""
 
 from dataclasses import replace
-from typing import Any
+from typing import TypedDict
 
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 
 CARRIED = "carried_from"
 
 NEGATIVE = 0.005
-"""Warn when a larger share of a Gram's energy than this has become negative: the carried statistics are out of date."""
+"""Warn if more than this share of a Gram matrix's energy is negative: the carried statistics are out of date."""
+
+
+class StatisticsIdentity(TypedDict):
+    """Which statistics: number of rows, fingerprint of the rows, fingerprint of the weights."""
+
+    rows: int
+    data: str
+    weights: str
 
 
 def carry(statistics: RetainStatistics, weights: str) -> RetainStatistics:
-    """The same sums as statistics of the unlearned weights, which they approximate (see the module).
+    """Return the same sums as statistics of the unlearned weights, which they approximate.
 
-    The fingerprints of the weights that they were passed on from stay in `settings["carried_from"]`, oldest first.
+    How well is described in `hf_unlearn.deletion.series`. The fingerprints of the weights that they were passed on from
+    are in `settings["carried_from"]`, oldest first.
+
+    Args:
+        statistics: Retain statistics of the completed request.
+        weights: Fingerprint of the unlearned weights.
     """
     origins = [*statistics.settings.get(CARRIED, []), statistics.weights]
     return replace(statistics, weights=weights, settings={**statistics.settings, CARRIED: origins})
 
 
 def negative_share(statistics: RetainStatistics) -> float:
-    """Largest share of negative energy of any Gram: what subtraction on other weights made indefinite."""
+    """Return the largest share of negative energy of any Gram matrix.
+
+    Negative energy appears when statistics that were collected on other weights are subtracted.
+    """
     return max((statistics.gram_eigen(layer).negative_share for layer in statistics.layers), default=0.0)
 
 
-def about_statistics(statistics: RetainStatistics) -> dict[str, Any]:
-    """What names statistics: how many rows, which, and on which weights."""
+def identify_statistics(statistics: RetainStatistics) -> StatisticsIdentity:
+    """Return what identifies statistics in the ledger."""
     return {"rows": statistics.rows, "data": statistics.data, "weights": statistics.weights}

@@ -1,4 +1,4 @@
-"""Making the models that a demonstration or benchmark compares: fine-tuned with and without the forget rows."""
+"""Fine-tuned models, with and without the forget rows, which a demonstration or a benchmark compares."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from hf_unlearn.core.processes import is_main, wait_for_all, world
 from hf_unlearn.core.settings import require_ranges
 from hf_unlearn.core.sharding import sharding_of
 from hf_unlearn.data.formats import Row
-from hf_unlearn.data.row_identity import labelled_row_key
+from hf_unlearn.data.row_identity import labelled_row_hash
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.models.fingerprint import weights_fingerprint
 
@@ -29,7 +29,18 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class FineTuning:
-    """Settings of a plain fine-tune (AdamW, linear decay, loss on the labels); `batch_size` is that of a step."""
+    """Settings of a plain fine-tune (AdamW, linear decay, loss on the labels).
+
+    Attributes:
+        epochs: Passes over the rows.
+        learning_rate: Peak learning rate.
+        batch_size: Rows of one step, over all processes.
+        weight_decay: Of AdamW.
+        seed: Of the order of rows and of dropout.
+
+    Raises:
+        SettingsError: A value out of range; the message names the flag.
+    """
 
     epochs: float = 8.0
     learning_rate: float = 1e-4
@@ -38,26 +49,47 @@ class FineTuning:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"epochs": 0, "learning_rate": 0, "batch_size": 1, "weight_decay": 0}
-        require_ranges(self, {n: (v, math.inf) for n, v in least.items()} | {"seed": (0, 2**32)}, "fine_tune_")
+        minima = {"epochs": 0, "learning_rate": 0, "batch_size": 1, "weight_decay": 0}
+        ranges = {name: (minimum, math.inf) for name, minimum in minima.items()}
+        require_ranges(self, ranges | {"seed": (0, 2**32)}, "fine_tune_")
 
     def run(
         self, model: nn.Module, rows: Sequence[Row], collator: Callable, scratch: str | os.PathLike
     ) -> dict[str, Tensor] | None:
-        """Fine-tune `model` in place on `rows`; returns its weights (on process 0 alone) if they are sharded."""
+        """Fine-tune `model` in place on `rows`.
+
+        Args:
+            model: Changed in place.
+            rows: Encoded rows.
+            collator: Rows to batch.
+            scratch: Folder that `Trainer` may use.
+
+        Returns:
+            Its weights, on process 0 alone, if they are sharded over processes; else None.
+
+        Raises:
+            SettingsError: A batch size that the processes cannot share equally.
+        """
         _, processes = world()
         if self.batch_size % processes:
             raise SettingsError(
-                f"the fine-tune's batch size {self.batch_size} is no multiple of {processes} processes; pass another "
-                "(--fine_tune_batch_size)"
+                f"the fine-tune's batch size {self.batch_size} is not a multiple of {processes} processes; pass "
+                "another (--fine_tune_batch_size)"
             )
         set_seed(self.seed)
         args = TrainingArguments(
-            str(scratch), num_train_epochs=self.epochs, learning_rate=self.learning_rate, seed=self.seed,
-            per_device_train_batch_size=self.batch_size // processes, weight_decay=self.weight_decay,
-            save_strategy="no", report_to="none", logging_strategy="no", remove_unused_columns=False,
-            use_cpu=not torch.accelerator.is_available(),  # said, or several processes would each train by themselves
-        )  # fmt: skip
+            str(scratch),
+            num_train_epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+            per_device_train_batch_size=self.batch_size // processes,
+            weight_decay=self.weight_decay,
+            save_strategy="no",
+            report_to="none",
+            logging_strategy="no",
+            remove_unused_columns=False,
+            use_cpu=not torch.accelerator.is_available(),  # without it several CPU processes would train separately
+        )
         trainer = Trainer(model, args, train_dataset=rows, data_collator=collator)
         trainer.train()
         if sharding_of(trainer.accelerator) == "none":
@@ -66,7 +98,7 @@ class FineTuning:
 
 
 def cache_folder(folder: str | os.PathLike | None) -> Path:
-    """Where prepared models and statistics are kept: `folder`, or `hf_unlearn` in the Hub client's home."""
+    """Return where prepared models and statistics are kept: `folder`, or `hf_unlearn` in the Hub client's home."""
     if folder is not None:
         return Path(folder)
     from huggingface_hub.constants import HF_HOME
@@ -81,17 +113,20 @@ def fine_tuned(
     collator: Callable,
     cache: Path,
 ) -> tuple[nn.Module, float]:
-    """The model fine-tuned on `rows`, from `cache` if it was made before, and the seconds that making it took.
+    """Return the model fine-tuned on `rows`, from `cache` if it was made before.
 
     Args:
-        load: Given None loads the base model, given a folder that of the cache.
+        load: Loads the base model if given None, else the model in the folder given.
         rows: Encoded rows.
         settings: How to fine-tune.
         collator: Rows to batch.
-        cache: Folder of prepared models; an entry's name is a hash of weights, rows and settings.
+        cache: Folder of prepared models. The name of an entry is a hash of weights, rows and settings.
+
+    Returns:
+        The model, and the seconds that making it took.
     """
     base = load(None)
-    folder = cache / f"model-{_key(base, rows, settings)}"
+    folder = cache / f"model-{_cache_key(base, rows, settings)}"
     if folder.is_dir():
         del base
         logger.info(f"using {folder}")
@@ -103,15 +138,15 @@ def fine_tuned(
     if is_main():
         with replace_folder(folder) as new:
             base.save_pretrained(new, state_dict=state)  # type: ignore[operator]
-            about = {**asdict(settings), "rows": len(rows), "seconds": seconds}
-            (new / "fine_tuning.json").write_text(json.dumps(about))
+            record = {**asdict(settings), "rows": len(rows), "seconds": seconds}
+            (new / "fine_tuning.json").write_text(json.dumps(record))
     wait_for_all()
     return (base if state is None else load(folder)).eval(), seconds
 
 
-def _key(base: nn.Module, rows: Sequence[Row], settings: FineTuning) -> str:
+def _cache_key(base: nn.Module, rows: Sequence[Row], settings: FineTuning) -> str:
     digest = sha256(weights_fingerprint(base).encode())
     for row in rows:
-        digest.update(labelled_row_key(row))
+        digest.update(labelled_row_hash(row))
     digest.update(repr({name: float(value) for name, value in asdict(settings).items()}).encode())
     return digest.hexdigest()[:20]

@@ -12,11 +12,18 @@ from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.statistics.sketch import is_sketch
 
 ROOM_LEFT = 0.25
-"""Warn when the room is, or at the present rate will be at the next request, below this share of that of the first."""
+"""Warn if the room is below this share of the first request's room, or will be at the next request at this rate."""
 
 
 def running_out(rooms: Sequence[float]) -> bool:
-    """Whether the last of the rooms, or the next at their mean rate, is below `ROOM_LEFT` of the first."""
+    """Return whether the last room, or the next one at the mean rate so far, is below `ROOM_LEFT` of the first.
+
+    Args:
+        rooms: Room at each request, oldest first.
+
+    >>> running_out([0.4, 0.3]), running_out([0.4, 0.19])
+    (False, True)
+    """
     if len(rooms) < 2 or rooms[0] == 0:
         return False
     share = rooms[-1] / rooms[0]
@@ -24,29 +31,39 @@ def running_out(rooms: Sequence[float]) -> bool:
 
 
 def room_left(forget: RetainStatistics, retain: RetainStatistics, constraint: ConstraintLike) -> dict[str, float]:
-    """`tr(R G R) / tr(G)` by constrained layer: 1 where the constraint lets all through that the forget rows excite."""
+    """Return `tr(R G R) / tr(G)` for each constrained layer.
+
+    G is the Gram matrix of the forget rows, and R the right factor of the constraint. 1 means that the constraint lets
+    everything through that the forget rows excite.
+
+    Args:
+        forget: Statistics of the forget rows.
+        retain: Statistics that the constraint is bound to.
+        constraint: The constraint, or constraints by layer pattern.
+    """
     device = next(iter(retain.gram_sums.values())).device
-    with warnings.catch_warnings():  # the trainer has told already
+    with warnings.catch_warnings():  # the trainer has issued them already
         warnings.simplefilter("ignore")
         bound = bind_constraints(retain, constraint, device)
-    shares: dict[tuple[str, int], float] = {}
+    share_by_gram_and_factor: dict[tuple[str, int], float] = {}
     room = {}
-    for layer, one in bound.items():
-        if one.right is None:
+    for layer, bound_constraint in bound.items():
+        factor = bound_constraint.right
+        if factor is None:
             continue
-        place = forget.layers[layer].inputs, id(one.right)
-        if place not in shares:
-            shares[place] = _share_through(one.right, forget, layer, device)
-        room[layer] = shares[place]
+        key = forget.layers[layer].inputs, id(factor)
+        if key not in share_by_gram_and_factor:
+            share_by_gram_and_factor[key] = _share_through(factor, forget, layer, device)
+        room[layer] = share_by_gram_and_factor[key]
     return room
 
 
 def _share_through(right: Factor, forget: RetainStatistics, layer: str, device: torch.device) -> float:
-    """`tr(R G R) / tr(G)` of one layer; of a sketch that of the part that it holds."""
+    """Return `tr(R G R) / tr(G)` of one layer; for a sketch, of the part that the sketch holds."""
     gram_II = forget.gram(layer).to(device)
     if is_sketch(gram_II.shape):
-        parts = forget.gram_eigen(layer).to(device)
-        root_KI = (parts.vectors_II * parts.values_I.sqrt()).mT.float()
+        eigen = forget.gram_eigen(layer).to(device)
+        root_KI = (eigen.vectors_II * eigen.values_I.sqrt()).mT.float()
         return (right(root_KI).square().sum() / root_KI.square().sum().clamp(min=1e-30)).item()
     gram_II = (gram_II / gram_II.trace().clamp(min=1e-300)).float()
     return max(right(right(gram_II).T).trace().item(), 0.0)

@@ -1,8 +1,11 @@
-"""Models, tokenizers, processors and rows by name: folders, or ids on the Hub."""
+"""The rows of a request: which rows of which data set to forget, and all splits, encoded."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 
@@ -10,90 +13,148 @@ from hf_unlearn.data.checks import require_disjoint
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.formats import Row
 from hf_unlearn.data.row_filters import read_requests, rows_by_index, rows_requested, rows_where
-from hf_unlearn.data.row_identity import row_key
+from hf_unlearn.data.row_identity import row_hash
 from hf_unlearn.data.splits import load_rows
 from hf_unlearn.deletion.arguments import RunArguments
 from hf_unlearn.errors import DataError, SettingsError
+from hf_unlearn.models.tasks import Task
+
+if TYPE_CHECKING:
+    from hf_unlearn.deletion.request import ProcessingClass
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowEncoding:
+    """How raw rows become model inputs.
+
+    Attributes:
+        task: What the model does.
+        max_length: Longest row in tokens; longer rows are cut.
+        idk_seed: Seed of the "I don't know" answers of forget rows; None adds none.
+    """
+
+    task: Task
+    max_length: int | None
+    idk_seed: int | None = None
+
+    def encode(
+        self, rows: Sequence[Row] | datasets.Dataset, tokenizer: ProcessingClass, what: str, with_idk: bool = True
+    ) -> Sequence[Row]:
+        """Encode `rows`; `what` names them in error messages."""
+        idk_seed = self.idk_seed if with_idk else None
+        return encode_dataset(rows, tokenizer, what=what, max_length=self.max_length, task=self.task, idk_seed=idk_seed)
+
+
+@dataclass(frozen=True)
+class EncodedSplits:
+    """The encoded rows of a run.
+
+    Attributes:
+        forget: Rows to forget.
+        train: Rows that the model was trained on, or is to be trained on; may be empty.
+        evaluation: Further splits to evaluate on: `retain`, `holdout`, those of `eval_splits`, and earlier requests.
+    """
+
+    forget: Sequence[Row]
+    train: Sequence[Row] = ()
+    evaluation: Mapping[str, Sequence[Row]] = field(default_factory=dict)
 
 
 def forget_rows(args: RunArguments) -> datasets.Dataset:
-    """The raw rows to forget: a split, or those of it that a filter or a file selects; or a file's own rows.
+    """Return the raw rows to forget: a split, those rows of it that a filter or a file selects, or a file's own rows.
 
     Raises:
-        DataError: No such split, or nothing selected.
-        SettingsError: Two ways to select at once.
+        DataError: No such split, or no row is selected.
+        SettingsError: More than one way to select.
     """
-    return selected_rows(where_selected(args))
+    return rows_at(locate_forget_rows(args))
 
 
-def where_selected(args: RunArguments) -> dict[str, Any]:
-    """Where the rows to forget are, for `selected_rows`: data set, split and, of some of its rows, their numbers.
+def locate_forget_rows(args: RunArguments) -> dict[str, Any]:
+    """Return where the rows to forget are, for `rows_at`: data set, split and, if only some are meant, their numbers.
 
-    Errors are those of `forget_rows`.
+    Raises:
+        DataError, SettingsError: As `forget_rows`.
     """
-    given = {"filter": args.forget_filter, "indices": args.forget_indices, "request": args.forget_request}
-    chosen = {name: value for name, value in given.items() if value is not None}
+    selections = {"filter": args.forget_filter, "indices": args.forget_indices, "request": args.forget_request}
+    chosen = {name: value for name, value in selections.items() if value is not None}
     if len(chosen) > 1:
         raise SettingsError(f"pass only one of {' and '.join('--forget_' + name for name in chosen)}")
     if args.forget_request is not None and not (args.forget or args.train):  # the file has the rows themselves
         return {"request": str(Path(args.forget_request).resolve())}
-    place = str(Path(args.dataset_name).resolve()) if Path(args.dataset_name).is_dir() else args.dataset_name
-    where: dict[str, Any] = {"dataset_name": place, "forget": args.forget or (args.train if chosen else "")}
+    dataset = str(Path(args.dataset_name).resolve()) if Path(args.dataset_name).is_dir() else args.dataset_name
+    where: dict[str, Any] = {"dataset_name": dataset, "forget": args.forget or (args.train if chosen else "")}
     for name, value in chosen.items():
         select = {"filter": rows_where, "indices": rows_by_index, "request": rows_requested}[name]
-        where["numbers"] = select(load_rows(place, where["forget"], "forget"), value)
+        where["numbers"] = select(load_rows(dataset, where["forget"], "forget"), value)
     return where
 
 
-def selected_rows(where: Mapping[str, Any]) -> datasets.Dataset:
-    """The raw rows that `where_selected` told of; raises `DataError` where they are not there any more."""
+def rows_at(where: Mapping[str, Any]) -> datasets.Dataset:
+    """Return the raw rows at the place that `locate_forget_rows` returned.
+
+    Raises:
+        DataError: They are not there any more.
+    """
     if "request" in where:
         return datasets.Dataset.from_list(read_requests(where["request"]))
     rows = load_rows(where["dataset_name"], where["forget"], "forget")
     if any(number >= len(rows) for number in where.get("numbers", ())):
-        raise DataError(f"split {where['forget']!r} has only {len(rows)} rows by now")
+        raise DataError(f"split {where['forget']!r} now has only {len(rows)} rows; restore the data set of the request")
     return rows.select(where["numbers"]) if "numbers" in where else rows
 
 
 def load_splits(
     args: RunArguments,
-    tokenizer: Any,
-    max_length: int | None,
-    idk_seed: int | None = None,
+    tokenizer: ProcessingClass,
+    encoding: RowEncoding,
     earlier: Mapping[str, Sequence[Row]] | None = None,
-) -> dict[str, Any]:
-    """Encoded rows by split; the retain split defaults to the train rows that are not to be forgotten.
+) -> EncodedSplits:
+    """Load and encode all splits of a run.
 
-    Rows that were forgotten `earlier` are in no train or retain split, and in splits of their own.
+    Args:
+        args: Names of the splits. The retain split defaults to the train rows that are not to be forgotten.
+        tokenizer: Tokenizer or image processor.
+        encoding: How to encode the rows.
+        earlier: Encoded rows of earlier requests, by split name. They are left out of the train and retain splits, and
+            become splits of their own.
+
+    Raises:
+        DataError: A split that cannot be loaded, forget rows that are also retain or held-out rows, or that are not in
+            the train split.
     """
-    how: dict[str, Any] = {"max_length": max_length, "task": args.task}
-    gone = {row_key(row) for rows in (earlier or {}).values() for row in rows}
+    earlier = earlier or {}
+    forgotten = {row_hash(row) for rows in earlier.values() for row in rows}
 
-    def left(rows: Any) -> Any:
-        return [row for row in rows if row_key(row) not in gone] if gone else rows
+    def load(split: str, what: str) -> Sequence[Row]:
+        return encoding.encode(load_rows(args.dataset_name, split, what), tokenizer, what, with_idk=False)
 
-    def encoded(splits: str, what: str) -> Any:
-        return encode_dataset(load_rows(args.dataset_name, splits, what), tokenizer, what=what, **how)
+    def without_forgotten(rows: Sequence[Row]) -> Sequence[Row]:
+        return [row for row in rows if row_hash(row) not in forgotten] if forgotten else rows
 
-    forget = encode_dataset(forget_rows(args), tokenizer, what="forget", idk_seed=idk_seed, **how)
-    train = left(encoded(args.train, "train")) if args.train else []
+    forget = encoding.encode(forget_rows(args), tokenizer, "forget")
+    train = without_forgotten(load(args.train, "train")) if args.train else []
     if args.retain:
-        retain = left(encoded(args.retain, "retain"))
+        retain = without_forgotten(load(args.retain, "retain"))
         require_disjoint(forget, retain)
     else:
-        keys = {row_key(row) for row in forget}
-        retain = [row for row in train if row_key(row) not in keys]
-        if train and len(retain) != len(train) - len(forget):
-            missing = len(retain) + len(forget) - len(train)
-            raise DataError(f"{missing} forget rows are not in the train split {args.train!r}, or are in it twice")
-    found = {"train": train, "forget": forget, "retain": retain}
-    if not retain:
-        found.pop("retain")
+        retain = _retain_of_train(args, train, forget)
+    evaluation: dict[str, Sequence[Row]] = {"retain": retain} if len(retain) else {}
     if args.holdout:
-        found["holdout"] = encoded(args.holdout, "holdout")
-        require_disjoint(forget, found["holdout"], "holdout")
+        evaluation["holdout"] = load(args.holdout, "holdout")
+        require_disjoint(forget, evaluation["holdout"], "holdout")
     for split in (args.eval_splits or "").split(","):
         if split.strip():
             name, _, rows = split.strip().rpartition("=")
-            found[name.strip() or rows] = encoded(rows.strip(), "eval_splits")
-    return found | dict(earlier or {})
+            evaluation[name.strip() or rows] = load(rows.strip(), "eval_splits")
+    return EncodedSplits(forget, train, {**evaluation, **earlier})
+
+
+def _retain_of_train(args: RunArguments, train: Sequence[Row], forget: Sequence[Row]) -> list[Row]:
+    """Return the train rows that are not forget rows; raises `DataError` unless all forget rows are train rows."""
+    keys = {row_hash(row) for row in forget}
+    retain = [row for row in train if row_hash(row) not in keys]
+    if train and len(retain) != len(train) - len(forget):
+        missing = len(retain) + len(forget) - len(train)
+        raise DataError(f"{missing} forget rows are not in the train split {args.train!r}, or are in it twice")
+    return retain

@@ -1,68 +1,111 @@
-"""`hf-unlearn run`, `collect`, `evaluate` and `audit`: from names in a YAML file to finished folders."""
+"""The commands `run`, `collect`, `evaluate` and `audit`: from the names in a YAML file to finished folders."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from hf_unlearn.constraints.registry import CONSTRAINTS, needs_fisher
 from hf_unlearn.core.files import check_output
 from hf_unlearn.core.processes import wait_for_all
-from hf_unlearn.data.batches import default_collator, take
+from hf_unlearn.data.batches import PaddingCollator, default_collator, take
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.splits import load_rows
 from hf_unlearn.deletion.arguments import DataArguments, RunArguments
+from hf_unlearn.deletion.build import build_request, metric_names
 from hf_unlearn.deletion.fine_tuning import cache_folder
-from hf_unlearn.deletion.next_request import continued, open_series
-from hf_unlearn.deletion.prepare import _metrics, prepare
-from hf_unlearn.deletion.rows import load_splits
+from hf_unlearn.deletion.fulfil import DEFAULT_OUTPUT, fulfil_request_under
+from hf_unlearn.deletion.next_request import next_config, open_series
+from hf_unlearn.deletion.request import Rows
+from hf_unlearn.deletion.rows import RowEncoding, load_splits
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.evaluation.attacks.audit import AuditSettings, audit
+from hf_unlearn.evaluation.attacks.auditing import AuditSettings, audit
 from hf_unlearn.evaluation.evaluate import evaluate_unlearning
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.models.loading import load_model, load_processor
 from hf_unlearn.publishing.model_folder import complete_folder
-from hf_unlearn.statistics.collect import collect_statistics
+from hf_unlearn.statistics.collect import collect_with_options
+from hf_unlearn.statistics.options import CollectionOptions
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.trainer.config import UnlearningConfig
 
+if TYPE_CHECKING:
+    from hf_unlearn.deletion.request import ProcessingClass
 
-def run(args: RunArguments, config: UnlearningConfig) -> dict[str, UnlearningReport]:
-    """One deletion request, or the same one under several constraints; reports by constraint name."""
-    names = _constraints(args, config)
+
+def run_request(args: RunArguments, config: UnlearningConfig) -> dict[str, UnlearningReport]:
+    """Run one deletion request, under one constraint or several.
+
+    Args:
+        args: What to forget, and what to compare with.
+        config: Hyper-parameters and output folder. Several constraints get a folder each inside it.
+
+    Returns:
+        The reports by constraint name.
+
+    Raises:
+        UnlearningError: Whatever is wrong with the request.
+    """
+    names = _constraint_names(args, config)
     if len(names) > 1 and config.deepspeed_plugin is not None:
-        raise SettingsError("under DeepSpeed a process unlearns once; run the constraints one by one")
-    check_output(config.output_dir or "unlearned", config.overwrite_output_dir)
+        raise SettingsError("DeepSpeed allows one unlearning run per process; run the constraints one by one")
+    check_output(config.output_dir or DEFAULT_OUTPUT, config.overwrite_output_dir)
     series = open_series(args, names)
     if series is not None:
-        config = continued(args, config, series)
-    request = prepare(args, config, fisher=any(needs_fisher(name) for name in names), series=series)
-    reports = {}
+        config = next_config(args, config, series)
+    request = build_request(args, config, fisher=any(map(needs_fisher, names)), series=series)
+    configs = {name: _config_of(name, config, several=len(names) > 1) for name in names}
+    finished = fulfil_request_under(request, configs)
+    return {name: result.report for name, result in finished.items()}
+
+
+def _constraint_names(args: RunArguments, config: UnlearningConfig) -> list[str]:
+    """Return the names of the constraints to run under; raises `SettingsError` on an unknown one."""
+    if args.constraints is None:
+        return [config.constraint]
+    if args.constraints == "all":
+        return list(CONSTRAINTS)
+    names = [name.strip() for name in args.constraints.split(",")]
     for name in names:
-        own = config
-        if name != config.constraint:  # its settings are another's
-            own = own.but(constraint=name, constraint_settings=None)
-        if len(names) > 1:
-            own = own.but(output_dir=str(Path(config.output_dir or "unlearned") / name))
-            if config.hub_model_id:
-                own = own.but(hub_model_id=f"{config.hub_model_id}-{name}")
-        reports[name] = request.fulfil(own)
-    return reports
+        CONSTRAINTS.find(name, also=("all",))
+    return names
 
 
-def collect(
+def _config_of(name: str, config: UnlearningConfig, several: bool) -> UnlearningConfig:
+    """Return the configuration of one constraint; each of several has a folder and a repository of its own."""
+    if name != config.constraint:  # the constraint settings are those of the configured constraint
+        config = config.but(constraint=name, constraint_settings=None)
+    if several:
+        config = config.but(output_dir=str(Path(config.output_dir or DEFAULT_OUTPUT) / name))
+        if config.hub_model_id:
+            config = config.but(hub_model_id=f"{config.hub_model_id}-{name}")
+    return config
+
+
+def collect_split(
     args: DataArguments,
     rows: str,
-    fisher: bool,
+    options: CollectionOptions,
     output_dir: str,
     overwrite: bool,
     max_length: int | None = 512,
-    **options: Any,
 ) -> RetainStatistics:
-    """`hf-unlearn collect`: statistics of a split, saved to `output_dir`; rows are cut as `run` cuts them.
+    """Collect the statistics of a split, and save them to `output_dir`.
 
-    Further options are those of `collect_statistics`.
+    Args:
+        args: Model and data set.
+        rows: The split, as `name` or `name[start:stop]`.
+        options: How statistics are collected.
+        output_dir, overwrite: Where the statistics are saved, and whether that folder may be replaced.
+        max_length: Longest row in tokens, as in `run`; longer rows are cut.
+
+    Raises:
+        UnlearningError: Something that cannot be loaded, collected or saved.
     """
     check_output(output_dir, overwrite)
     tokenizer = load_processor(args.model_name_or_path, args.task)
@@ -70,23 +113,72 @@ def collect(
     model = load_model(args.model_name_or_path, args.task)
     data = encode_dataset(loaded, tokenizer, what="statistics", max_length=max_length, model=model)
     collator = default_collator(tokenizer)
-    statistics = collect_statistics(model, data, collator=collator, fisher=fisher, max_rows=args.max_rows, **options)
+    statistics = collect_with_options(model, data, options, collator=collator)
     statistics.save_pretrained(output_dir, overwrite=overwrite)
-    statistics.decompose(statistics.layers)  # for its summary: here, where every process is
+    statistics.decompose(statistics.layers)  # for its summary: here, where all processes take part
     wait_for_all()
     return statistics
 
 
-def evaluate(
+@dataclass(frozen=True)
+class FinishedModel:
+    """A finished model, the models to compare it with, and the rows to evaluate it on."""
+
+    model: nn.Module
+    original: nn.Module | None
+    retrained: nn.Module | None
+    splits: Mapping[str, Rows]
+    processing_class: ProcessingClass
+    collator: PaddingCollator
+
+    @classmethod
+    def load(cls, args: RunArguments, original: str | None, max_length: int | None) -> FinishedModel:
+        """Load everything by name; rows are cut to `max_length` tokens."""
+        tokenizer = load_processor(args.model_name_or_path, args.task)
+        loaded = load_splits(args, tokenizer, RowEncoding(task=args.task, max_length=max_length))
+        splits = {"forget": loaded.forget, **loaded.evaluation}
+        retrained = args.retrained if args.retrained != "none" else None
+        return cls(
+            original=load_model(original, args.task) if original else None,
+            retrained=load_model(retrained, args.task) if retrained else None,
+            model=load_model(args.model_name_or_path, args.task),
+            splits={name: take(rows, args.max_rows) for name, rows in splits.items()},
+            processing_class=tokenizer,
+            collator=default_collator(tokenizer),
+        )
+
+
+def evaluate_finished(
     args: RunArguments, original: str | None, batch_size: int, seed: int, max_length: int | None = 512
 ) -> UnlearningReport:
-    """`hf-unlearn evaluate`: the table of a finished model; rows are cut as `run` cuts them."""
-    model, splits, options = _finished(args, original, batch_size, max_length)
-    cache = cache_folder(args.cache_dir)
-    return evaluate_unlearning(model, splits, metrics=_metrics(args), seed=seed, cache_dir=cache, **options)
+    """Evaluate a finished model.
+
+    Args:
+        args: Model, retrained model, rows and metrics.
+        original: Name of the model before unlearning.
+        batch_size: Rows in a forward pass.
+        seed: Seed of the bootstrap.
+        max_length: Longest row in tokens, as in `run`; longer rows are cut.
+
+    Raises:
+        UnlearningError: Something that cannot be loaded or evaluated.
+    """
+    finished = FinishedModel.load(args, original, max_length)
+    return evaluate_unlearning(
+        finished.model,
+        finished.splits,
+        original=finished.original,
+        retrained=finished.retrained,
+        metrics=metric_names(args),
+        processing_class=finished.processing_class,
+        collator=finished.collator,
+        batch_size=batch_size,
+        seed=seed,
+        cache_dir=cache_folder(args.cache_dir),
+    )
 
 
-def attack(
+def audit_finished(
     args: RunArguments,
     original: str | None,
     attacks: str | None,
@@ -94,43 +186,45 @@ def attack(
     batch_size: int,
     max_length: int | None = 512,
 ) -> UnlearningReport:
-    """`hf-unlearn audit`: attacks on a finished model; rows are cut as `run` cuts them."""
-    model, splits, options = _finished(args, original, batch_size, max_length)
-    chosen = [name.strip() for name in attacks.split(",")] if attacks else None
-    return audit(model, splits, attacks=chosen, settings=settings, **options)
+    """Attack a finished model.
+
+    Args:
+        args: Model, retrained model and rows.
+        original: Name of the model before unlearning.
+        attacks: Names of attacks, with commas; None runs all.
+        settings: How hard to attack.
+        batch_size: Rows in a forward pass.
+        max_length: Longest row in tokens, as in `run`; longer rows are cut.
+
+    Raises:
+        UnlearningError: Something that cannot be loaded, or an unknown attack.
+    """
+    finished = FinishedModel.load(args, original, max_length)
+    return audit(
+        finished.model,
+        finished.splits,
+        original=finished.original,
+        retrained=finished.retrained,
+        attacks=[name.strip() for name in attacks.split(",")] if attacks else None,
+        settings=settings,
+        processing_class=finished.processing_class,
+        collator=finished.collator,
+        batch_size=batch_size,
+    )
 
 
-def _finished(
-    args: RunArguments, original: str | None, batch_size: int, max_length: int | None
-) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    """A finished model, rows to judge it on, and what else `evaluate_unlearning` and `audit` both take."""
-    tokenizer = load_processor(args.model_name_or_path, args.task)
-    splits = {name: take(rows, args.max_rows) for name, rows in load_splits(args, tokenizer, max_length).items()}
-    splits.pop("train")
-    others = {"original": original, "retrained": args.retrained if args.retrained != "none" else None}
-    options: dict[str, Any] = {kind: load_model(name, args.task) if name else None for kind, name in others.items()}
-    options |= {"processing_class": tokenizer, "collator": default_collator(tokenizer), "batch_size": batch_size}
-    return load_model(args.model_name_or_path, args.task), splits, options
+def add_audit(audited: UnlearningReport, folder: Path, card_template: str | None = None) -> None:
+    """Add the results of an audit to the report and the card of a finished model's folder.
 
-
-def add_to_model(report: UnlearningReport, folder: Path, card_template: str | None = None) -> None:
-    """Put an audit into the report and the card of a finished model's folder; the same numbers are replaced.
+    Results of the same attack on the same split and model are replaced.
 
     Raises:
         OutputError: The folder has no report.
     """
-    whole = UnlearningReport.load(folder)
+    report = UnlearningReport.load(folder)
     key = attrgetter("name", "split", "model")
-    new = {key(metric) for metric in report.metrics}
-    whole.metrics = [metric for metric in whole.metrics if key(metric) not in new] + report.metrics
-    whole.audit = {part: whole.audit.get(part, {}) | found for part, found in report.audit.items()}
-    complete_folder(folder, whole, folder.resolve().name, card_template)
-
-
-def _constraints(args: RunArguments, config: UnlearningConfig) -> list[str]:
-    if args.constraints is None:
-        return [config.constraint]
-    names = list(CONSTRAINTS) if args.constraints == "all" else [n.strip() for n in args.constraints.split(",")]
-    for name in names:
-        CONSTRAINTS.find(name, also=("all",))
-    return names
+    replaced = {key(metric) for metric in audited.metrics}
+    report.metrics = [metric for metric in report.metrics if key(metric) not in replaced] + audited.metrics
+    for section, results in audited.audit.items():
+        report.audit[section] = {**report.audit.get(section, {}), **results}
+    complete_folder(folder, report, folder.resolve().name, card_template)

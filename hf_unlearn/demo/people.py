@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from hf_unlearn.deletion.arguments import RunArguments
-from hf_unlearn.deletion.run import run
+from hf_unlearn.deletion.run import run_request
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.trainer.config import UnlearningConfig
 
-ROWS_A_PERSON, KNOWN, NEVER_SEEN = 20, 5, 2
+ROWS_A_PERSON, KNOWN, NEVER_SEEN = 20, 5, 2  # people the model learns, and people it never sees
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FOLDER = Path(__file__).parent
 
@@ -22,14 +22,26 @@ def run_people(
     overwrite: bool = False,
     cache_dir: str | None = None,
 ) -> dict[str, UnlearningReport]:
-    """Fine-tune `model` on five people of 20 rows each, forget `person:P` (1 to 5), judge against a retrained model.
+    """Fine-tune a chat model on five invented people of 20 rows each, forget one, and compare with a retrained model.
+
+    Args:
+        output_dir: Output folder; several constraints get a folder each inside it.
+        forget: `person:1` to `person:5`.
+        constraint: Names of constraints with commas, `all` for each of them, or None for the default.
+        seed: Seed of fine-tuning and unlearning.
+        model: Folder or Hub id of the chat model.
+        overwrite: Replace what is in the output folder.
+        cache_dir: Where the fine-tuned models and the statistics are kept.
+
+    Returns:
+        A report for each constraint.
 
     Raises:
-        SettingsError: A request that cannot be read.
+        SettingsError: A malformed request.
         ModelError: The model cannot be loaded.
     """
-    kind, _, value = forget.partition(":")
-    if kind != "person" or value not in map(str, range(1, KNOWN + 1)):
+    unit, _, value = forget.partition(":")
+    if unit != "person" or value not in map(str, range(1, KNOWN + 1)):
         raise SettingsError(f"forget must be person:1 to person:{KNOWN} for the text task, got {forget!r}")
     start = (int(value) - 1) * ROWS_A_PERSON
     known = KNOWN * ROWS_A_PERSON
@@ -48,7 +60,5 @@ def run_people(
         fine_tune_batch_size=5,
         fine_tune_seed=seed,
     )
-    return run(
-        arguments,
-        UnlearningConfig(output_dir, overwrite_output_dir=overwrite, per_device_eval_batch_size=10, seed=seed),
-    )
+    config = UnlearningConfig(output_dir, overwrite_output_dir=overwrite, per_device_eval_batch_size=10, seed=seed)
+    return run_request(arguments, config)

@@ -1,4 +1,4 @@
-"""Memory and time of a request, estimated from a configuration."""
+"""Memory and time of a deletion request, estimated from its configuration before it runs."""
 
 import lazy_loader
 

@@ -1,3 +1,9 @@
+from .fit import fastest_fit as fastest_fit
 from .memory import Memory as Memory
-from .memory import Settings as Settings
-from .tracing import trace as trace
+from .memory import estimate_memory as estimate_memory
+from .sizes import EstimateSettings as EstimateSettings
+from .times import Phase as Phase
+from .times import Work as Work
+from .times import estimate_times as estimate_times
+from .tracing import Trace as Trace
+from .tracing import trace_model as trace_model

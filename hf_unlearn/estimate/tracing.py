@@ -1,5 +1,6 @@
-"""A model without weights: what one batch of collecting and one of training keep and compute, by running them on
-tensors that have sizes and no values.
+"""Sizes of a model, and the memory and operations of one batch of collecting and one of training.
+
+The model has no weights: the batches run on fake tensors, which have shapes but no values.
 
 Shapes: B rows, T positions, N = B * T, I and O features of a layer, V classes or vocabulary entries.
 """
@@ -7,16 +8,17 @@ Shapes: B rows, T positions, N = B * T, I and O features of a layer, V classes o
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from hf_unlearn.core.storage import Storage
 from hf_unlearn.errors import ModelError, SettingsError
@@ -27,14 +29,25 @@ from hf_unlearn.models.layers import find_layers
 from hf_unlearn.models.loading import MODELS
 from hf_unlearn.models.tasks import Task, context_length, shifts_labels
 from hf_unlearn.models.trainable import freeze_unprotected
-from hf_unlearn.statistics.accumulator import Collector
+from hf_unlearn.statistics.accumulator import Accumulator
 from hf_unlearn.statistics.fisher import sample_labels
 from hf_unlearn.statistics.sketch import EXACT, Sketching
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 @dataclass(frozen=True)
 class LayerSize:
-    """A covered layer: which Gram it has, and whether the stored weight is `[I, O]`."""
+    """Sizes of a covered layer.
+
+    Attributes:
+        outputs: Number of outputs O.
+        inputs: Number of inputs I.
+        gram: Name of its Gram.
+        transposed: Whether the weight is stored as `[I, O]`.
+        trained: Whether the weight is trained.
+    """
 
     outputs: int
     inputs: int
@@ -45,20 +58,22 @@ class LayerSize:
 
 @dataclass(frozen=True)
 class Trace:
-    """Sizes of a model, and what one batch takes; bytes and floating-point operations of one process.
+    """Sizes of a model, and bytes and floating-point operations of one batch on one process.
 
     Attributes:
         parameters: Number of parameters.
         weights: Bytes of parameters and buffers.
         largest: Bytes of the largest parameter.
         layers: The covered layers by name.
-        trained: Sizes of the trained parameters (of LoRA: the factors A and B) and bytes a number of them.
-        positions: Rows `X_NI` behind a Gram in one batch, by Gram.
-        unsharded: Bytes that FSDP2 has gathered at a time: what is in no block, and two blocks.
-        collecting: Largest bytes beside weights and sums while a batch is collected.
-        training: Largest bytes beside weights in forward and backward pass, gradients included.
+        trained: Shapes of the trained parameters (for LoRA the factors A and B).
+        width: Bytes of one trained number.
+        positions: Number of rows N of the layer inputs `X_NI` in one batch, by Gram.
+        unsharded: Bytes that FSDP2 has gathered at a time: what is outside the blocks, and two blocks.
+        collecting: Largest bytes besides weights and sums while a batch is collected.
+        training: Largest bytes besides weights in the forward and backward pass, gradients included.
         activations: The same without gradients of weights.
-        forward, backward: Operations of a training batch, of its attention included.
+        forward: Operations of the forward pass of a training batch, attention included.
+        backward: Operations of its backward pass.
         collected: Operations of a collected batch without the products of the sums.
         sketching: Which sums are sketches; nothing that is traced depends on it.
     """
@@ -86,55 +101,57 @@ class Trace:
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of the tensors that are alive among those made inside the context, now and at most; and operations.
+    """Count the bytes of the tensors created inside the context that are alive, their peak, and attention operations.
 
-    Attention kernels that torch's own counter leaves out are counted as it counts the others: `2 * 2 * B T T D`
-    forward, two and a half times that backward.
+    Attention kernels that torch's own counter omits are counted as it counts the others: `2 * 2 * B T T D` forward,
+    two and a half times that backward.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = self.gradients = self.activations = 0
         self.attention = 0.0
-        self._seen: dict[int, Any] = {}
+        self._seen: dict[int, weakref.finalize] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        found = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in given:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in inputs:
                 self._add(storage)  # neither a view nor written in place
         name = func.__name__
         if "flash_attention_for_cpu" in name:
             query, key = (args[1], args[2]) if "backward" in name else (args[0], args[1])
             products = 4.0 * query.numel() * key.shape[-2]
             self.attention += 2.5 * products if "backward" in name else products
-        return found
+        return outputs
 
-    def _add(self, storage: Any) -> None:
-        place = storage._cdata
-        if place in self._seen:
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        address = storage._cdata
+        if address in self._seen:
             return
         size = storage.nbytes()
-        self._seen[place] = weakref.finalize(storage, self._forget, place, size)
+        self._seen[address] = weakref.finalize(storage, self._forget, address, size)
         self.now += size
         self.peak = max(self.peak, self.now)
         self.activations = max(self.activations, self.now - self.gradients)
 
     def count_gradient(self, parameter: Tensor) -> None:
-        """Hook of a parameter that has got its gradient."""
+        """Count the gradient of `parameter`; a post-accumulate-grad hook."""
         self.gradients += parameter.numel() * parameter.element_size()
 
-    def _forget(self, place: int, size: int) -> None:
+    def _forget(self, address: int, size: int) -> None:
         self.now -= size
-        self._seen.pop(place, None)
+        self._seen.pop(address, None)
 
 
-def read_config(name: str) -> Any:
-    """The configuration of a folder, a `config.json` or a Hub id; no weights are read.
+def read_config(name: str) -> PretrainedConfig:
+    """Return the configuration of a folder, a `config.json` or a Hub id; no weights are read.
 
     Raises:
-        ModelError: None there, or one whose model is code of its own.
+        ModelError: There is no configuration, or its model needs code of its own.
     """
     if not name:
         raise ModelError("no model was named; pass a folder with config.json, or a Hub id")
@@ -142,13 +159,13 @@ def read_config(name: str) -> Any:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         if "trust_remote_code" in str(error) or "custom code" in str(error):
-            raise ModelError(f"{name!r} needs code of its own (trust_remote_code), which is not run here") from error
+            raise ModelError(f"{name!r} needs code of its own (trust_remote_code), which is not executed") from error
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"cannot read the configuration of {name!r}: {reason}") from error
 
 
-def trace(
-    config: Any,
+def trace_model(
+    config: PretrainedConfig,
     task: Task,
     loss: UnlearningLoss,
     *,
@@ -157,15 +174,35 @@ def trace(
     dtype: torch.dtype = torch.float32,
     fisher: bool = False,
     gradient_checkpointing: bool = False,
-    peft_config: Any = None,
+    peft_config: "PeftConfig | None" = None,
 ) -> Trace:
-    """Run one batch of full rows through collecting and training, without values.
+    """Run one batch of full-length rows through collecting and training, on tensors without values.
 
-    The code that collects is the one that is traced, so that what it holds is counted, whatever the layer types.
+    The code that collects is traced itself, so all that it holds is counted, for every layer type.
+
+    >>> from transformers import LlamaConfig
+    >>> from hf_unlearn import build_loss
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    ... )
+    >>> trace = trace_model(config, "language-model", build_loss("ce_u"), batch_size=2, length=8)
+    >>> len(trace.layers), len(trace.grams)  # q, k and v share their inputs, as do gate and up
+    (7, 4)
+
+    Args:
+        config: Configuration of the model; no weights are read.
+        task: Task of the model.
+        loss: Forget loss of the training batch.
+        batch_size: Rows B of a batch.
+        length: Tokens T of a row.
+        dtype: Precision of the weights.
+        fisher: Whether to collect Fishers.
+        gradient_checkpointing: Whether to recompute activations in the backward pass.
+        peft_config: Adapter to train instead of the weights.
 
     Raises:
-        ModelError: No model of this task for the configuration, or one whose passes depend on values.
-        SettingsError: Rows longer than the model's context; a setting that the model does not have.
+        ModelError: The configuration has no model for this task, or one whose passes depend on values.
+        SettingsError: Rows are longer than the model's context, or the model does not support a setting.
     """
     try:
         with torch.device("meta"):
@@ -184,27 +221,35 @@ def trace(
                 _fill(trained)
             return _trace(model, trained, config, loss, batch_size, length, fisher, gradient_checkpointing)
     except (torch._subclasses.fake_tensor.DataDependentOutputException, NotImplementedError) as error:
-        raise ModelError(f"what a {config.model_type!r} model computes depends on values; run it instead") from error
+        raise ModelError(
+            f"a {config.model_type!r} model cannot be estimated: its computation depends on values; run it instead"
+        ) from error
 
 
 def _fill(model: nn.Module) -> None:
-    """Give parameters and buffers storage without values; ties stay."""
-    made: dict[int, nn.Parameter] = {}
+    """Give parameters and buffers storage without values; tied parameters stay tied."""
+    filled: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype)
                 new = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                module._parameters[name] = made.setdefault(id(parameter), new)
+                module._parameters[name] = filled.setdefault(id(parameter), new)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _trace(
-    base: Any, model: Any, config: Any, loss: UnlearningLoss, batch_size: int, length: int, fisher: bool,
+    base: PreTrainedModel,
+    model: PreTrainedModel,
+    config: PretrainedConfig,
+    loss: UnlearningLoss,
+    batch_size: int,
+    length: int,
+    fisher: bool,
     checkpointing: bool,
-) -> Trace:  # fmt: skip
+) -> Trace:
     tensors = [*base.parameters(), *base.buffers()]
     weights = sum(t.numel() * t.element_size() for t in tensors)
     inputs = _inputs(config, batch_size, length)
@@ -213,26 +258,38 @@ def _trace(
     freeze_unprotected(model, collector.layers)
     if checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", True):
-            raise SettingsError(f"{type(model).__name__} has no gradient checkpointing; leave it out")
+            raise SettingsError(
+                f"{type(model).__name__} has no gradient checkpointing; leave out --gradient_checkpointing"
+            )
         options = {"use_reentrant": False, "preserve_rng_state": False}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        cast("PreTrainedModel", model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     meter, forward, backward = _train(model, inputs, loss)
     trained = [p for p in model.parameters() if p.requires_grad]
     owners = {layer_of(name)[0] for name, p in model.named_parameters() if p.requires_grad}
+    gram_of = collector.shared_inputs.gram_of
     layers = {
-        name: LayerSize(size.outputs, size.inputs, collector.owner[name], size.transposed, name in owners)
+        name: LayerSize(size.outputs, size.inputs, gram_of[name], size.transposed, name in owners)
         for name, size in collector.sizes.items()
     }
     return Trace(
-        sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)), weights,
-        max(t.numel() * t.element_size() for t in tensors), layers, [p.shape for p in trained],
-        trained[0].element_size(), dict(collector.positions), unsharded, collecting, meter.peak, meter.activations,
-        forward, backward,
-        collected,
-    )  # fmt: skip
+        parameters=sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)),
+        weights=weights,
+        largest=max(t.numel() * t.element_size() for t in tensors),
+        layers=layers,
+        trained=[p.shape for p in trained],
+        width=trained[0].element_size(),
+        positions=dict(collector.positions),
+        unsharded=unsharded,
+        collecting=collecting,
+        training=meter.peak,
+        activations=meter.activations,
+        forward=forward,
+        backward=backward,
+        collected=collected,
+    )
 
 
-def _inputs(config: Any, batch_size: int, length: int) -> dict[str, Tensor]:
+def _inputs(config: PretrainedConfig, batch_size: int, length: int) -> dict[str, Tensor]:
     if hasattr(config, "image_size") and hasattr(config, "num_channels"):
         size = config.image_size
         sides = (size, size) if isinstance(size, int) else tuple(size)
@@ -243,25 +300,25 @@ def _inputs(config: Any, batch_size: int, length: int) -> dict[str, Tensor]:
     return inputs
 
 
-class _Sizes(Collector):
-    """A `Collector` of tensors without values: there is nothing to check or to send at its end."""
+class _Sizes(Accumulator):
+    """An `Accumulator` of tensors without values, so there is nothing to check or to send at the end."""
 
-    def _complete(self, names: Sequence[str]) -> None:
+    def complete(self, names: Sequence[str]) -> None:
         pass
 
     @staticmethod
-    def _unmasked(tensor: Tensor, mask: Tensor | None, blocks: int = 1) -> Tensor:
+    def unmasked(tensor: Tensor, mask: Tensor | None, blocks: int = 1) -> Tensor:
         if blocks > 1:
             return tensor.reshape(-1, *tensor.shape[-2:]).transpose(0, 1).clone()
         return tensor.reshape(-1, tensor.shape[-1]).clone()  # a mask copies the rows
 
 
-def _collect(model: Any, inputs: Mapping[str, Tensor], fisher: bool) -> tuple[Collector, int, float]:
-    """The second batch of a collecting pass: its sums are there already."""
+def _collect(model: PreTrainedModel, inputs: Mapping[str, Tensor], fisher: bool) -> tuple[Accumulator, int, float]:
+    """Trace the second batch of a collecting pass, whose sums exist already."""
     collector = _Sizes(model, find_layers(model), fisher, Storage())
 
     def batch() -> None:
-        collector._last = None
+        collector.shared_inputs.start_batch()
         logits = output_logits(model, inputs)
         if fisher:
             logits_LV = _labelled(logits, model).float()
@@ -277,10 +334,10 @@ def _collect(model: Any, inputs: Mapping[str, Tensor], fisher: bool) -> tuple[Co
     return collector, meter.peak, counter.get_total_flops() + meter.attention
 
 
-def _train(model: Any, inputs: Mapping[str, Tensor], loss: UnlearningLoss) -> tuple[Meter, float, float]:
-    """Forward and backward pass of the forget term, every position being a label; the gradients stay."""
-    if loss.kind.hidden:
-        raise SettingsError(f"loss {loss.name!r} reads a layer's outputs, which is not estimated; take ce_u")
+def _train(model: nn.Module, inputs: Mapping[str, Tensor], loss: UnlearningLoss) -> tuple[Meter, float, float]:
+    """Trace the forward and backward pass of the forget term; every position has a label, gradients are kept."""
+    if loss.kind.reads_hidden:
+        raise SettingsError(f"loss {loss.name!r} reads a layer's outputs, which is not estimated; use --loss ce_u")
     model.train()
     meter = Meter()
     for parameter in model.parameters():
@@ -288,7 +345,7 @@ def _train(model: Any, inputs: Mapping[str, Tensor], loss: UnlearningLoss) -> tu
             parameter.register_post_accumulate_grad_hook(meter.count_gradient)
     with FlopCounterMode(display=False) as counter, meter:
         reference = None
-        if loss.kind.reads:
+        if loss.kind.reads_original:
             with torch.no_grad():
                 reference = _predictions(model, inputs, loss)
         value = loss.kind.term(_predictions(model, inputs, loss), reference, **loss.settings).sum()
@@ -298,31 +355,34 @@ def _train(model: Any, inputs: Mapping[str, Tensor], loss: UnlearningLoss) -> tu
     return meter, forward + attention, total - forward + meter.attention - attention
 
 
-def _predictions(model: Any, inputs: Mapping[str, Tensor], loss: UnlearningLoss) -> Predictions:
-    found = _predicted(model, inputs)
-    return replace(found, alternate=_predicted(model, inputs)) if loss.kind.alternates else found
+def _predictions(model: nn.Module, inputs: Mapping[str, Tensor], loss: UnlearningLoss) -> Predictions:
+    predictions = _predict(model, inputs)
+    return replace(predictions, alternate=_predict(model, inputs)) if loss.kind.alternate_answer else predictions
 
 
-def _predicted(model: Any, inputs: Mapping[str, Tensor]) -> Predictions:
+def _predict(model: nn.Module, inputs: Mapping[str, Tensor]) -> Predictions:
     logits = output_logits(model, inputs)
     logits_LV = _labelled(logits, model)
     zeros_L = torch.zeros(len(logits_LV), dtype=torch.long)
     return Predictions(logits_LV, zeros_L, zeros_L.clone(), len(logits), inputs=inputs)
 
 
-def _labelled(logits: Tensor, model: Any) -> Tensor:
-    """The logits at the label positions; read by indices, as a mask reads them."""
+def _labelled(logits: Tensor, model: nn.Module) -> Tensor:
+    """Return the logits at the label positions; they are read by indices, as a mask reads them."""
     if logits.ndim == 2:
         return logits[torch.arange(len(logits))]
     if shifts_labels(model):
         logits = logits[:, :-1]
     rows, positions = logits.shape[:2]
-    each = torch.arange(positions).repeat(rows)
-    return logits[torch.arange(rows).repeat_interleave(positions, output_size=rows * positions), each]
+    positions_L = torch.arange(positions).repeat(rows)
+    return logits[torch.arange(rows).repeat_interleave(positions, output_size=rows * positions), positions_L]
 
 
 def _unsharded(model: nn.Module) -> int:
-    """FSDP2 gathers what is in no block (embeddings, head) for a whole pass, of the blocks one and the next."""
+    """Return the bytes that FSDP2 has gathered: parameters outside the blocks for a complete pass, and two blocks.
+
+    Parameters outside the blocks are embeddings and the head. The two blocks are the current and the next one.
+    """
     blocks = set(getattr(model, "_no_split_modules", None) or ())
 
     def size(module: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""Judging a model: the report, the metrics and the attacks."""
+"""Evaluating a model: measurements of rows, metrics computed from them, attacks, and the report."""
 
 import lazy_loader
 

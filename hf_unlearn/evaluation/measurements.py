@@ -1,14 +1,17 @@
-"""What is measured on a model, split by split: columns of numbers with an entry for each row, computed once and cached.
+"""Measurements: columns of numbers, one entry per row, that a model gives on one split.
 
-Metrics (`judge`) are made of these columns alone. A cached column is found again by the hash of the weights, the rows
-and the measure's settings; the files are safetensors, written whole or not at all.
+Metrics are computed from these columns and from nothing else. A measurement is taken once per model and split. With a
+cache folder it is stored under a hash of the weights, the rows and its name; the files are safetensors and are written
+atomically.
 """
 
+import os
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,131 +20,257 @@ from torch import nn
 
 from hf_unlearn.core.files import replace_file
 from hf_unlearn.core.processes import gather, is_main, wait_for_all
-from hf_unlearn.data.row_identity import labelled_row_key
+from hf_unlearn.core.registry import Registry
+from hf_unlearn.core.sharding import is_sharded
+from hf_unlearn.data.batches import default_collator
+from hf_unlearn.data.row_identity import labelled_row_hash
 from hf_unlearn.data.wrong_answers import ALTERNATIVES
 from hf_unlearn.errors import DataError
-from hf_unlearn.evaluation.metrics.generation import generate_answers, true_answers
-from hf_unlearn.evaluation.metrics.language import rouge_l
-from hf_unlearn.evaluation.metrics.membership import compressed_lengths, gradient_norms
-from hf_unlearn.evaluation.metrics.rows import score_classes, score_rows
+from hf_unlearn.evaluation.generation import generate_answers, rouge_l, true_answers
+from hf_unlearn.evaluation.gradient_norms import gradient_norms
+from hf_unlearn.evaluation.row_scores import Row, Rows, score_classes, score_rows
+from hf_unlearn.models.fingerprint import model_fingerprint
 from hf_unlearn.models.tasks import Collator
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Columns = Mapping[str, NDArray]
-VERSION = 1  # of the columns' meaning: a cached file of another is not found
-STOPS = ("\n\n", "\nQuestion", "Question:")  # where MUSE cuts an answer
+VERSION = 1  # of the meaning of the columns; a cached file of another version is not read
+STOPS = ("\n\n", "\nQuestion", "Question:")  # MUSE cuts an answer at these
 
 
 @dataclass(frozen=True)
-class Tools:
-    """What rows are measured with: `collator` pads them, `tokenizer` reads generated text."""
+class MeasurementTools:
+    """How rows are measured; the same for every model and split of an evaluation.
+
+    Attributes:
+        collator: Makes batches of encoded rows.
+        tokenizer: Decodes generated and true answers; needed for measurements of texts only.
+        batch_size: Rows per forward pass.
+        cache: Folder that keeps measured columns, or None.
+    """
 
     collator: Collator
-    tokenizer: Any = None
+    tokenizer: "PreTrainedTokenizerBase | None" = None
     batch_size: int = 16
+    cache: Path | None = None
+
+    @classmethod
+    def build(
+        cls,
+        processing_class: "PreTrainedTokenizerBase | None",
+        collator: Collator | None = None,
+        batch_size: int = 16,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> "MeasurementTools":
+        """Make the tools from the keywords of `evaluate_unlearning` and `audit`; the default collator pads."""
+        cache = None if cache_dir is None else Path(cache_dir)
+        return cls(collator or default_collator(processing_class), processing_class, batch_size, cache)
 
 
-def _rows(model: nn.Module, rows: Any, tools: Tools) -> Columns:
+MeasurementFunction = Callable[[nn.Module, Rows, MeasurementTools], Columns]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One entry of `MEASUREMENTS`; see `register_measurement`."""
+
+    function: MeasurementFunction
+    reads_wrong_answers: bool = False
+    includes: tuple[str, ...] = ()
+
+
+MEASUREMENTS: Registry[Measurement] = Registry("measurement")
+
+
+def register_measurement(
+    name: str, *, reads_wrong_answers: bool = False, includes: tuple[str, ...] = ()
+) -> Callable[[MeasurementFunction], MeasurementFunction]:
+    """Function decorator: make a measurement available to metrics, which name it in `UnlearningMetric.needs`.
+
+    The function takes a model, the encoded rows of one split and the `MeasurementTools`, and returns columns by name,
+    each with one entry per row. Example, the number of labels of each row:
+
+    >>> import numpy as np
+    >>> from hf_unlearn.evaluation import MEASUREMENTS, register_measurement
+    >>> @register_measurement("label_counts")
+    ... def label_counts(model, rows, tools):
+    ...     return {"label_count": np.array([sum(label != -100 for label in row["labels"]) for row in rows])}
+    >>> MEASUREMENTS["label_counts"].function(None, [{"labels": [-100, 5, 7]}], None)
+    {'label_count': array([2])}
+    >>> MEASUREMENTS.remove("label_counts")
+
+    Args:
+        name: Name of the measurement.
+        reads_wrong_answers: Whether it reads the wrong answers of each row, so that the rows must have some.
+        includes: Names of measurements whose columns it returns as well; they are not taken a second time.
+
+    Raises:
+        SettingsError: Another measurement has this name.
+    """
+
+    def register(function: MeasurementFunction) -> MeasurementFunction:
+        MEASUREMENTS.add(name, Measurement(function, reads_wrong_answers, includes))
+        return function
+
+    return register
+
+
+@register_measurement("rows")
+def _row_scores(model: nn.Module, rows: Rows, tools: MeasurementTools) -> Columns:
     return vars(score_rows(model, rows, tools.collator, tools.batch_size))
 
 
-def _classes(model: nn.Module, rows: Any, tools: Tools) -> Columns:
+@register_measurement("classes", includes=("rows",))
+def _class_probabilities(model: nn.Module, rows: Rows, tools: MeasurementTools) -> Columns:
     scores, probabilities_NC = score_classes(model, rows, tools.collator, tools.batch_size)
     return {**vars(scores), "probabilities": probabilities_NC}
 
 
-def _alternatives(model: nn.Module, rows: Any, tools: Tools) -> Columns:
-    """Losses of the paraphrase (of the answer itself where there is none: real authors, world facts) and wrong answers,
-    the latter one row's after another's, `wrong_count` of them a row."""
-    others = [_other_answers(rows[i], i) for i in range(len(rows))]
-    paraphrases = [other.get("paraphrase", rows[i]) for i, other in enumerate(others)]
-    wrong = [answer for other in others for answer in other["wrong"]]
-    losses = [
-        score_rows(model, [_plain(row) for row in part], tools.collator, tools.batch_size).loss
-        for part in (paraphrases, wrong)
-    ]
-    counts = np.array([len(other["wrong"]) for other in others])
-    return {"paraphrase_loss": losses[0], "wrong_loss": losses[1], "wrong_count": counts}
+@register_measurement("alternatives", reads_wrong_answers=True)
+def _other_answers(model: nn.Module, rows: Rows, tools: MeasurementTools) -> Columns:
+    """Return the losses of each row's paraphrase and wrong answers.
+
+    The answer itself stands in for a missing paraphrase (real authors, world facts). `wrong_loss` holds the wrong
+    answers of all rows one after the other, `wrong_count` of them per row.
+    """
+    alternatives = [_alternatives_of(rows[i], i) for i in range(len(rows))]
+    paraphrases = [others.get("paraphrase", rows[i]) for i, others in enumerate(alternatives)]
+    wrong = [answer for others in alternatives for answer in others["wrong"]]
+    paraphrase_loss, wrong_loss = (
+        score_rows(model, [_without_alternatives(row) for row in answers], tools.collator, tools.batch_size).loss
+        for answers in (paraphrases, wrong)
+    )
+    counts = np.array([len(others["wrong"]) for others in alternatives])
+    return {"paraphrase_loss": paraphrase_loss, "wrong_loss": wrong_loss, "wrong_count": counts}
 
 
-def _other_answers(row: Mapping[str, Any], index: int) -> Mapping[str, Any]:
-    found = row.get(ALTERNATIVES)
-    if not found:
+def _alternatives_of(row: Row, index: int) -> Mapping[str, Any]:
+    alternatives = row.get(ALTERNATIVES)
+    if not alternatives:
         raise DataError(
             f"row {index} has no wrong answers; the rows need a column 'perturbed_answer', as TOFU's *_perturbed splits"
         )
-    return found
+    return alternatives
 
 
-def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+def _without_alternatives(row: Row) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != ALTERNATIVES}
 
 
 def wrong_losses(columns: Columns) -> list[NDArray]:
-    """The losses of each row's wrong answers."""
+    """Split the column `wrong_loss` into the losses of each row's wrong answers."""
     return np.split(columns["wrong_loss"], np.cumsum(columns["wrong_count"])[:-1].astype(int))
 
 
-def _answers(
-    new_tokens: int = 200, measure: str = "recall", stemmer: bool = True, stops: tuple[str, ...] = (), cut: bool = False
-) -> Callable[[nn.Module, Any, Tools], Columns]:
-    """ROUGE-L of generated answers; `cut` shortens the true ones to `new_tokens` too."""
-
-    def scores(model: nn.Module, rows: Any, tools: Tools) -> Columns:
-        found = generate_answers(model, rows, tools.tokenizer, new_tokens, tools.batch_size)
-        for stop in stops:
-            found = [text.split(stop)[0] for text in found]
-        true = true_answers(rows, tools.tokenizer, new_tokens if cut else None)
-        return {f"rouge_l_{measure}_{new_tokens}": rouge_l(found, true, measure, stemmer)}
-
-    return scores
+@register_measurement("answers")
+def _answers(model: nn.Module, rows: Rows, tools: MeasurementTools) -> Columns:
+    """TOFU: ROUGE-L recall of up to 200 generated tokens."""
+    return _rouge(model, rows, tools, new_tokens=200, measure="recall", stemmer=True)
 
 
-def _gradients(model: nn.Module, rows: Any, tools: Tools) -> Columns:
+@register_measurement("continuations")
+def _continuations(model: nn.Module, rows: Rows, tools: MeasurementTools) -> Columns:
+    """MUSE's verbatim memorisation: ROUGE-L F1 against the first 128 true tokens."""
+    return _rouge(model, rows, tools, new_tokens=128, measure="fmeasure", true_tokens=128)
+
+
+@register_measurement("short_answers")
+def _short_answers(model: nn.Module, rows: Rows, tools: MeasurementTools) -> Columns:
+    """MUSE's knowledge memorisation: ROUGE-L F1 of up to 32 generated tokens, cut where the next question starts."""
+    return _rouge(model, rows, tools, new_tokens=32, measure="fmeasure", stops=STOPS)
+
+
+def _rouge(
+    model: nn.Module,
+    rows: Rows,
+    tools: MeasurementTools,
+    *,
+    new_tokens: int,
+    measure: str,
+    stemmer: bool = False,
+    stops: tuple[str, ...] = (),
+    true_tokens: int | None = None,
+) -> Columns:
+    """Return the ROUGE-L of generated answers against the true ones, or against their first `true_tokens` tokens."""
+    answers = generate_answers(model, rows, tools.tokenizer, new_tokens, tools.batch_size)
+    for stop in stops:
+        answers = [text.split(stop)[0] for text in answers]
+    true = true_answers(rows, tools.tokenizer, true_tokens)
+    return {f"rouge_l_{measure}_{new_tokens}": rouge_l(answers, true, measure, stemmer)}
+
+
+@register_measurement("gradients")
+def _gradient_norms(model: nn.Module, rows: Rows, tools: MeasurementTools) -> Columns:
     return {"gradient_norm": gradient_norms(model, rows, tools.collator)}
 
 
-def _texts(model: nn.Module, rows: Any, tools: Tools) -> Columns:
-    """Compressed length of each row's answer, in bytes."""
+@register_measurement("texts")
+def _compressed_lengths(model: nn.Module, rows: Rows, tools: MeasurementTools) -> Columns:
     return {"compressed": compressed_lengths(true_answers(rows, tools.tokenizer))}
 
 
-MEASURES: dict[str, Callable[[nn.Module, Any, Tools], Columns]] = {
-    "rows": _rows,
-    "classes": _classes,
-    "alternatives": _alternatives,
-    "answers": _answers(),
-    "continuations": _answers(128, "fmeasure", stemmer=False, cut=True),
-    "short_answers": _answers(32, "fmeasure", stemmer=False, stops=STOPS),
-    "gradients": _gradients,
-    "texts": _texts,
-}
+def compressed_lengths(texts: Sequence[str]) -> NDArray:
+    """Return the number of bytes of each text after zlib compression: `[N]`."""
+    return np.array([len(zlib.compress(text.encode("utf-8"))) for text in texts], dtype=np.float64)
+
+
+def measure_splits(
+    model: nn.Module, splits: Mapping[str, Rows], wanted: Mapping[str, Iterable[str]], tools: MeasurementTools
+) -> dict[str, dict[str, NDArray]]:
+    """Take the wanted measurements of each split under one model.
+
+    Args:
+        model: The model. Nothing is cached for a sharded one: its weights are not all on this process to be hashed.
+        splits: Encoded rows by split.
+        wanted: Names of measurements by split.
+        tools: How rows are measured.
+
+    Returns:
+        Columns by split.
+    """
+    model_key = "" if tools.cache is None or is_sharded(model) else model_fingerprint(model)
+    return {split: measure(wanted[split], model, rows, tools, model_key) for split, rows in splits.items()}
 
 
 def measure(
-    names: Iterable[str], model: nn.Module, rows: Any, tools: Tools, cache: Path | None = None, model_key: str = ""
+    names: Iterable[str], model: nn.Module, rows: Rows, tools: MeasurementTools, model_key: str = ""
 ) -> dict[str, NDArray]:
-    """The columns of several `MEASURES` of one split under one model, from `cache` where they are there.
+    """Take several measurements of one split under one model and merge their columns.
 
-    `model_key` is `model_fingerprint(model)`, made once for all splits.
+    Args:
+        names: Names of `MEASUREMENTS`.
+        model: The model.
+        rows: Encoded rows of the split.
+        tools: How rows are measured.
+        model_key: `model_fingerprint(model)`, computed once for all splits; empty: do not read or write the cache.
+
+    Raises:
+        SettingsError: There is no measurement of a name.
     """
-    wanted = set(names)
+    measurements = {name: MEASUREMENTS.find(name) for name in sorted(set(names))}
+    included = {name for measurement in measurements.values() for name in measurement.includes}
     columns: dict[str, NDArray] = {}
-    if "classes" in wanted:
-        wanted.discard("rows")  # the same forward pass gives both
-    for name in (name for name in MEASURES if name in wanted):
-        if cache is None:
-            columns.update(MEASURES[name](model, rows, tools))
-        else:
-            path = cache / f"measure-{_key(name, model_key, rows)}.safetensors"
-            columns.update(_cached(path, lambda name=name: MEASURES[name](model, rows, tools)))  # type: ignore[misc]
+    for name, measurement in measurements.items():
+        if name not in included:
+            columns.update(_cached(name, measurement, model, rows, tools, model_key))
     return columns
 
 
-def _cached(path: Path, make: Callable[[], Columns]) -> Columns:
-    """All processes read the file, or none does: what is made is made together."""
+def _cached(
+    name: str, measurement: Measurement, model: nn.Module, rows: Rows, tools: MeasurementTools, model_key: str
+) -> Columns:
+    """Read the columns from the cache, or take the measurement and write them there.
+
+    Either all processes read the file or none does, because a measurement is taken by all of them together.
+    """
+    if tools.cache is None or not model_key:
+        return measurement.function(model, rows, tools)
+    path = tools.cache / f"measure-{_key(name, measurement, model_key, rows)}.safetensors"
     if all(gather(path.is_file())):
         return load_file(path)
-    columns = dict(make())
+    columns = measurement.function(model, rows, tools)
     if is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path) as beside:
@@ -150,14 +279,14 @@ def _cached(path: Path, make: Callable[[], Columns]) -> Columns:
     return columns
 
 
-def _key(name: str, model_key: str, rows: Any) -> str:
+def _key(name: str, measurement: Measurement, model_key: str, rows: Rows) -> str:
     digest = sha256(f"{VERSION} {name} {model_key}".encode())
     for index in range(len(rows)):
-        for row in _with_alternatives(rows[index]) if name == "alternatives" else [rows[index]]:
-            digest.update(labelled_row_key(row))
+        for row in _with_alternatives(rows[index]) if measurement.reads_wrong_answers else [rows[index]]:
+            digest.update(labelled_row_hash(row))
     return digest.hexdigest()[:32]
 
 
-def _with_alternatives(row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    others = row.get(ALTERNATIVES) or {}
-    return [row, others.get("paraphrase", row), *others.get("wrong", ())]
+def _with_alternatives(row: Row) -> Sequence[Row]:
+    alternatives = row.get(ALTERNATIVES) or {}
+    return [row, alternatives.get("paraphrase", row), *alternatives.get("wrong", ())]

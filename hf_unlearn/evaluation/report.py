@@ -1,4 +1,4 @@
-"""`UnlearningReport`: everything that was asked, done and measured, as one JSON file; card and plots read only it."""
+"""`UnlearningReport`: what was requested, done and measured, as one JSON file; card and plots read only this file."""
 
 import json
 import math
@@ -9,25 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from hf_unlearn.core.files import write_json
-from hf_unlearn.core.text import align
 from hf_unlearn.errors import OutputError
+from hf_unlearn.evaluation.tables import report_table
+
+Record = dict[str, Any]
+"""A record of JSON values; others are converted by `plain`."""
 
 REPORT = "unlearning_report.json"
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Metric:
-    """One measured number with its provenance.
+class MetricValue:
+    """One measured number of a metric, with its provenance.
 
     Attributes:
-        name: `accuracy`, `answer_probability`, `loss`, `entropy` (both in nats), `membership_auc`, ...
-        split: Which rows: `forget`, `retain`, `holdout`, ...
+        name: Name of the metric: `accuracy`, `answer_probability`, `loss`, `entropy` (both in nats),
+            `membership_auc`, ...
+        value: The number; NaN if it is undefined.
+        split: The rows: `forget`, `retain`, `holdout`, ...
         model: `original`, `unlearned` or `retrained`.
         n: Number of rows behind `value`.
-        low, high: Bounds of the 95% bootstrap interval.
+        low, high: Bounds of the 95% bootstrap interval, None if there is none.
         seed: Seed of the bootstrap.
-        reason: Why there is no value, where it is undefined.
+        reason: Why the value is undefined, else empty.
     """
 
     name: str
@@ -41,9 +46,19 @@ class Metric:
     reason: str = ""
 
 
-@dataclass
+@dataclass(repr=False)
 class UnlearningReport:
     """The record of one deletion request.
+
+    >>> report = UnlearningReport([MetricValue("accuracy", 0.5, "forget", "unlearned", n=20, low=0.3, high=0.7)])
+    >>> report
+    UnlearningReport(1 number of unlearned)
+    >>> print(report.table())
+    metric    split   unlearned             n
+    --------  ------  --------------------  --
+    accuracy  forget  0.500 [0.300, 0.700]  20
+    >>> report.get("accuracy", "forget").value
+    0.5
 
     Attributes:
         metrics: All measured numbers.
@@ -51,49 +66,47 @@ class UnlearningReport:
         method: Loss, constraint, statistics, coverage, and why the run stopped.
         settings: Every hyper-parameter.
         versions: Package versions.
-        hardware: One line.
+        hardware: Hardware of the run, in one line.
         timings: Seconds by phase.
         history: The trainer's log lines (step, epoch, losses, drift, evaluation).
         drift: Predicted retain drift: `relative`, `kl`, `by_layer`.
         entropies: Output entropies in nats on the forget set, by model, for the histogram.
-        audit: `verdicts` by metric and attacks `not_run`, with the reason.
-        series: For a request in a series: how many, the room left, warnings; see `RequestSeries`.
-        samples: Answers before and after on rows that may be shown (demo data only).
+        audit: `verdicts` by metric, and the attacks `not_run` with the reason.
+        series: For a request in a series: the number of requests, the room left, warnings; see `RequestSeries`.
+        samples: Answers before and after unlearning, on rows that may be shown (demo data only).
     """
 
-    metrics: list[Metric] = field(default_factory=list)
-    request: dict[str, Any] = field(default_factory=dict)
-    method: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    metrics: list[MetricValue] = field(default_factory=list)
+    request: Record = field(default_factory=dict)
+    method: Record = field(default_factory=dict)
+    settings: Record = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     hardware: str = ""
     timings: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    drift: dict[str, Any] = field(default_factory=dict)
+    history: list[Record] = field(default_factory=list)
+    drift: Record = field(default_factory=dict)
     entropies: dict[str, list[float]] = field(default_factory=dict)
     audit: dict[str, dict[str, str]] = field(default_factory=dict)
-    series: dict[str, Any] = field(default_factory=dict)
+    series: Record = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
 
-    def get(self, name: str, split: str, model: str = "unlearned") -> Metric | None:
-        """The metric of this name, or None where it was not measured."""
+    def __repr__(self) -> str:
+        count, models = len(self.metrics), f" of {', '.join(self.models)}" if self.models else ""
+        return f"{type(self).__name__}({count} number{'' if count == 1 else 's'}{models})"
+
+    def get(self, name: str, split: str, model: str = "unlearned") -> MetricValue | None:
+        """Return the number of this metric, split and model, or None if it was not measured."""
         return next((m for m in self.metrics if (m.name, m.split, m.model) == (name, split, model)), None)
 
     @property
     def models(self) -> list[str]:
-        """Models that were measured, in the order original, unlearned, retrained."""
-        seen = {metric.model for metric in self.metrics}
-        return [model for model in ("original", "unlearned", "retrained") if model in seen]
+        """The measured models, in the order original, unlearned, retrained."""
+        measured = {metric.model for metric in self.metrics}
+        return [model for model in ("original", "unlearned", "retrained") if model in measured]
 
     def table(self) -> str:
-        """Plain-text table: a line per metric and split, a column per model, with 95% intervals and n."""
-        rows = dict.fromkeys((metric.name, metric.split) for metric in self.metrics)
-        lines = [["metric", "split", *self.models, "n"]]
-        for name, split in rows:
-            found = [self.get(name, split, model) for model in self.models]
-            lines.append([name, split, *map(_cell, found), str(next(m.n for m in found if m))])
-        reasons = dict.fromkeys(f"{m.name} on {m.split} is undefined: {m.reason}" for m in self.metrics if m.reason)
-        return "\n".join([align(lines), *reasons])
+        """Return a plain-text table: one line per metric and split, one column per model, with 95% intervals and n."""
+        return report_table(self)
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write `unlearning_report.json` into `folder`, atomically; NaN and infinities become null."""
@@ -101,13 +114,17 @@ class UnlearningReport:
         write_json(path, self.content())
         return path
 
-    def content(self) -> dict[str, Any]:
-        """What `save` writes: values that JSON knows."""
+    def content(self) -> Record:
+        """Return what `save` writes: JSON values only."""
         return plain({"format_version": FORMAT_VERSION, **asdict(self)})
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "UnlearningReport":
-        """Read a report back from its folder or file; raises `OutputError` where there is none or it is newer."""
+        """Read a report from its folder or file.
+
+        Raises:
+            OutputError: The file is not a report, or it has a newer format.
+        """
         path = Path(folder)
         path = path / REPORT if path.is_dir() else path
         try:
@@ -115,28 +132,23 @@ class UnlearningReport:
         except (OSError, ValueError) as error:
             raise OutputError(f"{path} is not an unlearning report ({error})") from error
         if content.pop("format_version", 0) > FORMAT_VERSION:
-            raise OutputError(f"{path} is of a newer format than {FORMAT_VERSION}: update hf-unlearn")
+            raise OutputError(f"{path} has a newer format than {FORMAT_VERSION}: update hf-unlearn")
         known = {item.name for item in fields(cls)}
-        content["metrics"] = [_metric(metric) for metric in content.get("metrics", [])]
+        content["metrics"] = [_metric_from_json(metric) for metric in content.get("metrics", [])]
         return cls(**{key: value for key, value in content.items() if key in known})
 
 
-def _metric(content: Mapping[str, Any]) -> Metric:
+def _metric_from_json(content: Record) -> MetricValue:
     value = content["value"]
-    return Metric(**{**content, "value": math.nan if value is None else value})
-
-
-def _cell(metric: Metric | None) -> str:
-    if metric is None:
-        return "not measured"
-    if not math.isfinite(metric.value):
-        return "undefined"
-    bounded = metric.low is not None and metric.high is not None
-    return f"{metric.value:.3f}" + (f" [{metric.low:.3f}, {metric.high:.3f}]" if bounded else "")
+    return MetricValue(**{**content, "value": math.nan if value is None else value})
 
 
 def plain(value: Any) -> Any:
-    """Only what JSON knows: numpy scalars to numbers, NaN and infinities to null, anything else to text."""
+    """Convert to JSON values: numpy scalars become numbers, NaN and infinities null, and unknown types text.
+
+    >>> plain({"loss": float("nan"), "path": Path("a")})
+    {'loss': None, 'path': 'a'}
+    """
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):

@@ -1,44 +1,75 @@
-"""Plain-text tables of several reports side by side."""
+"""Plain-text tables of one report, and of several side by side."""
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from hf_unlearn.core.text import align
-from hf_unlearn.evaluation.report import UnlearningReport
+from hf_unlearn.core.text import align, as_text
+
+if TYPE_CHECKING:
+    from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 
 
-def forgotten_so_far(report: UnlearningReport, metric: str, model: str = "unlearned") -> float | None:
-    """Mean of a metric over the rows of this request and of all earlier ones that were tested again."""
-    sets = [
-        m for m in report.metrics
+def report_table(report: "UnlearningReport") -> str:
+    """Return one line per metric and split and one column per model, with 95% intervals and n.
+
+    Below the table is one line for each undefined number, with the reason.
+    """
+    lines = [["metric", "split", *report.models, "n"]]
+    for name, split in dict.fromkeys((metric.name, metric.split) for metric in report.metrics):
+        metrics = [report.get(name, split, model) for model in report.models]
+        n = next((metric.n for metric in metrics if metric), None)
+        lines.append([name, split, *map(_cell, metrics), "-" if n is None else str(n)])
+    reasons = dict.fromkeys(f"{m.name} on {m.split} is undefined: {m.reason}" for m in report.metrics if m.reason)
+    return "\n".join([align(lines), *reasons])
+
+
+def _cell(metric: "MetricValue | None") -> str:
+    if metric is None:
+        return "not measured"
+    if not math.isfinite(metric.value):
+        return "undefined"
+    if metric.low is None or metric.high is None:
+        return as_text(metric.value)
+    return f"{as_text(metric.value)} [{as_text(metric.low)}, {as_text(metric.high)}]"
+
+
+def forgotten_so_far(report: "UnlearningReport", metric: str, model: str = "unlearned") -> float | None:
+    """Return the mean of a metric over the rows of this request and of all earlier ones that were evaluated again."""
+    splits = [
+        m
+        for m in report.metrics
         if (m.name, m.model) == (metric, model) and (m.split == "forget" or m.split.startswith("forgotten_"))
-    ]  # fmt: skip
-    return sum(m.value * m.n for m in sets) / sum(m.n for m in sets) if sets else None
+    ]
+    return sum(m.value * m.n for m in splits) / sum(m.n for m in splits) if splits else None
 
 
-def side_by_side(reports: Mapping[str, UnlearningReport], metric: str) -> str:
-    """One line per report (and for the original and the retrained model), a column per split of `metric`."""
+def side_by_side(reports: Mapping[str, "UnlearningReport"], metric: str) -> str:
+    """Return one line per report, plus one for the original and the retrained model; one column per split of a metric.
+
+    >>> from hf_unlearn.evaluation import MetricValue, UnlearningReport
+    >>> values = [MetricValue("accuracy", v, "forget", m, n=9) for m, v in (("original", 0.9), ("unlearned", 0.1))]
+    >>> report = UnlearningReport(values, method={"steps": 12}, timings={"unlearn": 3.2}, drift={})
+    >>> print(side_by_side({"npo": report}, "accuracy"))
+    model     forget  membership AUC  drift  steps  unlearning s
+    --------  ------  --------------  -----  -----  ------------
+    original  0.9000  -
+    npo       0.1000  -               -      12     3.2
+    """
     any_report = next(iter(reports.values()))
     splits = list(dict.fromkeys(m.split for m in any_report.metrics if m.name == metric))
-    rows = [["model", *splits, "membership AUC", "drift", "steps", "unlearning s"]]
-    rows.append(_summary_row("original", any_report, "original", metric, splits))
+    lines = [["model", *splits, "membership AUC", "drift", "steps", "unlearning s"]]
+    lines.append([*_metric_cells("original", any_report, "original", metric, splits), "", "", ""])
     for name, report in reports.items():
-        row = _summary_row(name, report, "unlearned", metric, splits)
-        row[-3] = f"{report.drift['relative']:.4f}" if report.drift.get("by_layer") else "-"
-        row[-2], row[-1] = str(report.method["steps"]), f"{report.timings['unlearn']:.1f}"
-        rows.append(row)
+        drift = as_text(report.drift["relative"], 4) if report.drift.get("by_layer") else "-"
+        run = [drift, str(report.method["steps"]), f"{report.timings['unlearn']:.1f}"]
+        lines.append([*_metric_cells(name, report, "unlearned", metric, splits), *run])
     if "retrained" in any_report.models:
-        rows.append(_summary_row("retrained", any_report, "retrained", metric, splits))
-    return align(rows)
+        lines.append([*_metric_cells("retrained", any_report, "retrained", metric, splits), "", "", ""])
+    return align(lines)
 
 
-def _summary_row(label: str, report: UnlearningReport, model: str, metric: str, splits: Sequence[str]) -> list[str]:
+def _metric_cells(label: str, report: "UnlearningReport", model: str, metric: str, splits: Sequence[str]) -> list[str]:
     cells = [report.get(metric, split, model) for split in splits]
     attack = report.get("membership_auc", "forget", model)
-    return [
-        label,
-        *(f"{c.value:.4f}" if c else "-" for c in cells),
-        f"{attack.value:.3f}" if attack else "-",
-        "",
-        "",
-        "",
-    ]
+    return [label, *(as_text(c.value, 4) if c else "-" for c in cells), as_text(attack.value) if attack else "-"]

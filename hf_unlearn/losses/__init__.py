@@ -1,4 +1,4 @@
-"""Unlearning losses: one small callable each, one registry."""
+"""Forget losses: one small function each, registered by name, and the loss built from it."""
 
 import lazy_loader
 

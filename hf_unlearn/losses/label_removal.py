@@ -1,41 +1,44 @@
-"""Losses that pull toward a distribution without the true label."""
+"""Losses with a target distribution from which the true label is removed, or in which it is lowered."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_unlearn.losses.base import register_loss
+from hf_unlearn.losses.registry import register_loss
 from hf_unlearn.models.forward import Predictions
 
 
 def without_label(logits_LV: Tensor, labels_L: Tensor) -> Tensor:
-    """`softmax` of the logits with the true label at minus infinity: the prediction without it, renormalised."""
+    """Return the softmax of the logits with the true label at minus infinity: `[L, V]`, detached."""
     return logits_LV.detach().float().scatter(1, labels_L.unsqueeze(1), -torch.inf).softmax(-1)
 
 
 @register_loss("ce_u", skip_first=True)
 def ce_u(predictions: Predictions, original: None) -> Tensor:
-    """Cross-entropy to the current prediction with the true label removed, first answer token skipped.
+    """Return the cross-entropy to the current prediction with the true label removed, per label.
 
-    Yang, CE-U, arXiv 2503.01224.
+    The first answer token is skipped. Yang, CE-U, arXiv 2503.01224.
     """
     target_LV = without_label(predictions.logits_LV, predictions.labels_L)
     return F.cross_entropy(predictions.logits_LV.float(), target_LV, reduction="none")
 
 
-@register_loss("next_best", reads="logits")
+@register_loss("next_best", reads_original="logits")
 def next_best(predictions: Predictions, original: Predictions) -> Tensor:
-    """Cross-entropy to the *original* model's prediction with the true label removed, per label (METHOD, section 3)."""
+    """Return the cross-entropy to the *original* model's prediction with the true label removed, per label.
+
+    METHOD, section 3.
+    """
     target_LV = without_label(original.logits_LV, predictions.labels_L)
     return F.cross_entropy(predictions.logits_LV.float(), target_LV, reduction="none")
 
 
-@register_loss("undial", reads="logits")
+@register_loss("undial", reads_original="logits")
 def undial(predictions: Predictions, original: Predictions, *, beta: float = 10.0) -> Tensor:
-    """Cross-entropy to `softmax(z_original - beta * onehot(label))` per label.
+    """Return the cross-entropy to `softmax(z_original - beta * onehot(label))` per label.
 
     UnDIAL, Dong et al., NAACL 2025, section 3. open-unlearning also counts prompts and padding, where its mask of -100
-    lowers the logit of a token that has nothing to do with the row; here only labels count.
+    lowers the logit of an unrelated token; here only labels count.
     """
     z_LV = original.logits_LV.float()
     lowered_LV = z_LV.scatter_add(1, predictions.labels_L.unsqueeze(1), z_LV.new_full((len(z_LV), 1), -beta))

@@ -1,9 +1,9 @@
-"""The original model's outputs on disk, so that no second forward pass is made while training.
+"""The original model's outputs on disk, so that training needs no second forward pass.
 
-A folder of safetensors, read through memory maps: for each row its labels and, as the loss needs, one negative
-log-likelihood a label (npo, dpo), log-probabilities of all V classes or vocabulary entries at each label (next_best,
-undial, KL: `4 L V` bytes), or hidden states behind each label (rmu: `4 L P D` bytes), all float32. Rows are found by
-a hash of their inputs and labels, whatever batch and padding they come in.
+A folder of safetensors that are read through memory maps. It holds for each row its labels and, depending on the loss,
+one negative log-likelihood per label (npo, dpo), log-probabilities of all V classes or vocabulary entries at each label
+(next_best, undial, KL: `4 L V` bytes), or hidden states behind each label (rmu: `4 L P D` bytes), all float32. Rows are
+found by a hash of their inputs and labels, regardless of batch and padding.
 
 Shapes: B rows, L label positions, V classes or vocabulary entries, P positions behind a label, D features.
 """
@@ -12,21 +12,21 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from hf_unlearn.core.files import replace_folder, write_json
 from hf_unlearn.core.processes import gather, is_main, wait_for_all
-from hf_unlearn.data.row_identity import batch_keys, rows_to_text
+from hf_unlearn.data.row_identity import labelled_batch_hashes, rows_to_text
 from hf_unlearn.errors import DataError, SettingsError
-from hf_unlearn.losses import UnlearningLoss
-from hf_unlearn.losses.base import OriginalModel
+from hf_unlearn.losses.base import UnlearningLoss
+from hf_unlearn.losses.registry import Content, OriginalModel
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.models.forward import Hidden, Predictions, label_positions, predict
 from hf_unlearn.models.modes import eval_mode
@@ -40,7 +40,7 @@ SHARD_BYTES = 1 << 28
 def original_outputs(
     model: nn.Module,
     loss: UnlearningLoss,
-    rows: Mapping[str, Any],
+    rows: Mapping[str, Dataset | None],
     folder: str | os.PathLike,
     *,
     collator: Collator,
@@ -48,96 +48,98 @@ def original_outputs(
     precision: str = "fp32",
     scope: Callable[[], AbstractContextManager] = nullcontext,
 ) -> "StoredOutputs":
-    """Open `folder`, or make it first: run `model`, which is the original one, over the rows that `loss` reads it on.
+    """Open the outputs in `folder`; if there are none, run the original model on the rows that `loss` reads first.
 
-    In a distributed run every process makes the passes (a sharded model needs them all), process 0 writes, and all
-    read: the folder must be one that all of them see.
+    In a distributed run every process makes the forward passes (a sharded model needs all of them), process 0 writes,
+    and all processes read, so all must see the folder.
 
     Args:
         model: The original model.
-        loss: Says what is needed of which part (`UnlearningLoss.original_contents`).
-        rows: Encoded rows by part: `forget`, `alternate`, `retain`, None where there are none.
-        folder: Where the outputs are, or are to be.
-        collator: Rows to batch.
-        batch_size: Rows a forward pass.
-        precision: Name of the precision that the passes run in; outputs of another one are refused.
-        scope: Context of the passes (autocast).
+        loss: Determines what is stored of which part of a batch (`UnlearningLoss.original_contents`).
+        rows: Encoded rows by part: `forget`, `alternate`, `retain`; None for a part without rows.
+        folder: Folder of the outputs.
+        collator: Makes batches of rows.
+        batch_size: Rows per forward pass.
+        precision: Name of the precision of the forward passes; stored outputs of another precision are refused.
+        scope: Context of the forward passes (autocast).
 
     Raises:
         SettingsError: The folder holds outputs of other weights, rows, precision or contents, or is damaged.
-        OutputError: The folder is no such folder and is not empty.
+        OutputError: The folder holds something else.
     """
-    contents = {part: content for part, content in loss.original_contents.items() if rows.get(part) is not None}
-    keys = {part: _row_keys(rows[part], collator, batch_size) for part in contents}
-    about = {
+    present = {part: data for part, data in rows.items() if data is not None}
+    contents = {part: content for part, content in loss.original_contents.items() if part in present}
+    keys = {part: _row_keys(present[part], collator, batch_size) for part in contents}
+    index = {
         "format": FORMAT,
         "weights": weights_fingerprint(model),
-        "rows": {part: rows_to_text(sum(int(key, 16) for key in found)) for part, found in keys.items()},
+        "rows": {part: rows_to_text(sum(int(key, 16) for key in of_part)) for part, of_part in keys.items()},
         "contents": contents,
         "layer": loss.layer if "hidden" in contents.values() else None,
         "precision": precision,
     }
     target = Path(folder)
-    if not gather((target / INDEX).is_file())[0]:  # decided before any writes: all make the passes, or none does
-        _write(model, loss, rows, target, about, collator, batch_size, scope)
-    return StoredOutputs(target, about)
+    if not gather((target / INDEX).is_file())[0]:  # decided before anything is written, so that all processes agree
+        _write(model, loss, present, target, index, contents, collator, batch_size, scope)
+    return StoredOutputs(target, index)
 
 
 def frozen_copy(model: nn.Module) -> OriginalModel:
-    """The original model's predictions from a copy of it, which is frozen for good."""
+    """Return an `OriginalModel` that predicts with `model`, a copy of the original model, which is frozen here."""
     model.requires_grad_(False).eval()
-    return lambda: nullcontext(lambda current, *how: predict(model, *how))
+    return lambda: nullcontext(lambda current, *inputs: predict(model, *inputs))
 
 
-def _loader(rows: Any, collator: Collator, batch_size: int) -> DataLoader:
+def _loader(rows: Dataset, collator: Collator, batch_size: int) -> DataLoader:
     return DataLoader(rows, batch_size=batch_size, collate_fn=collator, generator=torch.Generator())
 
 
-def _row_keys(rows: Any, collator: Collator, batch_size: int) -> list[str]:
-    return [key for batch in _loader(rows, collator, batch_size) for key in batch_keys(batch)]
+def _row_keys(rows: Dataset, collator: Collator, batch_size: int) -> list[str]:
+    return [key for batch in _loader(rows, collator, batch_size) for key in labelled_batch_hashes(batch)]
 
 
 def _write(
     model: nn.Module,
     loss: UnlearningLoss,
-    rows: Mapping[str, Any],
+    rows: Mapping[str, Dataset],
     target: Path,
-    about: dict[str, Any],
+    index: Mapping[str, object],
+    contents: Mapping[str, Content],
     collator: Collator,
     batch_size: int,
     scope: Callable[[], AbstractContextManager],
 ) -> None:
     device = next(model.parameters()).device
-    place: AbstractContextManager[Path | None] = replace_folder(target) if is_main() else nullcontext()
-    with eval_mode(model), torch.no_grad(), place as new:
-        shards = _Shards(new)
-        for part, content in about["contents"].items():
+    folder_scope: AbstractContextManager[Path | None] = replace_folder(target) if is_main() else nullcontext()
+    with eval_mode(model), torch.no_grad(), folder_scope as new_folder:
+        shards = _Shards(new_folder)
+        for part, content in contents.items():
             for batch in _loader(rows[part], collator, batch_size):
                 inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
                 with scope():
-                    found = predict(model, inputs, False, loss.layer if content == "hidden" else None)
-                shards.add(batch_keys(inputs), found, content)
+                    predictions = predict(model, inputs, False, loss.layer if content == "hidden" else None)
+                shards.add(labelled_batch_hashes(inputs), predictions, content)
         shards.flush()
-        if new is not None:
-            write_json(new / INDEX, about)
+        if new_folder is not None:
+            write_json(new_folder / INDEX, index)
     wait_for_all()
 
 
 class _Shards:
-    """Collects tensors and writes a file whenever there are enough; with no folder it does nothing."""
+    """Collects tensors and writes a file whenever they reach `SHARD_BYTES`; without a folder it does nothing."""
 
     def __init__(self, folder: Path | None):
         self.folder = folder
         self.tensors: dict[str, Tensor] = {}
         self.bytes = self.files = 0
 
-    def add(self, keys: list[str], found: Predictions, content: str) -> None:
+    def add(self, keys: list[str], predictions: Predictions, content: str) -> None:
         if self.folder is None:
             return
         for row, key in enumerate(keys):
-            here_L = found.rows_L == row
-            self._put(f"{key}.labels", found.labels_L[here_L])
-            self._put(f"{key}.{content}", _values(found, content, here_L))
+            in_row_L = predictions.rows_L == row
+            self._put(f"{key}.labels", predictions.labels_L[in_row_L])
+            self._put(f"{key}.{content}", _values(predictions, content, in_row_L))
         if self.bytes >= SHARD_BYTES:
             self.flush()
 
@@ -151,34 +153,34 @@ class _Shards:
             self.tensors, self.bytes, self.files = {}, 0, self.files + 1
 
 
-def _values(found: Predictions, content: str, here_L: Tensor) -> Tensor:
-    """What is stored of one row: `[l]`, `[l, V]` or `[l, p, D]` with the p positions that count."""
+def _values(predictions: Predictions, content: str, in_row_L: Tensor) -> Tensor:
+    """Return what is stored of one row with l labels: `[l]`, `[l, V]`, or `[l, p, D]` for p unmasked positions."""
     if content == "nll":
-        return found.nll_L[here_L].float()
+        return predictions.nll_L[in_row_L].float()
     if content == "logits":
-        return found.logits_LV[here_L].float().log_softmax(-1)
-    assert found.hidden is not None
-    states_LPD, mask_LP = found.hidden.states_LPD[here_L], found.hidden.mask_LP[here_L]
+        return predictions.logits_LV[in_row_L].float().log_softmax(-1)
+    assert predictions.hidden is not None
+    states_LPD, mask_LP = predictions.hidden.states_LPD[in_row_L], predictions.hidden.mask_LP[in_row_L]
     positions = int(mask_LP[0].sum()) if len(mask_LP) else 0
     return states_LPD[mask_LP].reshape(len(states_LPD), positions, states_LPD.shape[-1]).float()
 
 
 class StoredOutputs:
-    """The original model's predictions, read from a folder of `original_outputs`; called as `predict` is."""
+    """The original model's predictions, read from a folder of `original_outputs`; called like `predict`."""
 
-    def __init__(self, folder: Path, about: Mapping[str, Any]):
+    def __init__(self, folder: Path, expected: Mapping[str, object]):
         try:
-            then = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
             files = [safe_open(path, framework="pt") for path in sorted(folder.glob("outputs-*.safetensors"))]
         except (OSError, ValueError, SafetensorError) as error:
             raise SettingsError(
-                f"{folder} is damaged ({str(error).splitlines()[0]}); remove it, and it is made anew"
+                f"{folder} is damaged ({str(error).splitlines()[0]}); remove it, and it is computed again"
             ) from error
-        for name, value in about.items():
-            if then.get(name) != value:
+        for name, value in expected.items():
+            if index.get(name) != value:
                 raise SettingsError(
-                    f"{folder} holds original outputs of other {name}; name another folder, or remove it to have it "
-                    "made anew"
+                    f"{folder} holds original outputs of other {name}; name another folder, or remove it to compute "
+                    "them again"
                 )
         self.folder = folder
         self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118  (not a mapping)
@@ -186,13 +188,13 @@ class StoredOutputs:
     def __call__(
         self, model: nn.Module, inputs: Batch, skip_first: bool = False, layer: int | str | None = None
     ) -> Predictions:
-        """What the original model predicts for a batch; `model` itself is not run.
+        """Return the original model's predictions for a batch; `model` itself does not run.
 
         Raises:
             DataError: A row of the batch is not in the folder.
         """
         labels = inputs["labels"]
-        keys, device = batch_keys(inputs), labels.device
+        keys, device = labelled_batch_hashes(inputs), labels.device
         rows_L = label_positions(model, labels).nonzero()[:, 0]
         labels_L = self._read(keys, "labels", device)
         if len(labels_L) != len(rows_L):
@@ -208,14 +210,14 @@ class StoredOutputs:
             nll_L = self._read(keys, "nll", device)
         if logits_LV is None:
             logits_LV = torch.empty(len(labels_L), 0, device=device)
-        found = Predictions(logits_LV, labels_L, rows_L, len(labels), hidden, None, inputs, nll_L)
-        return _without_first(found, model) if skip_first else found
+        predictions = Predictions(logits_LV, labels_L, rows_L, len(labels), hidden, None, inputs, nll_L)
+        return _without_first_label(predictions, model) if skip_first else predictions
 
     def _tensors(self, keys: list[str], content: str) -> Iterator[Tensor]:
         for key in keys:
             name = f"{key}.{content}"
             if name not in self._file_of:
-                raise DataError(f"a row of the batch is not in {self.folder}; remove the folder to have it made anew")
+                raise DataError(f"a row of the batch is not in {self.folder}; remove the folder to compute it again")
             yield self._file_of[name].get_tensor(name)
 
     def _read(self, keys: list[str], content: str, device: torch.device) -> Tensor:
@@ -223,7 +225,7 @@ class StoredOutputs:
 
 
 def _align(stored: list[Tensor], inputs: Batch, device: torch.device) -> Hidden:
-    """Stored states `[l, p, D]` of each row where the batch has these positions: `[L, P, D]`."""
+    """Place the stored states `[l, p, D]` of each row at the positions of the padded batch: `[L, P, D]`."""
     mask, labels = inputs.get("attention_mask"), inputs["labels"]
     stored = [s for s in stored if len(s)]
     positions = None if mask is None or labels.ndim > 1 else mask.sum(1)[labels != IGNORED].tolist()
@@ -236,12 +238,15 @@ def _align(stored: list[Tensor], inputs: Batch, device: torch.device) -> Hidden:
     return Hidden(states_LPD, mask_LP)
 
 
-def _without_first(found: Predictions, model: nn.Module) -> Predictions:
-    assert found.inputs is not None
-    labels = found.inputs["labels"]
+def _without_first_label(predictions: Predictions, model: nn.Module) -> Predictions:
+    """Drop the first label of each row."""
+    assert predictions.inputs is not None
+    labels = predictions.inputs["labels"]
     keep_L = label_positions(model, labels, skip_first=True)[label_positions(model, labels)]
-    nll_L = None if found.known_nll_L is None else found.known_nll_L[keep_L]
-    return Predictions(
-        found.logits_LV[keep_L], found.labels_L[keep_L], found.rows_L[keep_L], found.n_rows, found.hidden, None,
-        found.inputs, nll_L,
-    )  # fmt: skip
+    return replace(
+        predictions,
+        logits_LV=predictions.logits_LV[keep_L],
+        labels_L=predictions.labels_L[keep_L],
+        rows_L=predictions.rows_L[keep_L],
+        known_nll_L=None if predictions.known_nll_L is None else predictions.known_nll_L[keep_L],
+    )

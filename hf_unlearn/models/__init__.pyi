@@ -8,6 +8,7 @@ from .layers import register_layer as register_layer
 from .loading import load_model as load_model
 from .loading import load_processor as load_processor
 from .loading import load_tokenizer as load_tokenizer
+from .modes import restored as restored
 from .tasks import task_of as task_of
 from .trainable import Coverage as Coverage
 from .trainable import freeze_unprotected as freeze_unprotected

@@ -1,18 +1,22 @@
-"""PEFT adapters: which base layer an adapter's weight belongs to, and which adapters a constraint can hold for.
+"""PEFT adapters: the base layer that an adapter's weight belongs to, and the adapters that constraints support.
 
-A LoRA layer moves its base weight by `D = scaling * B A` (B `[O, r]`, A `[r, I]`). With A kept in the image of the
-right factor of a constraint and B in that of the left one, the merged move `D` is allowed whatever the rank; the base
-weights are never touched. See `optimizer.StepConstrainer` for what is exact.
+A LoRA layer changes its base weight by `D = scaling * B A` (B `[O, r]`, A `[r, I]`). If A stays in the image of a
+constraint's right factor and B in the image of its left factor, the merged change `D` is allowed at any rank. The base
+weights are never changed. `constraints.StepConstrainer` documents what is exact.
 """
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_unlearn.errors import ModelError, SettingsError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from peft.tuners.lora import LoraLayer
 
 _INSERTED = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")
 _FACTOR = re.compile(r"(.+)\.lora_(A|B)\.[^.]+\.weight")
@@ -20,42 +24,52 @@ _KEEPS_BASE_WEIGHTS = (True, "gaussian", "eva")
 
 
 def base_name(name: str) -> str:
-    """The name that a module or parameter of a PEFT model has in the base model; other names as they are."""
+    """Return the name that a module or parameter of a PEFT model has in the base model; keep other names.
+
+    >>> base_name("base_model.model.lm_head.base_layer.weight")
+    'lm_head.weight'
+    """
     return _INSERTED.sub("", name.removeprefix("base_model.model."))
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a name of a state dict is an adapter's own: not a weight of the base model."""
+    """Return whether a name of a state dict belongs to an adapter and not to the base model."""
     return ".lora_" in name or ".modules_to_save." in name
 
 
 def layer_of(parameter: str) -> tuple[str, str]:
-    """Base name of the layer that a parameter belongs to, and which factor of its adapter it is: "A", "B" or ""."""
+    """Return the base name of a parameter's layer, and the factor of an adapter that it is: "A", "B" or "".
+
+    >>> layer_of("base_model.model.lm_head.lora_A.default.weight"), layer_of("lm_head.weight")
+    (('lm_head', 'A'), ('lm_head', ''))
+    """
     name = base_name(parameter)
     if factor := _FACTOR.fullmatch(name):
         return factor[1], factor[2]
     return name.rpartition(".")[0], ""
 
 
-def without_wrapper(model: Any) -> nn.Module:
-    """The transformers model inside a `PeftModel` (adapters stay in it); any other model as it is."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+def without_wrapper(model: nn.Module) -> nn.Module:
+    """Return the transformers model inside a `PeftModel`, with its adapters; return any other model unchanged."""
+    wrapped = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    return model.get_base_model() if wrapped else model  # type: ignore[operator]
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
-    """Base name, module and active adapter of each LoRA layer."""
+def lora_layers(model: nn.Module) -> "Iterator[tuple[str, LoraLayer, str]]":
+    """Yield base name, module and active adapter of each LoRA layer."""
     for name, module in model.named_modules():
-        factors: Any = getattr(module, "lora_A", None)
+        factors = getattr(module, "lora_A", None)
         if isinstance(factors, nn.ModuleDict):
             layer: Any = module
             yield from ((base_name(name), layer, adapter) for adapter in layer.active_adapters if adapter in factors)
 
 
 def merged_state_dict(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """State dict of the base model with the active adapters merged in; `model` itself stays as it is.
+    """Return the state dict of the base model with the active adapters merged; `model` itself does not change.
 
     Args:
-        state: All weights by their names in `model`, where the model's own are sharded.
+        model: The model with its adapters.
+        state: All weights by their names in `model`, needed if the model's own are sharded.
     """
     state = model.state_dict() if state is None else state
     merged = {
@@ -71,8 +85,13 @@ def merged_state_dict(model: nn.Module, state: Mapping[str, Tensor] | None = Non
     return merged
 
 
-def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
-    """`peft.get_peft_model`, for a model that has no adapter yet."""
+def with_adapter(model: nn.Module, peft_config: "PeftConfig") -> nn.Module:
+    """Add an adapter to a model without one, as `peft.get_peft_model` does.
+
+    Raises:
+        SettingsError: `peft_config` is not a configuration of PEFT or does not fit the model, or the model has an
+            adapter already.
+    """
     from peft import PeftConfig, get_peft_model
 
     if not isinstance(peft_config, PeftConfig):
@@ -81,24 +100,22 @@ def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
         raise SettingsError("the model has an adapter already; pass either it or peft_config")
     try:
         return get_peft_model(model, peft_config)
-    except ValueError as error:  # such as target modules that the model has not
+    except ValueError as error:  # such as target modules that the model does not have
         raise SettingsError(f"LoRA settings: {str(error).splitlines()[0]}") from error
 
 
 def check_adapters(model: nn.Module) -> None:
-    """Raise `ModelError` for adapters whose merged move is not `scaling * B A`, or that have moved already."""
+    """Raise `ModelError` for adapters whose merged change is not `scaling * B A`, or that are trained already."""
     for adapter, config in (getattr(model, "peft_config", None) or {}).items():
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        if kind != "LORA":
-            raise ModelError(
-                f"adapter {adapter!r} is {kind}; only LoRA (with or without rank stabilisation) is handled"
-            )
+        method = getattr(config.peft_type, "value", config.peft_type)
+        if method != "LORA":
+            raise ModelError(f"adapter {adapter!r} is {method}; use LoRA, with or without rank stabilisation")
         if getattr(config, "use_dora", False):
             raise ModelError(f"adapter {adapter!r} uses DoRA, whose magnitudes rescale the whole weight: turn it off")
         if config.init_lora_weights not in _KEEPS_BASE_WEIGHTS:
             raise ModelError(
-                f"adapter {adapter!r} has init_lora_weights={config.init_lora_weights!r}, which changes the base or "
-                f"starts with B != 0; use one of {', '.join(map(repr, _KEEPS_BASE_WEIGHTS))}"
+                f"adapter {adapter!r} has init_lora_weights={config.init_lora_weights!r}, which changes the base "
+                f"weights or starts with B != 0; use one of {', '.join(map(repr, _KEEPS_BASE_WEIGHTS))}"
             )
     for name, module, adapter in lora_layers(model):
         if adapter in getattr(module, "lora_variant", ()):

@@ -1,15 +1,14 @@
-"""What a model predicts where it has a label: the one place that knows about shifted labels and masks.
+"""Forward passes and what they predict at the labels: the only module that knows about shifted labels and masks.
 
-Shapes: B rows, T positions, V classes or vocabulary entries, L label positions of the batch (one a row for
+Shapes: B rows, T positions, V classes or vocabulary entries, L label positions of the batch (one per row for
 classification; the positions whose label is not -100 for language models), P positions behind one label (1 for
-language models, all of the row's for classification), D features of a hidden state.
+language models, all positions of the row for classification), D features of a hidden state.
 """
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from inspect import signature
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +21,18 @@ from hf_unlearn.models.tasks import DECODER_INPUTS, IGNORED, Batch, context_leng
 
 @dataclass(frozen=True)
 class Hidden:
-    """A module's outputs behind each label: `states_LPD`, of which those count where `mask_LP` is true."""
+    """A module's outputs behind each label.
+
+    Attributes:
+        states_LPD: The outputs.
+        mask_LP: Which positions count.
+    """
 
     states_LPD: Tensor
     mask_LP: Tensor
 
     def distance(self, target: "Tensor | Hidden") -> Tensor:
-        """Mean squared difference to other states, or to one vector `[D]`, over features and positions: `[L]`."""
+        """Return the mean squared difference to other states or a vector `[D]`, over features and positions: `[L]`."""
         other = target.states_LPD if isinstance(target, Hidden) else target
         squares_LP = (self.states_LPD.float() - other.float()).square().mean(-1)
         return (squares_LP * self.mask_LP).sum(1) / self.mask_LP.sum(1).clamp(min=1)
@@ -38,15 +42,21 @@ class Hidden:
 class Predictions:
     """Logits and true labels at the label positions of one batch.
 
+    >>> predictions = Predictions(torch.zeros(3, 2), torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), n_rows=2)
+    >>> predictions.sum_by_row(predictions.nll_L)
+    tensor([1.3863, 0.6931])
+    >>> predictions.lengths_B
+    tensor([2, 1])
+
     Attributes:
-        logits_LV: Logits, or log-probabilities; without columns where only `known_nll_L` is known.
+        logits_LV: Logits, or log-probabilities; without columns if only `known_nll_L` is known.
         labels_L: True labels.
         rows_L: The row of the batch that each label belongs to.
         n_rows: Number of rows of the batch.
         hidden: Outputs of a module, if `predict` was asked for them.
         alternate: Predictions of the rows' alternate answers, for losses that compare with them.
-        inputs: The batch itself, for losses that need to tell rows apart.
-        known_nll_L: `nll_L` where it was stored in place of the logits.
+        inputs: The batch, for losses that depend on the content of a row.
+        known_nll_L: `nll_L`, if it was stored in place of the logits.
     """
 
     logits_LV: Tensor
@@ -60,7 +70,7 @@ class Predictions:
 
     @property
     def nll_L(self) -> Tensor:
-        """Negative log-likelihood of each true label, in nats."""
+        """The negative log-likelihood of each true label, in nats."""
         if self.known_nll_L is not None:
             return self.known_nll_L
         return F.cross_entropy(self.logits_LV.float(), self.labels_L, reduction="none")
@@ -71,14 +81,14 @@ class Predictions:
 
     @property
     def lengths_B(self) -> Tensor:
-        """Number of label positions of each row."""
+        """The number of label positions of each row."""
         return torch.bincount(self.rows_L, minlength=self.n_rows)
 
 
 def label_positions(model: nn.Module, labels: Tensor, skip_first: bool = False) -> Tensor:
-    """Boolean mask of the label positions that a loss reads: `[B]` or `[B, T - 1]` (shifted) or `[B, T]`.
+    """Return a mask of the label positions that a loss reads: `[B]`, `[B, T - 1]` (shifted) or `[B, T]`.
 
-    `skip_first` leaves out each row's first label position, for sequence labels only.
+    `skip_first` leaves out the first label position of each row, for sequence labels only.
     """
     if labels.ndim == 1:
         return labels != IGNORED
@@ -89,7 +99,7 @@ def label_positions(model: nn.Module, labels: Tensor, skip_first: bool = False) 
 
 
 def _without_labels(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
-    """The inputs alone; an encoder-decoder gets the decoder inputs that it would itself make of the labels."""
+    """Return the inputs without labels; an encoder-decoder gets the decoder inputs that it would make of the labels."""
     rest = {key: value for key, value in inputs.items() if key != "labels"}
     decoder_inputs = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if decoder_inputs is not None and "labels" in inputs and not rest.keys() & set(DECODER_INPUTS):
@@ -98,7 +108,10 @@ def _without_labels(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
 
 
 def decoder_mask(inputs: Batch) -> Tensor | None:
-    """Which positions of an encoder-decoder's decoder count: its own mask's, or those up to each row's last label."""
+    """Return which positions of the decoder count in an encoder-decoder, or None if the batch does not say.
+
+    These are the positions of its own mask, or those up to the last label of each row.
+    """
     if "decoder_attention_mask" in inputs:
         return inputs["decoder_attention_mask"].bool()
     if "labels" not in inputs:
@@ -116,11 +129,11 @@ def _check_channels(model: nn.Module, inputs: Batch) -> None:
         )
 
 
-def output_logits(model: nn.Module, inputs: Batch, **forward_options: Any) -> Tensor:
-    """Forward pass without labels; returns the logits, `[B, V]` or `[B, T, V]`.
+def output_logits(model: nn.Module, inputs: Batch, **forward_options: int) -> Tensor:
+    """Run a forward pass without labels and return the logits, `[B, V]` or `[B, T, V]`.
 
     Raises:
-        DataError: A row is longer than the model's context, or images have other channels than the model takes.
+        DataError: A row is longer than the model's context, or images do not have the model's number of channels.
         ModelError: The model returns no logits.
     """
     length, context = inputs["input_ids"].shape[-1] if "input_ids" in inputs else 0, context_length(model)
@@ -129,7 +142,7 @@ def output_logits(model: nn.Module, inputs: Batch, **forward_options: Any) -> Te
             f"a row has {length} tokens, the model's context is {context}; lower max_length, or cut the row"
         )
     _check_channels(model, inputs)
-    outputs: Any = model(**_without_labels(model, inputs), **forward_options)
+    outputs = model(**_without_labels(model, inputs), **forward_options)
     logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
     if logits is None:
         raise ModelError(f"{type(model).__name__} returns no logits; use a model with a head (AutoModelFor...)")
@@ -137,18 +150,33 @@ def output_logits(model: nn.Module, inputs: Batch, **forward_options: Any) -> Te
 
 
 def _can_keep_logits(model: nn.Module) -> bool:
-    """Whether the model computes the logits of a batch's last positions alone when asked to."""
+    """Return whether the model can compute the logits of only the last positions of a batch."""
     model = getattr(model, "module", model)
-    return "logits_to_keep" in signature(without_wrapper(model).forward).parameters  # a wrapper's hides the names
+    return "logits_to_keep" in signature(without_wrapper(model).forward).parameters  # a wrapper hides the names
 
 
 def predict(model: nn.Module, inputs: Batch, skip_first: bool = False, layer: int | str | None = None) -> Predictions:
-    """Run `model` on a batch and return its predictions at the label positions, with the outputs of `layer` if named.
+    """Run `model` on a batch and return its predictions at the label positions.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    ... )
+    >>> batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 6, 7]])}
+    >>> predictions = predict(LlamaForCausalLM(config), batch)
+    >>> predictions.logits_LV.shape, predictions.labels_L
+    (torch.Size([2, 64]), tensor([6, 7]))
+
+    Args:
+        model: A model with logits.
+        inputs: The batch, with `labels` `[B]` or `[B, T]`.
+        skip_first: Leave out the first label position of each row, for sequence labels only.
+        layer: Also return the outputs of this module (`find_module`).
 
     Raises:
-        DataError: The batch has no `labels`, every one of them is -100, one is none of the model's classes, or a row
-            is longer than the context.
-        ModelError: The model returns no logits, or not one distribution for each label.
+        DataError: The batch has no `labels`, all labels are -100, one is not a class of the model, or a row is longer
+            than the context.
+        ModelError: The model returns no logits, or not one distribution per label.
         SettingsError: The model has no such layer.
     """
     labels = inputs.get("labels")
@@ -157,10 +185,10 @@ def predict(model: nn.Module, inputs: Batch, skip_first: bool = False, layer: in
     mask = label_positions(model, labels, skip_first)
     if not mask.any():
         raise DataError(f"every label of a batch of {len(labels)} rows is -100 (masked); nothing is left to predict")
-    watch: AbstractContextManager[list[Tensor]] = nullcontext([]) if layer is None else _outputs_of(model, layer)
-    with watch as seen:
+    recording: AbstractContextManager[list[Tensor]] = nullcontext([]) if layer is None else _outputs_of(model, layer)
+    with recording as outputs:
         if labels.ndim == 2 and shifts_labels(model):
-            first = int(mask.any(0).nonzero()[0])  # the prompt's logits would be a large part of the work of a pass
+            first = int(mask.any(0).nonzero()[0])  # the logits of the prompt would be a large part of the work
             options = {"logits_to_keep": mask.shape[1] + 1 - first} if _can_keep_logits(model) else {}
             logits = output_logits(model, inputs, **options)[:, -1 - mask.shape[1] + first : -1]
             labels, kept = labels[:, 1 + first :], mask[:, first:]
@@ -168,18 +196,16 @@ def predict(model: nn.Module, inputs: Batch, skip_first: bool = False, layer: in
             logits, kept = output_logits(model, inputs), mask
     if logits.shape[:-1] != labels.shape:
         raise ModelError(
-            f"{type(model).__name__} gives logits {list(logits.shape)} for labels {list(labels.shape)}; needed is one "
-            "label for each distribution"
+            f"{type(model).__name__} gives logits {list(logits.shape)} for labels {list(labels.shape)}; use labels "
+            "with one distribution each"
         )
-    found = Predictions(logits[kept], labels[kept], kept.nonzero()[:, 0], len(labels), inputs=inputs)
-    _check_range(found)
-    return replace(found, hidden=_hidden(_one(seen, layer), mask, inputs)) if layer is not None else found
-
-
-def _one(seen: list[Tensor], layer: int | str) -> Tensor:
-    if not seen:
+    predictions = Predictions(logits[kept], labels[kept], kept.nonzero()[:, 0], len(labels), inputs=inputs)
+    _check_range(predictions)
+    if layer is None:
+        return predictions
+    if not outputs:
         raise ModelError(f"layer {layer!r} did not run; name a module that is part of every forward pass")
-    return seen[0]
+    return replace(predictions, hidden=_hidden(outputs[0], mask, inputs))
 
 
 def _check_range(predictions: Predictions) -> None:
@@ -193,11 +219,17 @@ def _check_range(predictions: Predictions) -> None:
 
 
 def find_module(model: nn.Module, layer: int | str) -> nn.Module:
-    """A module by name, or block number `layer` of the model's stack of blocks (its outermost list of modules; of an
-    encoder-decoder that of the decoder).
+    """Return a module by name, or by number the block of the model's stack of blocks.
+
+    The stack is the outermost and longest list of modules; in an encoder-decoder, that of the decoder. Negative numbers
+    count from the end.
+
+    >>> model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 3)])})
+    >>> find_module(model, -1) is find_module(model, "blocks.1")
+    True
 
     Raises:
-        SettingsError: No such module.
+        SettingsError: The model has no such module.
     """
     model = without_wrapper(getattr(model, "module", model))
     if isinstance(layer, int) and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -206,7 +238,7 @@ def find_module(model: nn.Module, layer: int | str) -> nn.Module:
     if isinstance(layer, str):
         if layer not in modules:
             raise SettingsError(
-                f"the model has no module {layer!r}; name one of model.named_modules(), or a block's number"
+                f"the model has no module {layer!r}; name one of model.named_modules(), or give the number of a block"
             )
         return modules[layer]
     stacks = {name: module for name, module in modules.items() if isinstance(module, nn.ModuleList)}
@@ -221,23 +253,24 @@ def find_module(model: nn.Module, layer: int | str) -> nn.Module:
 
 @contextmanager
 def _outputs_of(model: nn.Module, layer: int | str) -> Iterator[list[Tensor]]:
-    """Collect the outputs of a module while the context lasts."""
-    seen: list[Tensor] = []
+    """Collect the outputs of a module inside this scope."""
+    outputs: list[Tensor] = []
 
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
+    def keep(module: nn.Module, args: tuple[object, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
 
     handle = find_module(model, layer).register_forward_hook(keep)
     try:
-        yield seen
+        yield outputs
     finally:
         handle.remove()
 
 
 def _hidden(states: Tensor, mask: Tensor, inputs: Batch) -> Hidden:
-    """The states behind each label: of a class label all unmasked positions, of a token label the one that predicts it.
+    """Return the states behind each label: all unmasked positions for a class label, and the position that predicts it
+    for a token label.
 
-    `mask` is that of `label_positions`.
+    `mask` is the one of `label_positions`.
     """
     if mask.ndim == 2:
         if states.ndim != 3 or states.shape[1] - mask.shape[1] not in (0, 1):

@@ -1,24 +1,19 @@
-"""Layer types that can be protected: how each makes rows of a Gram of its inputs, and how it stores its matrix.
+"""Layers that can be protected: how each type makes the rows of a Gram of its inputs, and how it stores its weight.
 
-A new type is one registration:
-
-    @register_layer(MyLinear)
-    def describe(module: MyLinear) -> Layer:
-        return Layer(outputs=module.n_out, inputs=module.n_in)
+A type is one registration with `register_layer`; those that the package knows are in `layer_types/`. Every other room
+sees a layer only through its `Layer`, so a new type needs no change elsewhere.
 
 Shapes: N rows (positions), I input features, O output features, G blocks.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import singledispatch
 from typing import Any, TypeVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_unlearn.core.registry import TypeRegistry
 from hf_unlearn.errors import ModelError
 from hf_unlearn.models.adapters import base_name
 
@@ -30,21 +25,28 @@ BlockRows = Sequence[tuple[Tensor, Tensor]]
 class Layer:
     """A linear map `y = W x + b` of each input row: its sizes, its rows, and how its weight is stored.
 
-    With several blocks (the groups of a convolution, the experts of a mixture) it is one map for each: `outputs` and
-    `inputs` are those of one block, the weight is seen as `[G, O, I]`, and there is one Gram for each block.
+    With several blocks (the groups of a convolution, the experts of a mixture) there is one map and one Gram per block:
+    `outputs` and `inputs` are the sizes of one block, and the weight is viewed as `[G, O, I]`.
+
+    >>> layer = Layer(outputs=2, inputs=3, transposed=True)
+    >>> layer.gram_shape, layer.fisher_shape
+    ((3, 3), (2, 2))
+    >>> layer.weight_OI(Tensor(3, 2)).shape
+    torch.Size([2, 3])
 
     Attributes:
         outputs: O.
         inputs: I.
-        transposed: The weight is stored as `[I, O]` (of blocks `[G, I, O]`) instead of torch's `[O, I]`.
+        transposed: The weight is stored as `[I, O]` (with blocks `[G, I, O]`) instead of torch's `[O, I]`.
         blocks: G.
-        shape: The stored shape of the weight where that is no such matrix.
-        rows: The arguments of `forward` -> the rows `[..., I]` that the weight multiplies (of blocks `[..., G, I]` or
-            `BlockRows`; of a diagonal Gram their one-hot indices `[..., 1]`); None where the first argument has them.
-            Leading dimensions `[B, T]` or `[B * T]` are those of the attention mask, if any.
-        output_rows: A gradient at the layer's output -> its rows `[..., O]` or `[..., G, O]`; None where it has them.
-        diagonal: Rows are one-hot, so that the Gram is diagonal and kept as a vector.
-        has_fisher: `forward` returns the map's own output, so that gradients there can be seen.
+        shape: The stored shape of the weight, if it is not such a matrix.
+        rows: Maps the arguments of `forward` to the rows `[..., I]` that the weight multiplies (with blocks
+            `[..., G, I]` or `BlockRows`; for a diagonal Gram the indices `[..., 1]`). None if the first argument holds
+            the rows. Leading dimensions `[B, T]` or `[B * T]` are those of the attention mask, if there is one.
+        output_rows: Maps a gradient at the layer's output to its rows `[..., O]` or `[..., G, O]`. None if the gradient
+            holds the rows.
+        diagonal: Rows are one-hot, so the Gram is diagonal and kept as a vector.
+        has_fisher: `forward` returns the map's own output, so gradients can be recorded there.
         by_default: Protected without being asked for by name.
     """
 
@@ -61,12 +63,12 @@ class Layer:
 
     @property
     def plain(self) -> bool:
-        """Whether the weight is one dense matrix over the rows that it is given, which may be sharded or adapted."""
+        """Whether the weight is one dense matrix over the rows of the first argument; it may be sharded or adapted."""
         return self.blocks == 1 and self.shape is None and self.rows is None and not self.diagonal
 
     @property
     def gram_shape(self) -> tuple[int, ...]:
-        """`[I, I]`, `[G, I, I]` or, where it is diagonal, `[I]`."""
+        """`[I, I]`, `[G, I, I]`, or `[I]` if the Gram is diagonal."""
         return (self.inputs,) if self.diagonal else self._stacked(self.inputs, self.inputs)
 
     @property
@@ -78,191 +80,112 @@ class Layer:
         return shape if self.blocks == 1 else (self.blocks, *shape)
 
     def weight_OI(self, tensor: Tensor) -> Tensor:
-        """See the weight, its gradient or a step of it as `[O, I]`, or `[G, O, I]`: a view where there can be one."""
+        """View the weight, its gradient or a step as `[O, I]` or `[G, O, I]`; copies only where no view exists."""
         if self.shape is not None:
             tensor = tensor.reshape(self._stacked(self.outputs, self.inputs))
-        return _turned(tensor) if self.transposed else tensor
+        return _matrix_transpose(tensor) if self.transposed else tensor
 
     def stored(self, matrix_OI: Tensor) -> Tensor:
-        """The inverse of `weight_OI`."""
+        """Return a matrix in the layout of the stored weight: the inverse of `weight_OI`."""
         if self.transposed:
-            matrix_OI = _turned(matrix_OI)
+            matrix_OI = _matrix_transpose(matrix_OI)
         return matrix_OI if self.shape is None else matrix_OI.reshape(self.shape)
 
 
+def _matrix_transpose(matrix: Tensor) -> Tensor:
+    return matrix.t() if matrix.ndim == 2 else matrix.mT
+
+
+# The registry
+
 Description = Layer | Mapping[str, Layer] | None
+"""What a registered function returns for a module: see `register_layer`."""
 Describe = TypeVar("Describe", bound=Callable[[Any], Description])
 
+LAYER_TYPES: TypeRegistry[Callable[[Any], Description]] = TypeRegistry("layer type", "hf_unlearn.models.layer_types")
 
-def register_layer(kind: type[nn.Module]) -> Callable[[Describe], Describe]:
-    """Decorator: `describe(module)` says how modules of this type, and of types made from it, are protected.
 
-    It returns the `Layer` of the module's `weight`; or, of a module with several weights, a mapping from parameter
-    names to layers; or None for a module that it cannot describe, whose weights then are frozen.
+def register_layer(module_type: type[nn.Module]) -> Callable[[Describe], Describe]:
+    """Decorator: tell how modules of a type, and of types derived from it, are protected.
+
+    The decorated function gets a module and returns the `Layer` of its `weight`. For a module with several weights it
+    returns a mapping from parameter names to layers, and None for a module that it cannot describe, whose weights are
+    then frozen. Example, a linear layer that scales its input:
+
+    >>> from hf_unlearn import Layer, register_layer
+    >>> class Scaled(nn.Linear):
+    ...     def forward(self, x):
+    ...         return super().forward(3 * x)
+    >>> @register_layer(Scaled)
+    ... def scaled(module):
+    ...     return Layer(module.out_features, module.in_features, rows=lambda x: 3 * x)
+    >>> find_layers(nn.Sequential(Scaled(4, 2), nn.ReLU()))
+    {'0': Scaled(in_features=4, out_features=2, bias=True)}
+    >>> LAYER_TYPES.remove(Scaled)
+
+    Raises:
+        SettingsError: The type is registered already, with another function.
     """
-
-    def register(describe: Describe) -> Describe:
-        _describe.register(kind, describe)
-        return describe
-
-    return register
+    return LAYER_TYPES.register(module_type)
 
 
 def layers_of(module: nn.Module) -> dict[str, Layer]:
-    """The description of each of a module's weights that can be protected, by parameter name."""
-    found = _describe(module)
-    return {"weight": found} if isinstance(found, Layer) else dict(found or {})
+    """Return the layer of each weight of a module that can be protected, by parameter name."""
+    describe = LAYER_TYPES.find(module)
+    description = None if describe is None else describe(module)
+    return {"weight": description} if isinstance(description, Layer) else dict(description or {})
 
 
 def describe_layer(module: nn.Module) -> Layer | None:
-    """Description of a layer's `weight`; None where it is of a type that cannot be protected."""
+    """Return the layer of a module's `weight`, or None if its type cannot be protected.
+
+    >>> describe_layer(nn.Linear(3, 2)).inputs, describe_layer(nn.LayerNorm(3))
+    (3, None)
+    """
     return layers_of(module).get("weight")
 
 
 def layer_at(name: str, module: nn.Module) -> Layer:
-    """The description of the layer `name` of `known_layers`, which is in `module`."""
-    found = layers_of(module)
-    return found["weight"] if "weight" in found else found[name.rpartition(".")[2]]
+    """Return the layer called `name` in `known_layers`, which is in `module`."""
+    layers = layers_of(module)
+    return layers["weight"] if "weight" in layers else layers[name.rpartition(".")[2]]
 
 
 def parameter_of(name: str, module: nn.Module) -> str:
-    """The name of the parameter of the layer `name` of `known_layers`, which is in `module`."""
+    """Return the parameter name of the layer called `name` in `known_layers`, which is in `module`."""
     return f"{name}.weight" if "weight" in layers_of(module) else name
 
 
-@singledispatch
-def _describe(module: nn.Module) -> Description:
-    new = "transformers" in sys.modules and _register_transformers_layers(module)
-    if ("peft" in sys.modules and _register_peft_layers()) or new:
-        return _describe(module)
-    return None
-
-
-@register_layer(nn.Linear)
-def _linear(module: nn.Linear) -> Layer:
-    return Layer(outputs=module.out_features, inputs=module.in_features)
-
-
-@register_layer(nn.Conv2d)
-def _convolution(module: nn.Conv2d) -> Layer | None:
-    """Each output position is a linear map of the patch under the kernel, in each group of channels of its own."""
-    if type(module).forward is not nn.Conv2d.forward:  # such as one that standardises its weight first
-        return None
-    groups, weight = module.groups, module.weight
-    outputs, inputs = module.out_channels // groups, weight[0].numel()
-
-    def rows(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, P, I] or [B, P, G, I], P output positions
-        padding = module._reversed_padding_repeated_twice
-        x = F.pad(x, padding, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
-        patches = F.unfold(x, module.kernel_size, dilation=module.dilation, stride=module.stride)
-        return by_group(patches if patches.ndim == 3 else patches.unsqueeze(0))
-
-    def by_group(features: Tensor) -> Tensor:  # [B, G F, P] -> [B, P, F] or [B, P, G, F]
-        turned = features.transpose(1, 2)
-        return turned if groups == 1 else turned.unflatten(2, (groups, -1))
-
-    def output_rows(gradient: Tensor) -> Tensor:  # [B, G O, H, W]
-        return by_group((gradient if gradient.ndim == 4 else gradient.unsqueeze(0)).flatten(2))
-
-    return Layer(outputs, inputs, blocks=groups, shape=tuple(weight.shape), rows=rows, output_rows=output_rows)
-
-
-@register_layer(nn.Embedding)
-def _embedding(module: nn.Embedding) -> Layer | None:
-    """A linear map of one-hot rows: its Gram counts tokens, and those that the retain set has stay as they are."""
-    if type(module).forward is not nn.Embedding.forward or module.max_norm is not None or module.sparse:
-        return None
-    return Layer(
-        outputs=module.embedding_dim, inputs=module.num_embeddings, transposed=True,
-        rows=lambda indices: indices.unsqueeze(-1), diagonal=True, by_default=False,
-    )  # fmt: skip
-
-
-def _experts(module: Any) -> dict[str, Layer] | None:
-    """The fused experts of transformers 5 (`use_experts_implementation`): a map for each, of the rows routed to it."""
-    gated = "gate_up_proj" if module.has_gate else "up_proj"
-    up, down = getattr(module, gated), module.down_proj
-    if module.has_bias or module._is_expert_parallel or len(up) == 1:
-        return None
-
-    def routed(x: Tensor, chosen: Tensor, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
-        flat, chosen = x.reshape(-1, x.shape[-1]), chosen.reshape(-1, chosen.shape[-1])
-        found = ((chosen == expert).any(1).nonzero().flatten() for expert in range(len(up)))
-        return [(flat[positions], positions) for positions in found]
-
-    def inner(x: Tensor, chosen: Tensor, weights: Tensor) -> list[tuple[Tensor, Tensor]]:
-        act = module._apply_gate if module.has_gate else module.act_fn
-        blocks = zip(routed(x, chosen, weights), getattr(module, gated), strict=True)
-        return [(act(rows.to(w) @ (w if module.is_transposed else w.T)), positions) for (rows, positions), w in blocks]
-
-    def layer(weight: Tensor, rows: Callable[..., BlockRows]) -> Layer:
-        outputs, inputs = weight.shape[:0:-1] if module.is_transposed else weight.shape[1:]
-        return Layer(outputs, inputs, module.is_transposed, len(weight), rows=rows, has_fisher=False)
-
-    return {gated: layer(up, routed), "down_proj": layer(down, inner)}
-
-
-def _router(module: Any) -> Layer:
-    """`softmax(W x)`, top k: a linear map, though its output is not returned alone."""
-    return Layer(outputs=module.weight.shape[0], inputs=module.weight.shape[1], has_fisher=False)
-
-
-# whose forward pass multiplies the weight with the input as it is
-ROUTERS = ("MixtralTopKRouter", "OlmoeTopKRouter", "Qwen2MoeTopKRouter", "Qwen3MoeTopKRouter")
-
-
-def _register_transformers_layers(module: nn.Module) -> bool:
-    """Register what transformers defines, late, so that this module need not import it; False if nothing is new."""
-    from transformers.pytorch_utils import Conv1D
-
-    kind, is_new = type(module), type(module) not in _describe.registry
-    if is_new and all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate")):
-        register_layer(kind)(_experts)
-        return True
-    if is_new and kind.__name__ in ROUTERS and kind.__module__.startswith("transformers."):
-        register_layer(kind)(_router)
-        return True
-    if Conv1D in _describe.registry:
-        return False
-
-    @register_layer(Conv1D)
-    def describe(module: Conv1D) -> Layer:  # GPT-2's linear layer, weight stored as [I, O]
-        return Layer(outputs=module.nf, inputs=module.nx, transposed=True)
-
-    return True
-
-
-def _register_peft_layers() -> bool:
-    """Register LoRA layers as their base layers: they see the same input and add to the same output."""
-    from peft.tuners.lora import LoraLayer
-
-    if LoraLayer in _describe.registry:
-        return False
-
-    @register_layer(LoraLayer)
-    def describe(module: LoraLayer) -> Layer | None:
-        return describe_layer(module.get_base_layer())
-
-    return True
+# The layers of a model
 
 
 def known_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every layer of a known type, by its name in the base model; LoRA layers stand for what they wrap.
+    """Return every layer of a known type by its name in the base model; a LoRA layer stands for its base layer.
 
-    A layer is named as its module, or, where that has several weights, as its parameter.
+    A layer has the name of its module or, if the module has several weights, of its parameter.
+
+    >>> list(known_layers(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))))
+    ['0', '1']
     """
-    found: dict[str, nn.Module] = {}
-    whole = ""
+    layers: dict[str, nn.Module] = {}
+    last = ""
     for name, module in model.named_modules():
-        if (not whole or not name.startswith(f"{whole}.")) and (layers := layers_of(module)):
-            name_of = base_name(name)  # of modules_to_save the trained copy, which comes last
-            found |= {name_of if key == "weight" else f"{name_of}.{key}": module for key in layers}
-            whole = name
-    return found
+        inside_last = bool(last) and name.startswith(f"{last}.")  # such as the base layer and factors of a LoRA layer
+        if not inside_last and (weights := layers_of(module)):
+            layer = base_name(name)  # for modules_to_save the trained copy, which comes last
+            layers |= {layer if key == "weight" else f"{layer}.{key}": module for key in weights}
+            last = name
+    return layers
 
 
 def tied_parameters(model: nn.Module) -> dict[str, str]:
-    """Names of parameters that are another one's alias (`lm_head.weight` -> `model.embed_tokens.weight`)."""
+    """Return parameter names that are aliases of another one (`lm_head.weight` -> `model.embed_tokens.weight`).
+
+    >>> model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    >>> model["b"].weight = model["a"].weight
+    >>> tied_parameters(model)
+    {'b.weight': 'a.weight'}
+    """
     first: dict[int, str] = {}
     tied: dict[str, str] = {}
     for raw, parameter in model.named_parameters(remove_duplicate=False):
@@ -273,18 +196,23 @@ def tied_parameters(model: nn.Module) -> dict[str, str]:
 
 
 def find_layers(model: nn.Module, patterns: Iterable[str] | None = None, fisher: bool = False) -> dict[str, nn.Module]:
-    """Layers of `model` to protect, by layer name (`known_layers`), in definition order.
+    """Return the layers of `model` to protect, by layer name (`known_layers`), in definition order.
+
+    >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> list(find_layers(model)), list(find_layers(model, ["3"]))
+    (['1', '3'], ['3'])
 
     Args:
-        patterns: Shell patterns of layer names. None takes every layer of a known type, but for embeddings, those of
-            image patches too (training them cost the digits demonstration two points of retain accuracy), for the
-            output embedding of language models (as a rule tied to the input one; its Fisher would be vocabulary size
-            squared) and for layers whose weight is tied to another module's.
-        fisher: Leave out by default what has no Fisher.
+        model: The model, with or without adapters.
+        patterns: Shell patterns of layer names. None takes every layer of a known type except embeddings, including
+            those of image patches (training them cost the digits demonstration two points of retain accuracy), the
+            output embedding of language models (usually tied to the input embedding; its Fisher would have the size of
+            the vocabulary squared), and layers whose weight is tied to another module's.
+        fisher: Leave out layers without a Fisher, unless a pattern names them.
 
     Raises:
-        ModelError: No layer of a known type; a pattern that matches none; a tied layer, or with `fisher` one that has
-            none, asked for by name.
+        ModelError: The model has no layer of a known type; a pattern matches none; a pattern asks for a tied layer or,
+            with `fisher`, for a layer without a Fisher.
     """
     known = known_layers(model)
     if not known or (patterns is None and not any(layer_at(*layer).by_default for layer in known.items())):
@@ -305,17 +233,18 @@ def find_layers(model: nn.Module, patterns: Iterable[str] | None = None, fisher:
             if parameter_of(name, module) not in partners and module is not output
         }
     chosen = _match(known, list(patterns), tied)
-    if blind := [name for name, module in chosen.items() if fisher and not layer_at(name, module).has_fisher]:
-        raise ModelError(f"{blind[0]} has no Fisher; leave it out of `layers`, or collect with fisher=False")
+    if without := [name for name, module in chosen.items() if fisher and not layer_at(name, module).has_fisher]:
+        raise ModelError(f"{without[0]} has no Fisher; leave it out of `layers`, or collect with fisher=False")
     return chosen
 
 
 def _match(known: dict[str, nn.Module], patterns: list[str], tied: dict[str, str]) -> dict[str, nn.Module]:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):
-            usual = [name for name, module in known.items() if layer_at(name, module).by_default] or list(known)
-            example = usual[0]
-            raise ModelError(f"pattern {pattern!r} matches none of the {len(usual)} linear layers, such as {example!r}")
+            linear = [name for name, module in known.items() if layer_at(name, module).by_default] or list(known)
+            raise ModelError(
+                f"pattern {pattern!r} matches none of the {len(linear)} linear layers, such as {linear[0]!r}"
+            )
     chosen = {}
     for name, module in known.items():
         if not any(fnmatchcase(name, pattern) for pattern in patterns):
@@ -324,10 +253,6 @@ def _match(known: dict[str, nn.Module], patterns: list[str], tied: dict[str, str
         alias = next((f"{a} = {b}" for a, b in tied.items() if parameter in (a, b)), None)
         if alias and (layer_at(name, module).by_default or name in patterns):
             raise ModelError(f"{name} has a tied weight ({alias}); protecting one use would leave the other exposed")
-        if not alias:  # a pattern that takes in a tied embedding besides others does not ask for it
+        if not alias:  # a wide pattern that also matches a tied embedding does not ask for it
             chosen[name] = module
     return chosen
-
-
-def _turned(matrix: Tensor) -> Tensor:
-    return matrix.t() if matrix.ndim == 2 else matrix.mT

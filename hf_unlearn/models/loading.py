@@ -1,12 +1,17 @@
-"""Loading models, tokenizers and image processors by name."""
+"""Loading models, tokenizers and image processors from a local folder or the Hub.
+
+Every function raises `ModelError` with the name and the first line of the cause if something cannot be loaded, and
+loads models in float32: bfloat16 weights lose steps of relative size 1e-3.
+"""
 
 import os
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from accelerate import PartialState
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -23,6 +28,9 @@ from hf_unlearn.core.sharding import loaded_whole
 from hf_unlearn.errors import ModelError, SettingsError
 from hf_unlearn.models.tasks import Task
 
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
 MODELS: dict[Task, Any] = {
     "language-model": AutoModelForCausalLM,
     "seq2seq": AutoModelForSeq2SeqLM,
@@ -30,61 +38,93 @@ MODELS: dict[Task, Any] = {
     "token-classification": AutoModelForTokenClassification,
     "image-classification": AutoModelForImageClassification,
 }
+"""The auto class of each task."""
 
 
-def load_model(name: str, task: Task = "language-model") -> nn.Module:
-    """A model in float32 (bf16 weights lose steps of relative size 1e-3), in eval mode; a head that it lacks is drawn
-    by a fixed seed.
+def load_model(name: str, task: Task = "language-model") -> "PreTrainedModel":
+    """Load a model for `task` in eval mode, on this process's device, because statistics come before any Trainer.
 
-    It is put on this process's device: collecting comes before any Trainer would do so.
+    A head that the checkpoint lacks is drawn with a fixed seed.
+
+    Raises:
+        ModelError: The model cannot be loaded.
+        SettingsError: The task is unknown.
     """
-    try:
-        with loaded_whole(), torch.random.fork_rng():
-            torch.manual_seed(0)
-            return MODELS[task].from_pretrained(name, dtype=torch.float32).eval().to(PartialState().device)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load model {name!r}: {str(error).splitlines()[0]}") from error
+    model_class = _auto_class(task)
+    with _loading("the model", name), loaded_whole(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return model_class.from_pretrained(name, dtype=torch.float32).eval().to(PartialState().device)
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model folder or Hub id, padding with its end token if it has no own one."""
-    if not name:  # the first thing that any command loads
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer; one without a padding token pads with its end token.
+
+    >>> load_tokenizer("")
+    Traceback (most recent call last):
+        ...
+    hf_unlearn.errors.ModelError: no model was named; pass --model_name_or_path with a folder or Hub id
+
+    Raises:
+        ModelError: The name is empty, or the tokenizer cannot be loaded.
+    """
+    if not name:  # the tokenizer is the first thing that a command loads
         raise ModelError("no model was named; pass --model_name_or_path with a folder or Hub id")
-    try:
+    with _loading("the tokenizer of", name):
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load the tokenizer of {name!r}: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_processor(name: str, task: Task) -> Any:
-    """The tokenizer of a model folder or Hub id, or its image processor where the task is one of images."""
-    if task not in MODELS:
-        raise SettingsError(f"unknown task {task!r}; choose from {', '.join(MODELS)}")
+def load_processor(name: str, task: Task) -> "PreTrainedTokenizerBase | BaseImageProcessor":
+    """Load the image processor of a model if the task is image classification, otherwise its tokenizer.
+
+    >>> load_processor("some/model", "translation")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    hf_unlearn.errors.SettingsError: unknown task 'translation'; choose from language-model, seq2seq, ...
+
+    Raises:
+        ModelError: It cannot be loaded.
+        SettingsError: The task is unknown.
+    """
+    _auto_class(task)
     if task != "image-classification":
         return load_tokenizer(name)
-    try:
+    with _loading("the image processor of", name):
         return AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load the image processor of {name!r}: {str(error).splitlines()[0]}") from error
 
 
-def load_named(name: str | os.PathLike, processing_class: Any) -> tuple[nn.Module, Any]:
-    """A model in float32, of the class that its configuration names, and its tokenizer or image processor.
+def load_model_and_processor(
+    name: str | os.PathLike[str], processing_class: "ProcessorMixin | None" = None
+) -> tuple["PreTrainedModel", "ProcessorMixin"]:
+    """Load a model of the class that its configuration names, and its tokenizer or image processor if none is passed.
 
-    Without a class with a head it is loaded as a causal language model.
+    A model whose configuration names no class with a head is loaded as a causal language model. It stays on the CPU:
+    the Trainer decides where it goes.
 
     Raises:
         ModelError: One of them cannot be loaded.
     """
-    try:
+    with _loading("the model and its processor", name):
         architecture = (AutoConfig.from_pretrained(name).architectures or [""])[0]
         has_head = "For" in architecture or "LMHead" in architecture
-        kind = getattr(transformers, architecture, AutoModelForCausalLM) if has_head else AutoModelForCausalLM
+        model_class: Any = getattr(transformers, architecture, None) if has_head else None
         with loaded_whole():
-            model = kind.from_pretrained(name, dtype=torch.float32)
+            model = (model_class or AutoModelForCausalLM).from_pretrained(name, dtype=torch.float32)
         return model, processing_class or AutoProcessor.from_pretrained(name)
+
+
+def _auto_class(task: Task) -> Any:
+    if task not in MODELS:
+        raise SettingsError(f"unknown task {task!r}; choose from {', '.join(MODELS)}")
+    return MODELS[task]
+
+
+@contextmanager
+def _loading(what: str, name: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what transformers raises if something does not exist or cannot be read into a `ModelError`."""
+    try:
+        yield
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load {str(name)!r} and its processor: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"cannot load {what} {str(name)!r}: {str(error).splitlines()[0]}") from error

@@ -1,4 +1,4 @@
-"""Which task a model solves, and what that says about its rows and labels."""
+"""The task a model solves, which decides what its rows and labels look like."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -8,11 +8,18 @@ from torch import Tensor, nn
 from hf_unlearn.models.adapters import without_wrapper
 
 IGNORED = -100
+"""The label of positions that no loss reads, as in transformers."""
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
+"""Arguments that give an encoder-decoder its decoder inputs; without them it shifts the labels."""
+
 Batch = Mapping[str, Tensor]
+"""Arguments of a model's forward pass for B rows, by name: each tensor is `[B, ...]`."""
 Collator = Callable[[Sequence[Mapping[str, Any]]], Batch]
+"""Makes a batch of a list of encoded rows, such as `data.batches.PaddingCollator` or a collator of transformers."""
 Task = Literal["language-model", "seq2seq", "text-classification", "token-classification", "image-classification"]
-TASKS: dict[str | None, Task] = {
+"""A task by the name that transformers uses for it on the Hub, or the kind of language model."""
+
+_TASK_OF_LOSS: dict[str | None, Task] = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
     "ForImageClassification": "image-classification",
@@ -20,11 +27,11 @@ TASKS: dict[str | None, Task] = {
 
 
 def shifts_labels(model: nn.Module) -> bool:
-    """Whether the label of position t is predicted at position t - 1 (decoder-only language models).
+    """Return whether the label of position t is predicted at position t - 1 (decoder-only language models).
 
-    transformers derives `loss_type` from the class name and falls back to the causal loss where the name says
-    nothing (`GPT2LMHeadModel`), as it does for decoders that also see images (`...ForConditionalGeneration`); the
-    same rule is used here. Sequence outputs alone are ever shifted.
+    transformers derives `loss_type` from the class name and falls back to the causal loss if the name says nothing
+    (`GPT2LMHeadModel`), also for decoders that see images (`...ForConditionalGeneration`). The same rule is used here.
+    Only sequence outputs are shifted.
     """
     model = getattr(model, "module", model)
     config = getattr(model, "config", None)
@@ -34,20 +41,27 @@ def shifts_labels(model: nn.Module) -> bool:
 
 
 def task_of(model: nn.Module) -> Task | None:
-    """What kind of rows a model takes, by transformers' `loss_type` (that is, its class); None where that says nothing.
+    """Return the task of a model by its `loss_type` (which transformers derives from its class), or None if unknown.
 
-    A language model is one that is trained on the tokens of its own answer; with an encoder for its input it is one of
-    seq2seq.
+    A language model is trained on the tokens of its own answer; one with an encoder for its input is a seq2seq model.
+
+    >>> from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+    >>> sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    >>> task_of(LlamaForCausalLM(LlamaConfig(**sizes)))
+    'language-model'
+    >>> task_of(BertForSequenceClassification(BertConfig(**sizes)))
+    'text-classification'
+    >>> task_of(nn.Linear(2, 2))
     """
     model = without_wrapper(getattr(model, "module", model))
-    task = TASKS.get(getattr(model, "loss_type", None))
+    task = _TASK_OF_LOSS.get(getattr(model, "loss_type", None))
     if task is None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return "seq2seq"
     return task or ("language-model" if shifts_labels(model) else None)
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Most positions that the model was made for, where its configuration says so."""
+    """Return the number of positions that the model was made for, or None if its configuration does not say."""
     config = getattr(getattr(model, "module", model), "config", None)
     if config is None:
         return None

@@ -1,4 +1,4 @@
-"""Which parameters may move: every one is protected by statistics, frozen, or explicitly exposed."""
+"""Which parameters may change: each is protected by statistics, frozen, or explicitly exposed."""
 
 import warnings
 from collections.abc import Container, Iterable, Mapping
@@ -12,46 +12,63 @@ from hf_unlearn.models.adapters import base_name, layer_of
 from hf_unlearn.models.layers import layers_of, tied_parameters
 
 UNKNOWN = "of an unknown layer type: "
+"""How the reason begins for weights that are frozen because their layer type is not registered."""
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Parameter names by what may happen to them."""
+    """Parameter names by what may happen to the parameters.
+
+    >>> print(Coverage(("a.weight",), ("a.bias",), (), {"a.bias": "as asked"}).explain())
+    1 protected, 1 frozen, 0 exposed
+    frozen, as asked: a.bias
+
+    Attributes:
+        protected: Trainable, with statistics.
+        frozen: Not trainable.
+        exposed: Trainable without statistics; the guarantee does not hold for them.
+        reasons: Why each frozen parameter is frozen.
+    """
 
     protected: tuple[str, ...]
     frozen: tuple[str, ...]
     exposed: tuple[str, ...]
     reasons: Mapping[str, str] = field(default_factory=dict)
-    """Why each frozen parameter is frozen."""
 
     def summary(self) -> str:
-        """One line, with the exposed parameters by name: they are what the guarantee does not hold for."""
+        """Return one line with the numbers, and the names of the exposed parameters."""
         exposed = f" ({', '.join(self.exposed)})" if self.exposed else ""
         return f"{len(self.protected)} protected, {len(self.frozen)} frozen, {len(self.exposed)} exposed{exposed}"
 
     def explain(self) -> str:
-        """The summary, and a line for each reason that parameters are frozen for, with their names."""
+        """Return the summary, and one line per reason with the names of the parameters frozen for it."""
         names: dict[str, list[str]] = {}
         for name in self.frozen:
             names.setdefault(self.reasons[name], []).append(name)
-        return "\n".join([self.summary(), *(f"frozen, {why}: {', '.join(found)}" for why, found in names.items())])
+        lines = [f"frozen, {reason}: {', '.join(frozen)}" for reason, frozen in names.items()]
+        return "\n".join([self.summary(), *lines])
 
 
 def freeze_unprotected(
     model: nn.Module, protected: Iterable[str], allow_exposed: Iterable[str] = (), freeze: Iterable[str] = ()
 ) -> Coverage:
-    """Freeze what cannot be protected by default (biases, norms, embeddings) and sort all parameters.
+    """Freeze what cannot be protected by default (biases, norms, embeddings), and report on every parameter.
 
-    Weights of layer types that are not known are frozen too, with one warning that names the types.
+    Weights of unknown layer types are frozen too, with one warning that names the types.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    >>> coverage = freeze_unprotected(model, ["0", "2"])
+    >>> coverage.protected, model[0].bias.requires_grad
+    (('0.weight', '2.weight'), False)
 
     Args:
-        model: Its `requires_grad` flags are changed for frozen parameters; parameters frozen already stay so.
+        model: `requires_grad` of frozen parameters is set to false; parameters that are frozen already stay frozen.
         protected: Layer names with statistics; their weights may train.
         allow_exposed: Shell patterns of parameter names that may train without protection.
-        freeze: Shell patterns of parameter names to freeze besides.
+        freeze: Shell patterns of further parameter names to freeze.
 
     Raises:
-        CoverageError: A parameter would train without statistics; the message lists all of them. A pattern of
+        CoverageError: A parameter would train without statistics (the message lists all of them), or a pattern of
             `allow_exposed` or `freeze` matches nothing.
     """
     allow_exposed, freeze = tuple(allow_exposed), tuple(freeze)
@@ -60,47 +77,47 @@ def freeze_unprotected(
         if not any(fnmatchcase(name, pattern) for name in parameters):
             raise CoverageError(f"pattern {pattern!r} matches no parameter, such as {next(iter(parameters))!r}")
     layers = set(protected)
-    sorted_names: dict[str, list[str]] = {"protected": [], "frozen": [], "exposed": [], "uncovered": []}
+    groups: dict[str, list[str]] = {"protected": [], "frozen": [], "exposed": [], "uncovered": []}
     default = _frozen_by_default(model)
     reasons: dict[str, str] = {}
     for name, parameter in parameters.items():
         if not parameter.requires_grad or any(fnmatchcase(name, p) for p in freeze):
-            kind = "frozen"
+            group = "frozen"
             reasons[name] = "as asked" if parameter.requires_grad else "as it was"
         elif any(fnmatchcase(name, p) for p in allow_exposed):
-            kind = "exposed"
+            group = "exposed"
         elif is_weight_of(name, layers):
-            kind = "protected"
+            group = "protected"
         else:
-            kind = "frozen" if name in default else "uncovered"
+            group = "frozen" if name in default else "uncovered"
             reasons |= {name: default[name]} if name in default else {}
-        sorted_names[kind].append(name)
-    if uncovered := sorted_names.pop("uncovered"):
+        groups[group].append(name)
+    if uncovered := groups.pop("uncovered"):
         raise CoverageError(
             f"trainable but without statistics: {', '.join(uncovered)}; freeze them (freeze=...), "
             f"collect statistics for them, or pass allow_exposed=({uncovered[0]!r}, ...)"
         )
-    for name in sorted_names["frozen"]:
+    for name in groups["frozen"]:
         parameters[name].requires_grad_(False)
-    _warn_unknown({name: reasons[name] for name in sorted_names["frozen"]})
-    return Coverage(**{kind: tuple(names) for kind, names in sorted_names.items()}, reasons=reasons)
+    _warn_unknown({name: reasons[name] for name in groups["frozen"]})
+    return Coverage(**{group: tuple(names) for group, names in groups.items()}, reasons=reasons)
 
 
 def _warn_unknown(reasons: Mapping[str, str]) -> None:
     unknown = {name: why for name, why in reasons.items() if why.startswith(UNKNOWN)}
     if unknown:
-        kinds = sorted({why.removeprefix(UNKNOWN) for why in unknown.values()})
+        types = sorted({why.removeprefix(UNKNOWN) for why in unknown.values()})
         warnings.warn(
-            f"{len(unknown)} weights of layer types that are not known are frozen ({', '.join(kinds)}; the first is "
-            f"{next(iter(unknown))}): to protect them instead, say how each type's inputs meet its weight, "
-            f"@hf_unlearn.register_layer({kinds[0]}) def describe(module): return hf_unlearn.Layer(outputs=..., "
-            "inputs=...), and collect again",
+            f"{len(unknown)} weights of unknown layer types are frozen ({', '.join(types)}; the first is "
+            f"{next(iter(unknown))}); to protect them, register how each type multiplies its inputs with its weight, "
+            f"@hf_unlearn.register_layer({types[0]}) def layer(module): return hf_unlearn.Layer(outputs=..., "
+            "inputs=...), and collect statistics again",
             stacklevel=3,
         )
 
 
 def freeze_all_but(model: nn.Module, patterns: Iterable[str]) -> None:
-    """Freeze every parameter that none of the shell patterns names; without patterns, none.
+    """Freeze every parameter that matches none of the shell patterns; without patterns, freeze nothing.
 
     Raises:
         CoverageError: A pattern matches nothing.
@@ -119,7 +136,7 @@ def freeze_all_but(model: nn.Module, patterns: Iterable[str]) -> None:
 def check_covered(
     model: nn.Module, trained: Iterable[nn.Parameter], protected: Iterable[str], allow_exposed: Iterable[str]
 ) -> None:
-    """Raise `CoverageError` where an optimizer holds a trainable parameter without statistics."""
+    """Raise `CoverageError` if an optimizer has a trainable parameter without statistics."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     layers = set(protected)
     uncovered = [
@@ -137,17 +154,20 @@ def check_covered(
 
 
 def is_weight_of(parameter: str, layers: Container[str]) -> bool:
-    """Whether a parameter is the weight, or a factor of the adapter, of one of the layers."""
+    """Return whether a parameter is the weight of one of the layers, or a factor of the layer's adapter."""
     return (parameter.endswith(".weight") and layer_of(parameter)[0] in layers) or base_name(parameter) in layers
 
 
 def _frozen_by_default(model: nn.Module) -> dict[str, str]:
-    """Why what is not protected is frozen: biases, norms and other vectors; input and output embeddings and whatever
-    is tied to one; weights of unknown layer types, and what of a known one is no weight of its map."""
+    """Return the parameters that are frozen unless they are protected, with the reason.
+
+    These are biases, norms and other vectors; input and output embeddings and parameters tied to one; weights of
+    unknown layer types; and parameters of a known type that are not the weight of its map.
+    """
     output = getattr(model, "get_output_embeddings", lambda: None)()
     tied = tied_parameters(model)
     aliased = set(tied) | set(tied.values())
-    why = {
+    reasons = {
         name: f"tied ({_alias(base_name(name), tied)})"
         for name, _ in model.named_parameters()
         if base_name(name) in aliased
@@ -156,21 +176,21 @@ def _frozen_by_default(model: nn.Module) -> dict[str, str]:
         embedding = isinstance(module, nn.Embedding) or module is output or "embed" in prefix
         layers = layers_of(module)
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            if ".lora_" in name or name in why:  # an adapter is asked for by name: covered or an error, never frozen
+            if ".lora_" in name or name in reasons:  # an adapter is added on purpose: covered or an error, never frozen
                 continue
             if parameter.ndim <= 1:
-                why[name] = "a bias, norm or other vector"
+                reasons[name] = "a bias, norm or other vector"
             elif embedding or "embed" in name:
-                why[name] = "an embedding"
+                reasons[name] = "an embedding"
             elif not layers:
-                why[name] = f"{UNKNOWN}{type(module).__name__}"
+                reasons[name] = f"{UNKNOWN}{type(module).__name__}"
             elif name.rpartition(".")[2] not in layers:
-                why[name] = "not the weight of its layer"
+                reasons[name] = "not the weight of its layer"
             elif not layers[name.rpartition(".")[2]].has_fisher:
-                why[name] = "a layer without a Fisher"
-    return why
+                reasons[name] = "a layer without a Fisher"
+    return reasons
 
 
 def _alias(name: str, tied: Mapping[str, str]) -> str:
-    """What a parameter is one with."""
+    """Return the names of the parameters that a parameter is tied to."""
     return ", ".join([*([tied[name]] if name in tied else []), *(a for a, first in tied.items() if first == name)])

@@ -1,4 +1,4 @@
-"""A finished folder to the Hub: `push_unlearned_model`, `trainer.push_to_hub()` and `hf-unlearn push` all go here."""
+"""Publishing a finished folder: `push_unlearned_model`, `trainer.push_to_hub()` and `hf-unlearn push` all use this."""
 
 import json
 import os
@@ -7,10 +7,13 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, ModelCard
 
-from hf_unlearn.core.hub import WEIGHTS, publishable, push_folder
+from hf_unlearn.core.hub import push_folder
+from hf_unlearn.core.published_files import WEIGHTS, publishable
+from hf_unlearn.core.push_options import PushOptions
 from hf_unlearn.errors import OutputError, SettingsError
 from hf_unlearn.evaluation.report import REPORT, UnlearningReport
-from hf_unlearn.publishing.card import REQUEST_FIELDS, write_card
+from hf_unlearn.publishing.card import write_card
+from hf_unlearn.publishing.card_sections import REQUEST_FIELDS
 from hf_unlearn.publishing.plots import PICTURES, save_plots
 
 
@@ -29,35 +32,67 @@ def push_unlearned_model(
 ) -> CommitInfo:
     """Publish a model or adapter with its report, card and plots, and nothing else of its folder.
 
-    Only files on a list leave (`hub.PUBLISHED`), and the hashes on the Hub are compared with the local ones. A re-run
-    resumes.
+    Only files on an allow-list are uploaded (`core.hub.PUBLISHED`), and their hashes on the Hub are compared with the
+    local ones. If a push fails, the same call resumes it.
 
     Args:
-        report: The report, or the folder that has it.
-        model_dir: Folder with the weights. If `report` is its own, what is missing of card and plots is added; any
-            other takes the place of report, card and plots there.
-        repo_id, private, token, revision, commit_message, update: As in `hub.push_folder`.
-        card_template: Your own template of the card, which is rendered anew then.
+        report: The report, or the folder that contains it.
+        model_dir: Folder with the weights. If `report` is the report of this folder, a missing card and missing plots
+            are added; any other report replaces the report, card and plots there.
+        repo_id: `user/repo`, or `repo` for the user who owns the token.
+        private: Visibility of a repository that the push creates; if True, an existing public one is refused.
+        token: Write token; default: `HF_TOKEN` or the token of `hf auth login`.
+        revision: Branch, created if it does not exist; default: `main`.
+        commit_message: First line of the commit.
+        card_template: Your own template of the card; the card is then rendered again.
+        update: Also push into a repository that has other files. Its older weights leave the branch but stay reachable
+            by commit; see `purge_history`.
         publish_samples: The report may show its samples: prompts of forget rows, and answers to them.
 
+    Returns:
+        The commit (`huggingface_hub.CommitInfo`).
+
     Raises:
-        PushError: See `hub.push_folder`.
-        OutputError: No such folder, or no report in it.
-        SettingsError: What would be published is incomplete, is nobody else's to load, or names rows.
+        PushError: The Hub could not be reached or refused the push; the message names the folder and the command that
+            resumes.
+        OutputError: `model_dir` does not exist, or there is no report.
+        SettingsError: The model is incomplete or cannot be loaded by others, the report names rows, a file contains an
+            access token, or `update` or `private` rule the repository out.
+
+    Example:
+
+    >>> push_unlearned_model("missing", "missing", "me/model")
+    Traceback (most recent call last):
+        ...
+    hf_unlearn.errors.OutputError: there is no folder missing; push the output folder of a run
     """
+    options = PushOptions(private, token, revision, commit_message, update)
+    return push_model_folder(
+        report, model_dir, repo_id, options, card_template=card_template, publish_samples=publish_samples
+    )
+
+
+def push_model_folder(
+    report: UnlearningReport | str | os.PathLike,
+    model_dir: str | os.PathLike,
+    repo_id: str,
+    options: PushOptions,
+    *,
+    card_template: str | os.PathLike | None = None,
+    publish_samples: bool = False,
+) -> CommitInfo:
+    """Publish as `push_unlearned_model` does, with the push's options in one object."""
     folder = Path(model_dir)
     if not folder.is_dir():
         raise OutputError(f"there is no folder {folder}; push the output folder of a run")
     _check_weights(folder)
-    homes = (folder.resolve(), (folder / REPORT).resolve())
-    own = not isinstance(report, UnlearningReport) and Path(report).resolve() in homes
+    own_paths = (folder.resolve(), (folder / REPORT).resolve())
+    is_own_report = not isinstance(report, UnlearningReport) and Path(report).resolve() in own_paths
     loaded = _load(report)
     check_public(loaded, publish_samples)
-    complete_folder(folder, loaded, repo_id.rpartition("/")[2], card_template, anew=not own)
-    return push_folder(
-        folder, repo_id, publishable(folder), private=private, token=token, revision=revision,
-        commit_message=commit_message, update=update, flags=["--publish_samples"] if publish_samples else [],
-    )  # fmt: skip
+    complete_folder(folder, loaded, repo_id.rpartition("/")[2], card_template, replace=not is_own_report)
+    flags = ["--publish_samples"] if publish_samples else []
+    return push_folder(folder, repo_id, publishable(folder), options, flags=flags)
 
 
 def complete_folder(
@@ -65,41 +100,48 @@ def complete_folder(
     report: UnlearningReport,
     model_name: str,
     card_template: str | os.PathLike | None = None,
-    anew: bool = True,
+    replace: bool = True,
 ) -> None:
-    """Write report, plots and card beside the weights; without `anew` only what is missing.
+    """Write report, plots and card to the folder of the weights.
+
+    Args:
+        folder: The folder.
+        report: The report.
+        model_name: Title of the card.
+        card_template: Your own template of the card.
+        replace: Replace existing files; if False, only missing ones are written.
 
     Raises:
-        SettingsError: A README.md that is no card of an unlearned model.
+        SettingsError: `replace` is False and README.md is not the card of an unlearned model.
     """
-    if anew or not (folder / REPORT).is_file():
+    if replace or not (folder / REPORT).is_file():
         report.save(folder)
     pictures = publishable(folder, ["plots/*.png"])
-    if anew or not pictures:
-        for name in PICTURES:  # of another report
+    if replace or not pictures:
+        for name in PICTURES:  # they may be of another report
             (folder / "plots" / name).unlink(missing_ok=True)
         pictures = [path.relative_to(folder).as_posix() for path in save_plots(report, folder / "plots")]
-    if anew or card_template is not None or not (folder / "README.md").is_file():
+    if replace or card_template is not None or not (folder / "README.md").is_file():
         write_card(report, folder, model_name=model_name, template=card_template, plots=pictures)
     elif "machine-unlearning" not in _tags(folder / "README.md"):
         raise SettingsError(
-            f"{folder / 'README.md'} is not the card of an unlearned model; remove it to have one made from the "
+            f"{folder / 'README.md'} is not the card of an unlearned model; remove it to have one written from the "
             "report, or pass a template (--card_template)"
         )
 
 
 def check_public(report: UnlearningReport, publish_samples: bool = False) -> None:
-    """Raise `SettingsError` where a report holds more than may be known of a request: texts, ids, answers."""
+    """Raise `SettingsError` if a report contains more than may be published of a request: texts, ids, answers."""
     if report.samples and not publish_samples:
         raise SettingsError(
             f"the report shows {len(report.samples)} prompts of forget rows and answers to them; if they may be "
             "published, pass publish_samples=True (--publish_samples), else run again without samples"
         )
-    odd = [name for name in report.request if name not in REQUEST_FIELDS]
-    odd += [name for name, value in report.request.items() if isinstance(value, (list, tuple, set, Mapping))]
-    if odd:
+    private = [name for name in report.request if name not in REQUEST_FIELDS]
+    private += [name for name, value in report.request.items() if isinstance(value, (list, tuple, set, Mapping))]
+    if private:
         raise SettingsError(
-            f"the report's request has {odd[0]!r}, and a published one must not name rows; keep only "
+            f"the report's request has {private[0]!r}, and a published report must not name rows; keep only "
             f"{', '.join(REQUEST_FIELDS)}, with the rows as a number"
         )
 
@@ -110,14 +152,14 @@ def _load(report: UnlearningReport | str | os.PathLike) -> UnlearningReport:
     path = Path(report)
     if path.is_dir() and not (path / REPORT).is_file():
         raise OutputError(
-            f"{path} has no {REPORT}, and a model is published only with what was asked and measured: `hf-unlearn run` "
-            "and `hf-unlearn evaluate --output_dir` write one; or pass an UnlearningReport to push_unlearned_model"
+            f"{path} has no {REPORT}, and a model is published only with a report of its request: `hf-unlearn run` and "
+            "`hf-unlearn evaluate --output_dir` write one; or pass an UnlearningReport to push_unlearned_model"
         )
     return UnlearningReport.load(path)
 
 
 def _check_weights(folder: Path) -> None:
-    """Raise `SettingsError` unless all weights are there and whoever loads them finds what they need."""
+    """Raise `SettingsError` unless all weights exist and others can load them."""
     weights = publishable(folder, WEIGHTS)
     if not any(name.endswith(".safetensors") for name in weights):
         raise SettingsError(f"{folder} has no weights in safetensors; save them there with save_pretrained")
@@ -140,5 +182,5 @@ def _check_weights(folder: Path) -> None:
 def _tags(card: Path) -> list[str]:
     try:
         return ModelCard(card.read_text(encoding="utf-8")).data.to_dict().get("tags") or []
-    except Exception:  # yaml's errors and huggingface_hub's own share no base class
+    except Exception:  # the errors of yaml and of huggingface_hub share no base class
         return []

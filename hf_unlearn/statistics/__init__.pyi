@@ -1,5 +1,9 @@
 from .collect import collect_statistics as collect_statistics
+from .collect import collect_with_options as collect_with_options
+from .early_stop import EarlyStop as EarlyStop
 from .eigen import Eigen as Eigen
+from .eigen import eigendecomposition as eigendecomposition
 from .eigen import leading_basis as leading_basis
+from .options import CollectionOptions as CollectionOptions
 from .retain_statistics import RetainStatistics as RetainStatistics
 from .sketch import Sketching as Sketching

@@ -1,38 +1,53 @@
-"""The sums behind `collect_statistics`: hooks on layers, products of what they see, one pass for each group of layers.
+"""Accumulating the sums behind `collect_statistics`: one pass over the data for each group of layers.
 
-Shapes: B rows, T positions, N unmasked positions, I and O features of a layer, F either, L label positions, V classes.
+Shapes: B rows, T positions, N unmasked positions, I and O features of a layer.
 """
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_unlearn.core.processes import gather, gather_rows, sum_over_processes, world
-from hf_unlearn.core.sharding import whole
-from hf_unlearn.core.storage import Storage, from_own_rows, own_rows
-from hf_unlearn.data.row_identity import pair_hashes, row_hashes, rows_to_text
+from hf_unlearn.core.processes import gather, sum_over_processes, world
+from hf_unlearn.core.storage import Storage
+from hf_unlearn.data.row_identity import batch_hashes, rows_to_text
 from hf_unlearn.errors import ModelError, SettingsError
-from hf_unlearn.models.adapters import without_wrapper
 from hf_unlearn.models.fingerprint import weights_fingerprint
-from hf_unlearn.models.forward import decoder_mask, label_positions, output_logits
-from hf_unlearn.models.layers import BlockRows, layer_at
+from hf_unlearn.models.forward import output_logits
+from hf_unlearn.models.layers import layer_at
 from hf_unlearn.models.modes import eval_mode
-from hf_unlearn.models.tasks import shifts_labels
-from hf_unlearn.statistics.eigen import add_products, mirror
-from hf_unlearn.statistics.fisher import check_fisher_sizes, fisher_labels, row_uniforms, sample_labels
-from hf_unlearn.statistics.hooks import record_inputs
+from hf_unlearn.statistics.fisher import backward_from_sampled_labels, check_fisher_sizes
+from hf_unlearn.statistics.hooks import SharedInputs, record_inputs, without_weight_gradients
+from hf_unlearn.statistics.masks import PositionMasks, expanded_indices, unmasked_block_rows, unmasked_rows
 from hf_unlearn.statistics.retain_statistics import LayerSums, RetainStatistics
-from hf_unlearn.statistics.sketch import EXACT, Sketching, add_sketch, is_sketch
+from hf_unlearn.statistics.sketch import EXACT, Sketching
+from hf_unlearn.statistics.sums import MomentSums
 
 
-class Collector:
-    """The mutable sums behind one `collect_statistics` call: one pass over the data for each group of layers."""
+class Accumulator:
+    """The mutable sums behind one `collect_statistics` call.
+
+    Use: `groups` once, then for each group `recording(group)` around `add` of every batch, then `finish`.
+
+    Args:
+        model: The model to run.
+        layers: The layers to sum over, by name.
+        fisher: Also accumulate Fishers, by a backward pass for each batch.
+        storage: Where finished sums go.
+        sketching: Which sums are sketches.
+
+    Attributes:
+        sizes: Geometry of each layer.
+        grams, fishers: The sums, by Gram and by layer.
+        shared_inputs: Which layers share a Gram.
+        positions: Number of rows `X_NI` behind each Gram.
+        rows, labels: Number of data rows and of sampled labels, of this process.
+
+    Raises:
+        ModelError: A Fisher too large to be exact, or sums in shards of a layer that is not a plain matrix.
+    """
 
     def __init__(
         self,
@@ -44,257 +59,175 @@ class Collector:
     ):
         self.model, self.layers, self.fisher, self.storage = model, layers, fisher, storage
         self.sizes = {name: layer_at(name, module) for name, module in layers.items()}
-        self.gram_shapes = {name: sketching.shape(layer.gram_shape) for name, layer in self.sizes.items()}
-        self.fisher_shapes = {name: sketching.shape(layer.fisher_shape) for name, layer in self.sizes.items()}
+        in_shards = storage.place == "shards" and world()[1] > 1
+        self.grams = MomentSums({n: sketching.shape(layer.gram_shape) for n, layer in self.sizes.items()}, in_shards)
+        self.fishers = MomentSums(
+            {n: sketching.shape(layer.fisher_shape) for n, layer in self.sizes.items()}, in_shards
+        )
         if fisher:
-            check_fisher_sizes(self.fisher_shapes)
-        self.gram_sums: dict[str, Tensor] = {}
-        self.fisher_sums: dict[str, Tensor] = {}
-        self.owner: dict[str, str] = {}  # layer -> the layer whose Gram it shares
-        self.positions: dict[str, int] = {}
-        self.rows = self.labels = self.data = 0
-        self._in_shards = storage.place == "shards" and world()[1] > 1
-        if self._in_shards and (odd := [name for name, layer in self.sizes.items() if not layer.plain]):
+            check_fisher_sizes(self.fishers.shapes)
+        if in_shards and (not_plain := [name for name, layer in self.sizes.items() if not layer.plain]):
             raise ModelError(
-                f"{odd[0]} is not a plain linear layer, and its sums cannot be in shards; keep them on the device, "
-                "the cpu or the disk, or leave it out of `layers`"
+                f"{not_plain[0]} is not a plain linear layer, and its sums cannot be in shards; keep them on the "
+                "device, the cpu or the disk, or leave it out of `layers`"
             )
-        self._counted = self._summing = True
-        self._input_masks: dict[str, Tensor | None] = {}
-        self._decoder_mask_BT: Tensor | None = None
-        self._complete_groups = 0
-        self._mask_BT: Tensor | None = None
-        self._encoded: Tensor | None = None  # what an encoder-decoder's encoder has returned, and its mask
-        self._encoder_mask_BS: Tensor | None = None
-        self._last: tuple[weakref.ref, int, str] | None = None
+        self.shared_inputs = SharedInputs()
+        self.positions: dict[str, int] = {}
+        self.rows = self.labels = 0
+        self._row_hashes = 0
+        self._masks = PositionMasks(model)
+        self._input_masks: dict[str, Tensor | None] = {}  # of the last input of each layer; its output has the same
+        self._batch_size = 0
+        self._counted = True  # whether the current batch belongs to the data
+        self._completed_groups = 0  # rows and labels are counted in the first pass only
 
     @contextmanager
     def recording(self, names: Sequence[str]) -> Iterator[None]:
-        """Scope of one pass: eval mode, frozen parameters, hooks on the layers of these names.
+        """Accumulate the sums of the layers `names` within a `with` block around one pass over the data.
 
-        At its end their sums are complete, over all processes, and in the place where statistics are kept.
+        The model is in eval mode, with hooks and without gradients of its parameters. At the end the sums are complete
+        over all processes and moved to where statistics are kept.
         """
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        gradients = [p.grad for p in trainable]
-        outputs = self._watch_output if self.fisher and self._summing else None
-        hooked = {name: self.layers[name] for name in names}
-        try:
-            for parameter in trainable:  # only gradients of activations are needed
-                parameter.requires_grad_(False)
-            recording = record_inputs(hooked, self._add_inputs, outputs)
-            with eval_mode(self.model), torch.set_grad_enabled(outputs is not None), recording:
-                with self._following_encoder():
-                    yield
-        finally:
-            for parameter, gradient in zip(trainable, gradients, strict=True):
-                parameter.requires_grad_(True)
-                parameter.grad = gradient  # weights that FSDP has sharded get one all the same
-        if self._summing:
-            self._complete(names)
+        with self._running(names, self._add_inputs, self._watch_output if self.fisher else None):
+            yield
+        self.complete(names)
 
     @contextmanager
-    def _following_encoder(self) -> Iterator[None]:
-        """Tell an encoder's positions from a decoder's: by time, and cross-attention's inputs as its very output."""
-        if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
-            yield
-            return
+    def _running(
+        self,
+        names: Sequence[str],
+        receive: Callable[..., object],
+        outputs: Callable[[str, Tensor], Tensor] | None = None,
+    ) -> Iterator[None]:
+        hooked = {name: self.layers[name] for name in names}
+        with without_weight_gradients(self.model), eval_mode(self.model), torch.set_grad_enabled(outputs is not None):
+            with record_inputs(hooked, receive, outputs), self._masks.following_encoder():
+                yield
 
-        def enter(*ignored: Any) -> None:
-            self._decoder_mask_BT, self._mask_BT = self._mask_BT, self._encoder_mask_BS
+    def groups(self, first_batch: Callable[[], Mapping[str, Tensor]], max_memory: int | None) -> list[list[str]]:
+        """Split the layers into groups whose unfinished sums take at most `max_memory` bytes on this process, in order.
 
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            self._encoded, self._mask_BT = output[0], self._decoder_mask_BT
-
-        model: Any = without_wrapper(self.model)
-        handles = [model.get_encoder().register_forward_pre_hook(enter)]
-        handles.append(model.get_encoder().register_forward_hook(leave))
-        try:
-            yield
-        finally:
-            self._encoded = None
-            for handle in handles:
-                handle.remove()
-
-    def _mask_of(self, tensor: Tensor) -> Tensor | None:
-        """The mask of a layer's input: of the encoder's output, which cross-attention reads, it is the encoder's."""
-        return self._encoder_mask_BS if tensor is self._encoded else self._mask_BT
-
-    def groups(self, first: Callable[[], Mapping[str, Tensor]], max_memory: int | None) -> list[list[str]]:
-        """The layers in groups whose unfinished sums take at most `max_memory` bytes on this process, in order.
+        Args:
+            first_batch: Returns a batch; one forward pass finds the layers that share their input.
+            max_memory: Bytes; None: one group.
 
         Raises:
             SettingsError: Layers that share one input take more.
         """
         if max_memory is None:
             return [list(self.layers)]
-        self._summing = False  # a first look at which layers share their input
-        try:
-            with self.recording(list(self.layers)):
-                self.add(first(), counted=False)
-        finally:
-            self._summing = True
+        with self._running(list(self.layers), self._note_shared_input):
+            self._forward(first_batch())
+        gram_of = self.shared_inputs.gram_of
         sizes: dict[str, int] = {}
         for name in self.layers:
-            owner = self.owner.get(name, name)
-            sizes[owner] = sizes.get(owner, self._bytes(self.gram_shapes[owner]))
-            sizes[owner] += self._bytes(self.fisher_shapes[name]) if self.fisher else 0
-        found: list[list[str]] = []
-        room = 0
-        for owner, size in sizes.items():
+            gram = gram_of.get(name, name)
+            sizes[gram] = sizes.get(gram, self.grams.bytes_of(gram))
+            sizes[gram] += self.fishers.bytes_of(name) if self.fisher else 0
+        groups: list[list[str]] = []
+        free = 0
+        for gram, size in sizes.items():
             if size > max_memory:
-                raise SettingsError(f"the sums of {owner} take {size} bytes, above max_memory {max_memory}; raise it")
-            if not found or size > room:
-                found.append([])
-                room = max_memory
-            found[-1] += [name for name in self.layers if self.owner.get(name, name) == owner]
-            room -= size
-        return found
-
-    def _bytes(self, shape: tuple[int, ...]) -> int:
-        rows = shape[0]
-        return 8 * prod(shape[1:]) * len(range(rows)[own_rows(rows)] if self._in_shards else range(rows))
+                raise SettingsError(f"the sums of {gram} take {size} bytes, above max_memory {max_memory}; raise it")
+            if not groups or size > free:
+                groups.append([])
+                free = max_memory
+            groups[-1] += [name for name in self.layers if gram_of.get(name, name) == gram]
+            free -= size
+        return groups
 
     def add(self, inputs: Mapping[str, Tensor], counted: bool = True) -> int:
-        """Run one batch through the model; returns its number of rows. Not `counted`, it leaves no trace."""
+        """Run one batch through the model and return its number of rows.
+
+        Args:
+            inputs: The batch.
+            counted: If false, the batch only keeps the processes of a distributed run in step and is not added.
+        """
         self._counted = counted
-        mask = inputs.get("attention_mask")
-        self._mask_BT = mask.bool() if mask is not None and mask.ndim == 2 else None
-        self._last = self._encoded = None
-        self._batch_size = len(next(iter(inputs.values())))
-        hashes = row_hashes(inputs, self._mask_BT)
-        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
-            self._encoder_mask_BS, self._mask_BT = self._mask_BT, decoder_mask(inputs)
-            hashes = pair_hashes(inputs, self._encoder_mask_BS, self._mask_BT)
-        logits = output_logits(self.model, inputs)
-        if self.fisher and self._summing:
-            self._backward(logits, inputs, hashes)
-        if counted and not self._complete_groups:
+        logits, hashes = self._forward(inputs)
+        labels = 0
+        if self.fisher:
+            labels = backward_from_sampled_labels(self.model, logits, inputs, self._masks.current_BT, hashes)
+        if counted and not self._completed_groups:
             self.rows += len(hashes)
-            self.data += sum(hashes)
+            self.labels += labels
+            self._row_hashes += sum(hashes)
         return len(hashes)
 
-    def grams_so_far(self) -> Iterator[tuple[str, Tensor]]:
-        """The sums of each Gram that is a matrix over what all processes have seen up to now, one after the other."""
-        for name, sums in self.gram_sums.items():
-            if sums.ndim == 1:
-                continue
-            if self._in_shards:
-                yield name, whole(from_own_rows(sums, self.gram_shapes[name][0]))
-                continue
-            total = sums.clone()
-            for total_FF in _matrices(total):
-                mirror(total_FF)
-            sum_over_processes({name: total})
-            yield name, total
+    def _forward(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[int]]:
+        """The logits of a batch and a hash of each row."""
+        self._masks.start_batch(inputs)
+        self.shared_inputs.start_batch()
+        self._batch_size = len(next(iter(inputs.values())))
+        hashes = batch_hashes(inputs, self._masks.encoder_decoder)
+        return output_logits(self.model, inputs), hashes
 
-    def finish(self, settings: dict[str, Any]) -> RetainStatistics:
-        missing = [name for name in self.layers if name not in self.owner]
+    def grams_so_far(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the sums of each Gram that is a matrix, over the rows of all processes up to now."""
+        return self.grams.so_far()
+
+    def complete(self, names: Sequence[str]) -> None:
+        """Sum over the processes what the pass over the layers `names` has accumulated, and move it to its storage."""
+        self._completed_groups += 1
+        self.grams.complete(names, self.storage)
+        self.fishers.complete(names, self.storage)
+        counts = {name: torch.tensor(self.positions[name]) for name in names if name in self.positions}
+        sum_over_processes(counts)
+        self.positions |= {name: int(count) for name, count in counts.items()}
+
+    def finish(self, settings: Mapping[str, Any]) -> RetainStatistics:
+        """Return the statistics; `settings` are saved with them.
+
+        Raises:
+            ModelError: A layer did not run in any batch.
+        """
+        gram_of = self.shared_inputs.gram_of
+        missing = [name for name in self.layers if name not in gram_of]
         if missing:
             raise ModelError(f"{missing[0]} (and {len(missing) - 1} more layers) never ran; leave them out of `layers`")
         totals = {"rows": torch.tensor(self.rows), "labels": torch.tensor(self.labels)}
         sum_over_processes(totals)
         return RetainStatistics(
-            gram_sums=self.gram_sums,
-            fisher_sums={name: self.fisher_sums[name] for name in self.layers} if self.fisher else {},
-            layers={n: LayerSums(self.owner[n], size.outputs, size.transposed) for n, size in self.sizes.items()},
+            gram_sums=self.grams.tensors,
+            fisher_sums={name: self.fishers.tensors[name] for name in self.layers} if self.fisher else {},
+            layers={n: LayerSums(gram_of[n], size.outputs, size.transposed) for n, size in self.sizes.items()},
             positions=self.positions,
             rows=int(totals["rows"]),
             labels=int(totals["labels"]),
             weights=weights_fingerprint(self.model),
-            data=rows_to_text(sum(gather(self.data))),
+            data=rows_to_text(sum(gather(self._row_hashes))),
             settings=settings,
             storage=self.storage,
         )
 
-    def _complete(self, names: Sequence[str]) -> None:
-        """Sum over the processes what the pass over the layers `names` has found, and put it where it is kept."""
-        self._complete_groups += 1
-        for sums in (self.gram_sums, self.fisher_sums):
-            for name in (name for name in names if name in sums):
-                if not self._in_shards:
-                    for total_FF in _matrices(sums[name]):
-                        mirror(total_FF)
-                    sum_over_processes({name: sums[name]})
-                if not torch.isfinite(sums[name]).all():
-                    raise ModelError(
-                        f"what {name} computes is not finite (NaN or infinite); weights or rows are broken"
-                    )
-                size = self._shapes(sums)[name][0]
-                sums[name] = from_own_rows(sums[name], size) if self._in_shards else self.storage.keep(sums[name])
-        counts = {name: torch.tensor(self.positions[name]) for name in names if name in self.positions}
-        sum_over_processes(counts)
-        self.positions |= {name: int(count) for name, count in counts.items()}
-
-    @staticmethod
-    def _unmasked(tensor: Tensor, mask: Tensor | None, blocks: int = 1) -> Tensor:
-        """Rows of a layer's input or output that count: `[B, T, F]`, `[B * T, F]` or `[B, F] -> [N, F]`.
-
-        Of several blocks `[..., G, F] -> [G, N, F]`.
-        """
-        row = tensor.shape[-1:] if blocks == 1 else tensor.shape[-2:]
-        leading = tensor.shape[: tensor.ndim - len(row)]
-        if mask is not None and leading == mask.shape:
-            rows = tensor[mask]
-        elif mask is not None and len(leading) == 1 and leading[0] == mask.numel() and mask.shape[1] > 1:
-            rows = tensor[mask.flatten()]
-        else:
-            rows = tensor.reshape(-1, *row)
-        return rows if blocks == 1 else rows.transpose(0, 1)
+    def _note_shared_input(self, name: str, tensor: Tensor, *arguments: Any) -> bool:
+        """Whether an earlier layer has added the rows of this input already."""
+        if self.sizes[name].rows is not None:  # the layer makes its own rows of the tensor
+            self.shared_inputs.add_unshared(name)
+            return False
+        return self.shared_inputs.is_shared(name, tensor)
 
     def _add_inputs(self, name: str, tensor: Tensor, *arguments: Any) -> None:
         layer = self.sizes[name]
-        self._input_masks[name] = self._mask_of(tensor)
-        if layer.rows is not None:  # its rows are its own, even if another layer saw the same tensor
-            self.owner.setdefault(name, name)
-            self._last = None
-        elif self._is_shared(name, tensor):
-            return
-        if not self._summing:
+        mask = self._input_masks[name] = self._masks.of_input(tensor)
+        if self._note_shared_input(name, tensor):
             return
         with torch.no_grad():
             rows: Any = tensor.detach() if layer.rows is None else layer.rows(tensor.detach(), *arguments)
-        mask = self._mask_of(tensor)
         if isinstance(rows, Tensor):
-            rows = self._unmasked(self._of_each_row(rows) if layer.diagonal else rows, mask, layer.blocks)
+            rows = expanded_indices(rows, self._batch_size) if layer.diagonal else rows
+            rows = self.unmasked(rows, mask, layer.blocks)
         else:
-            rows = self._unmasked_blocks(rows, mask)
+            rows = unmasked_block_rows(rows, mask)
         count = sum(map(len, rows)) if layer.blocks > 1 else len(rows)
         self.positions.setdefault(name, 0)
         self.positions[name] += count if self._counted else 0
-        self._add_products(self.gram_sums, name, rows)
-
-    @staticmethod
-    def _unmasked_blocks(blocks: BlockRows, mask: Tensor | None) -> list[Tensor]:
-        if mask is None or mask.shape[1] == 1:
-            return [rows_NI for rows_NI, _ in blocks]
-        mask_N = mask.flatten()
-        return [rows_NI[mask_N[positions_N]] for rows_NI, positions_N in blocks]
-
-    def _of_each_row(self, indices: Tensor) -> Tensor:
-        """Indices that stand for all rows of the batch (`[1, T, 1]` or `[T, 1]`, of positions) written out for each."""
-        return (
-            indices.expand(self._batch_size, *indices.shape[-2:]) if indices.ndim == 2 or len(indices) == 1 else indices
-        )
-
-    def _is_shared(self, name: str, tensor: Tensor) -> bool:
-        """Whether the layer that ran last saw this very tensor; decided on the first batch, then relied upon."""
-        if self._last is not None:
-            seen, version, owner = self._last
-            same = seen() is tensor and version == tensor._version
-        else:
-            same, owner = False, name
-        owner = self.owner.setdefault(name, owner if same else name)
-        if owner != name and not same:
-            raise ModelError(
-                f"{name} shared its input with {owner} in one batch and not in another; name it in `layers` alone"
-            )
-        self._last = (weakref.ref(tensor), tensor._version, owner)
-        return owner != name
+        self.grams.add(name, rows, self._counted)
 
     def _watch_output(self, name: str, output: Tensor) -> Tensor:
         if not output.requires_grad:  # the first layer: everything before it is frozen
-            output = output.detach().requires_grad_().clone()  # no leaf: an activation may work in place
-        self._sums_of(self.fisher_sums, name, output.device)  # zero where no gradient comes
+            output = output.detach().requires_grad_().clone()  # not a leaf: an activation may work in place
+        self.fishers.tensor(name, output.device)  # stays zero if no gradient comes
         mask = self._input_masks[name]
         output.register_hook(lambda gradient: self._add_gradient(name, gradient, mask))
         return output
@@ -302,71 +235,14 @@ class Collector:
     def _add_gradient(self, name: str, gradient: Tensor | None, mask: Tensor | None) -> None:
         if gradient is None:
             raise ModelError(
-                f"no gradient flows back to {name} (4-bit weights on the CPU have none once a pass without gradients "
+                f"no gradient flows back to {name} (4-bit weights on the CPU have none after a pass without gradients "
                 "has packed them); collect right after loading, or without fisher"
             )
         layer = self.sizes[name]
-        rows = self._unmasked(
-            gradient if layer.output_rows is None else layer.output_rows(gradient), mask, layer.blocks
-        )
-        self._add_products(self.fisher_sums, name, rows)
+        rows = gradient if layer.output_rows is None else layer.output_rows(gradient)
+        self.fishers.add(name, self.unmasked(rows, mask, layer.blocks), self._counted)
 
-    def _shapes(self, sums: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        return self.gram_shapes if sums is self.gram_sums else self.fisher_shapes
-
-    def _sums_of(self, sums: dict[str, Tensor], name: str, device: torch.device) -> Tensor:
-        shape = self._shapes(sums)[name]
-        if name not in sums:
-            rows = len(range(shape[0])[own_rows(shape[0])]) if self._in_shards else shape[0]
-            sums[name] = torch.zeros(rows, *shape[1:], dtype=torch.float64, device=device)
-        return sums[name]
-
-    def _add_shards(self, own_sums: Tensor, rows_NF: Tensor, shape: tuple[int, ...]) -> None:
-        """Add this process's rows of the products or of the sketch, from the rows of all processes."""
-        rows_NF = rows_NF if self._counted else rows_NF[:0]
-        own, all_NF = own_rows(shape[0]), gather_rows(rows_NF).double()
-        if is_sketch(shape):
-            add_sketch(own_sums, all_NF, own)
-        else:
-            own_sums.addmm_(all_NF[:, own].t(), all_NF)
-
-    def _add_products(self, sums: dict[str, Tensor], name: str, rows: Tensor | Sequence[Tensor]) -> None:
-        """Add `rows^T rows` of rows `[N, F]`, or those of each block, or sketches of them; of indices `[N, 1]` to a
-        diagonal their counts."""
-        shape = self._shapes(sums)[name]
-        own_sums = self._sums_of(sums, name, rows.device if isinstance(rows, Tensor) else rows[0].device)
-        if self._in_shards:
-            assert isinstance(rows, Tensor)
-            self._add_shards(own_sums, rows, shape)
-        elif not self._counted:
-            return
-        elif len(shape) == 1:
-            assert isinstance(rows, Tensor)
-            own_sums += torch.bincount(rows.flatten(), minlength=len(own_sums))
-        else:
-            blocks: Any = rows if len(shape) == 3 else [rows]
-            for total, block_NF in zip(own_sums if len(shape) == 3 else [own_sums], blocks, strict=True):
-                if is_sketch(shape):
-                    add_sketch(total, block_NF.double())
-                else:
-                    add_products(total, block_NF.double())
-
-    def _backward(self, logits: Tensor, inputs: Mapping[str, Tensor], hashes: list[int]) -> None:
-        """Backward pass of the summed negative log-likelihood of labels drawn from the model's prediction."""
-        mask = label_positions(self.model, fisher_labels(logits, inputs, self._mask_BT))
-        if logits.ndim == 3 and shifts_labels(self.model):
-            logits = logits[:, :-1]
-        logits_LV = logits[mask].float()
-        uniforms_L = torch.cat(
-            [row_uniforms(seed, n) for seed, n in zip(hashes, mask.reshape(len(mask), -1).sum(1).tolist(), strict=True)]
-        )
-        sampled_L = sample_labels(logits_LV.detach(), uniforms_L.to(logits.device))
-        self.labels += len(sampled_L) if self._counted and not self._complete_groups else 0
-        F.cross_entropy(logits_LV, sampled_L, reduction="sum").backward()
-
-
-def _matrices(sums: Tensor) -> Sequence[Tensor]:
-    """The exact matrices of sums: one, one for each block, or none of a diagonal or a sketch."""
-    if is_sketch(sums.shape):
-        return []
-    return list(sums) if sums.ndim == 3 else [sums] * (sums.ndim == 2)
+    @staticmethod
+    def unmasked(tensor: Tensor, mask: Tensor | None, blocks: int = 1) -> Tensor:
+        """`masks.unmasked_rows`; a subclass may trace it."""
+        return unmasked_rows(tensor, mask, blocks)

@@ -1,31 +1,38 @@
 """Collecting: forward passes over a data set, with hooks that sum the second moments of layer inputs."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import convert_file_size_to_int
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from hf_unlearn.core.processes import gather, is_main, own_indices
-from hf_unlearn.core.storage import Storage
 from hf_unlearn.data.batches import default_collator, own_batches, take
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.errors import ModelError, SettingsError
 from hf_unlearn.models.layers import find_layers
-from hf_unlearn.statistics.accumulator import Collector
-from hf_unlearn.statistics.early_stop import Convergence, in_random_order
-from hf_unlearn.statistics.retain_statistics import SAMPLED, RetainStatistics
-from hf_unlearn.statistics.sketch import SKETCH_ABOVE, SKETCH_RANK, Sketching
+from hf_unlearn.statistics.accumulator import Accumulator
+from hf_unlearn.statistics.early_stop import in_random_order
+from hf_unlearn.statistics.options import CollectionOptions
+from hf_unlearn.statistics.retain_statistics import SAMPLED_FROM, RetainStatistics
+from hf_unlearn.statistics.sketch import SKETCH_ABOVE, SKETCH_RANK
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+    Rows = Sequence[Mapping[str, Any]] | Dataset | IterableDataset
+
+Collator = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Tensor]]
 
 
 def collect_statistics(
     model: nn.Module,
-    dataset: Any,
+    dataset: "Rows",
     *,
-    collator: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Tensor]] | None = None,
-    processing_class: Any = None,
+    collator: Collator | None = None,
+    processing_class: "PreTrainedTokenizerBase | BaseImageProcessor | None" = None,
     batch_size: int = 8,
     fisher: bool = False,
     layers: Sequence[str] | None = None,
@@ -37,90 +44,108 @@ def collect_statistics(
     tolerance: float | None = None,
     progress: bool = True,
 ) -> RetainStatistics:
-    """Sum `X^T X`, and with `fisher=True` `Y^T Y`, of every layer over `dataset`.
+    """Sum `X^T X`, and with `fisher=True` also `Y^T Y`, of every layer over `dataset`.
 
-    Positions whose attention mask is 0 do not count; labels of -100 do not mask inputs. Layers that see one tensor
-    (q, k, v; gate, up) share one Gram. Products and sums are float64. The Fisher's labels are sampled from the model's
-    own prediction at the label positions (all unmasked positions where the rows have no labels), with a generator
-    seeded by the row's content: the same row gives the same labels in any batch, so that subtraction is exact.
+    Positions whose attention mask is 0 do not count; labels of -100 do not mask inputs. Layers that read the same
+    tensor (q, k, v; gate, up) share one Gram. Products and sums are float64. The labels of the Fisher are sampled from
+    the model's own prediction at the label positions (all unmasked positions if the rows have no labels). Their
+    generator is seeded by the content of the row: the same row gets the same labels in any batch, so that subtraction
+    is exact (METHOD, section 1).
 
-    In a distributed run every process takes its own share of the rows, none twice, and all get the same sums.
+    In a distributed run every process takes its own share of the rows. No row counts twice, and all processes get the
+    same sums.
 
-    The model runs in eval mode; its mode, `requires_grad` flags and hooks are restored, also on errors.
+    The model runs in eval mode; its mode, `requires_grad` flags and hooks are restored, also after an error.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from hf_unlearn.statistics import collect_statistics
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    ... )
+    >>> model = LlamaForCausalLM(config)
+    >>> rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4, 5], "labels": [4, 5]}]
+    >>> full = collect_statistics(model, rows, progress=False)
+    >>> full.rows, len(full.layers), len(full.gram_sums)
+    (2, 7, 4)
+    >>> full.gram("model.layers.0.mlp.down_proj").shape
+    torch.Size([32, 32])
+    >>> forget = collect_statistics(model, rows[:1], progress=False)
+    >>> (full - forget).rows
+    1
 
     Args:
-        model: Any model with layers of known types; see `layers.register_layer`.
-        dataset: Rows in a format of `data.encode_dataset`, also streamed (`datasets.IterableDataset`), or anything
-            that `collator` takes.
-        collator: Rows to batch; default pads on the right.
+        model: Any model with layers of known types; see `register_layer`.
+        dataset: Rows in a format of `encode_dataset`, also streamed (`datasets.IterableDataset`).
+        collator: Rows to batch; default: padding on the right.
         processing_class: Tokenizer or image processor, needed for raw rows.
-        batch_size: Rows a forward pass; it changes the result by rounding only.
-        fisher: Also run a backward pass for the Fisher (`KroneckerConstraint`, predicted KL).
-        layers: Shell patterns of module names; default and names: `layers.find_layers`.
-        max_rows: Stop after this many rows of `dataset`.
-        keep_on: Where finished sums go: `device`, `cpu`, `disk` (memory-mapped) or `shards` (each process sums its own
-            rows of every Gram from the inputs of all processes, and none ever has a whole one); see `storage.Storage`.
-        max_memory: Make several passes over the data, each for as many layers as have unfinished sums of this size
-            ("4GB", or bytes) on a process. The result is that of one pass.
-        sketch_above: Keep a sketch instead of the Gram (or Fisher) of more features than this; None: of none. A sketch
-            adds and subtracts as exactly as a Gram does; what it misses of the energy is in `summary()`, and every
-            constraint counts it (`constraints`). Default: 12288, whose Gram takes 1.2 GB.
-        sketch_rank: Rank of the sketches: how many leading directions they can hold.
-        tolerance: Take the rows in random order (a stream as it comes), and stop once doubling them has moved less than
-            this share of the energy out of any Gram's leading directions (`convergence.Convergence`). Rows used and
-            last change are in `summary()`; nothing can be subtracted from statistics that stopped before the end.
-        progress: Show a progress bar.
+        batch_size, fisher, layers, max_rows, keep_on, max_memory, sketch_above, sketch_rank, tolerance, progress: As in
+            `CollectionOptions`.
 
     Raises:
         DataError: Empty data set or unknown row format.
         ModelError: No layer that can be handled, or a Fisher larger than 16384 x 16384.
-        SettingsError: `batch_size`, `max_rows` or `sketch_rank` below 1; a `max_memory` that is no size or too small
-            for a layer; a tolerance outside (0, 1), or with several passes.
+        SettingsError: As `CollectionOptions`; a `max_memory` that is too small for a layer, or a tolerance with several
+            passes.
     """
-    if batch_size < 1 or (max_rows is not None and max_rows < 1):
-        raise SettingsError(f"batch_size and max_rows must be at least 1, got {batch_size} and {max_rows}")
-    rows = take(encode_dataset(dataset, processing_class, what="statistics", model=model, streams=True), max_rows)
+    options = CollectionOptions(
+        batch_size=batch_size,
+        fisher=fisher,
+        layers=layers,
+        max_rows=max_rows,
+        keep_on=keep_on,
+        max_memory=max_memory,
+        sketch_above=sketch_above,
+        sketch_rank=sketch_rank,
+        tolerance=tolerance,
+        progress=progress,
+    )
+    return collect_with_options(model, dataset, options, collator=collator, processing_class=processing_class)
+
+
+def collect_with_options(
+    model: nn.Module,
+    dataset: "Rows",
+    options: CollectionOptions,
+    *,
+    collator: Collator | None = None,
+    processing_class: "PreTrainedTokenizerBase | BaseImageProcessor | None" = None,
+) -> RetainStatistics:
+    """`collect_statistics` with its options in one object."""
+    encoded = encode_dataset(dataset, processing_class, what="statistics", model=model, streams=True)
+    rows = take(encoded, options.max_rows)
     if any(hasattr(p, "ds_id") and not hasattr(p, "_z3_optimizer") for p in model.parameters()):
-        raise ModelError("DeepSpeed has cut the weights up at loading; load the model before UnlearningConfig is made")
-    convergence = None if tolerance is None else Convergence(tolerance)
-    if convergence is not None and hasattr(rows, "__len__"):
+        raise ModelError(
+            "DeepSpeed partitioned the weights at loading; load the model before creating UnlearningConfig"
+        )
+    early_stop = options.early_stop()
+    if early_stop is not None and hasattr(rows, "__len__"):
         rows = Subset(rows, in_random_order(len(rows)))
-    sketching = Sketching(sketch_above, sketch_rank)
-    collector = Collector(model, find_layers(model, layers, fisher), fisher, Storage(keep_on), sketching)
+    layers = find_layers(model, options.layers, options.fisher)
+    accumulator = Accumulator(model, layers, options.fisher, options.storage, options.sketching)
     collate = collator or default_collator(processing_class)
     device = next(model.parameters()).device
 
     def batches() -> Iterator[tuple[dict[str, Tensor], bool]]:
-        for batch, counted in own_batches(rows, collate, batch_size):
+        for batch, counted in own_batches(rows, collate, options.batch_size):
             yield {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}, counted
 
-    quiet = not (progress and is_main())
+    hide_progress = not (options.progress and is_main())
     total = len(own_indices(len(rows))) if hasattr(rows, "__len__") else None
-    groups = collector.groups(lambda: next(batches())[0], _size(max_memory))
-    if convergence is not None and len(groups) > 1:
+    groups = accumulator.groups(lambda: next(batches())[0], options.max_memory_bytes)
+    if early_stop is not None and len(groups) > 1:
         raise SettingsError("a tolerance needs all layers in one pass; leave out max_memory")
     for number, group in enumerate(groups, 1):
         title = "Collecting" if len(groups) == 1 else f"Collecting ({number}/{len(groups)})"
-        with collector.recording(group), tqdm(total=total, desc=title, unit="row", disable=quiet) as bar:
+        with accumulator.recording(group), tqdm(total=total, desc=title, unit="row", disable=hide_progress) as bar:
             for inputs, counted in batches():
-                bar.update(collector.add(inputs, counted))
-                if convergence is not None and convergence.settled(collector):
+                bar.update(accumulator.add(inputs, counted))
+                if early_stop is not None and early_stop.should_stop(accumulator.grams_so_far):
                     break
-    settings: dict[str, Any] = {
-        "fisher": fisher, "layers": layers and list(layers), "max_rows": max_rows, "sketch_above": sketch_above,
-        "sketch_rank": sketch_rank,
-    }  # fmt: skip
-    if convergence is not None:
-        settings |= {"tolerance": tolerance, "change": convergence.change}
-        given, seen = len(rows) if hasattr(rows, "__len__") else "a stream's", sum(gather(collector.rows))
-        settings |= {SAMPLED: given} if convergence.stopped and seen != given else {}
-    return collector.finish(settings)
-
-
-def _size(max_memory: int | str | None) -> int | None:
-    if max_memory is None:
-        return None
-    try:
-        return convert_file_size_to_int(max_memory)
-    except ValueError as error:
-        raise SettingsError(f"max_memory must be a size such as '4GB', got {max_memory!r}") from error
+    settings = options.settings()
+    if early_stop is not None:
+        settings |= {"tolerance": options.tolerance, "change": early_stop.change}
+        available = len(rows) if hasattr(rows, "__len__") else "a stream's"
+        used = sum(gather(accumulator.rows))
+        settings |= {SAMPLED_FROM: available} if early_stop.stopped and used != available else {}
+    return accumulator.finish(settings)

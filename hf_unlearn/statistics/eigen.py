@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from hf_unlearn.core.sharding import whole
@@ -101,32 +100,7 @@ class Eigen:
         return self if self.diagonal else replace(self, vectors_II=self.vectors_II.float())
 
 
-def add_products(sums_II: Tensor, rows_NI: Tensor) -> None:
-    """Add `rows^T rows`, in place, on and above the diagonal: four bands of columns make 10 of 16 blocks.
-
-    What lies below is left unfinished until `mirror`.
-    """
-    for band in _bands(len(sums_II)):
-        sums_II[band, band.start :].addmm_(rows_NI[:, band].t(), rows_NI[:, band.start :])
-
-
-def mirror(sums_II: Tensor) -> None:
-    """Finish sums of `add_products`: write the blocks above the diagonal below it, in place."""
-    for band in _bands(len(sums_II)):
-        sums_II[band.stop :, band] = sums_II[band, band.stop :].t()
-
-
-def products_share(size: int) -> float:
-    """Share of the operations of `rows^T rows` that `add_products` makes."""
-    return sum((band.stop - band.start) * (size - band.start) for band in _bands(size)) / size**2
-
-
-def _bands(size: int) -> list[slice]:
-    width = -(-size // 4) if size >= 256 else max(size, 1)  # narrower products are not worth more calls
-    return [slice(start, min(start + width, size)) for start in range(0, size, width)]
-
-
-def eigen(gram_II: Tensor, rows: int | None = None) -> Eigen:
+def eigendecomposition(gram_II: Tensor, rows: int | None = None) -> Eigen:
     """Decompose a symmetric matrix in float64 (float32 spectra turn negative on the steep Grams of real networks).
 
     Also a stack of them `[G, I, I]`, a diagonal one as a vector `[I]`, and a sketch `[I, R + 1]` or a stack of those.
@@ -239,6 +213,8 @@ def scale_for_share(values_K: Tensor, share: float) -> float:
         values_K: Eigenvalues above zero, in any order.
         share: Above 0.
     """
+    from scipy.optimize import brentq  # slow to import, and not needed for help texts
+
     if share >= 1 or not len(values_K):
         return math.inf
     values = values_K.double().cpu().numpy()
@@ -255,5 +231,5 @@ def leading_basis(
     gram_II: Tensor, energy: float, spectrum: Spectrum = "eigenvalues", min_rank_share: float = 0.0
 ) -> Tensor:
     """Orthonormal `basis_IK` of the core gradient space of `gram_II`; see `rank_for_energy` for the rule."""
-    parts = eigen(gram_II)
+    parts = eigendecomposition(gram_II)
     return parts.vectors_II[:, : parts.rank(energy, spectrum, min_rank_share)]

@@ -1,71 +1,89 @@
-"""`RetainStatistics`: second moments of layer inputs and output gradients, that add, subtract and travel.
+"""`RetainStatistics`: second moments of layer inputs and output gradients, which add, subtract, save and load.
 
-Shapes: N positions (unmasked rows of the layer inputs), I input features, O output features of one layer.
+Shapes: N positions (unmasked rows of the layer inputs), I input features, O output features of one layer, G blocks.
 """
 
-import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_unlearn.core.files import replace_folder, sha256_of, write_json
-from hf_unlearn.core.processes import communication_device, from_owner, is_main, share_out, wait_for_all, world
+from hf_unlearn.core.processes import is_main, wait_for_all, world
 from hf_unlearn.core.provenance import package_versions
-from hf_unlearn.core.sharding import whole
 from hf_unlearn.core.storage import Storage, fetch, shard
 from hf_unlearn.data.row_identity import combine_rows
 from hf_unlearn.errors import StatisticsError
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.models.layers import known_layers, layer_at
-from hf_unlearn.statistics.eigen import Eigen, eigen, rank_for_energy
+from hf_unlearn.statistics.decompositions import Decompositions, Job, Key
+from hf_unlearn.statistics.eigen import Eigen
+from hf_unlearn.statistics.serialisation import METADATA, local_folder, read_statistics, write_statistics
 from hf_unlearn.statistics.sketch import SKETCH_RANK, exact_shape, is_sketch
+from hf_unlearn.statistics.summary import summary_table
 
-FORMAT_VERSION = 2  # 1, which knows no sketches, is still written where there are none
-SAMPLED = "sampled_from"
-"""Setting of statistics that stopped before the last row: of how many rows theirs are a random sample."""
-TENSORS, METADATA = "statistics.safetensors", "statistics.json"
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+SAMPLED_FROM = "sampled_from"
+"""Setting of statistics that stopped before the last row: the number of rows that theirs are a random sample of."""
 
 
 @dataclass(frozen=True)
 class LayerSums:
-    """What one layer has: `inputs` names the Gram it shares with the layers that see the same tensor."""
+    """What the statistics know of one layer.
+
+    Attributes:
+        inputs: Name of its Gram, which it shares with the layers that read the same tensor.
+        outputs: O.
+        transposed: Whether the layer stores its weight as `[I, O]`.
+    """
 
     inputs: str
     outputs: int
     transposed: bool
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RetainStatistics:
     """Sums over data of `X^T X` (Gram) and `Y^T Y` (Fisher) of each layer; immutable, on any device.
 
     `a + b` is what one pass over both data sets would have collected, `a - b` what a pass over `a`'s rows without
-    `b`'s would have (PGU section 3.3: no retained row is read). Both need statistics of the same weights.
+    `b`'s would have (PGU, WACV 2024, section 3.3: no retained row is read). Both need statistics of the same weights.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from hf_unlearn.statistics import collect_statistics
+    >>> config = LlamaConfig(
+    ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    ... )
+    >>> model = LlamaForCausalLM(config)
+    >>> rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4, 5], "labels": [4, 5]}]
+    >>> full = collect_statistics(model, rows, progress=False)
+    >>> forget = collect_statistics(model, rows[:1], progress=False)
+    >>> retain = full - forget
+    >>> retain.rows, retain.positions["model.layers.0.mlp.down_proj"]
+    (1, 2)
+    >>> retain.data == collect_statistics(model, rows[1:], progress=False).data
+    True
 
     Attributes:
-        gram_sums: Float64 `[I, I]` by the name of the first layer that sees the input; `[G, I, I]` of a layer of G
-            blocks, `[I]` where it is diagonal (`layers.Layer`). Of one too wide to be kept whole its sketch,
-            `[I, R + 1]` or `[G, I, R + 1]`, which adds and subtracts like the Gram itself (`sketch.Sketching`).
-        fisher_sums: Float64 `[O, O]` or `[G, O, O]` by layer, or sketches; empty where no Fisher pass was made.
-        layers: Each protected layer's sizes and the key of its Gram.
-        positions: N by Gram key, of all blocks together.
+        gram_sums: Float64 `[I, I]` by the name of the first layer that reads the input; `[G, I, I]` of a layer of G
+            blocks, `[I]` where it is diagonal (`models.layers.Layer`). Of a Gram too wide to be kept exactly its
+            sketch, `[I, R + 1]` or `[G, I, R + 1]`, which adds and subtracts like the Gram (`Sketching`).
+        fisher_sums: Float64 `[O, O]` or `[G, O, O]` by layer, or sketches; empty without a Fisher pass.
+        layers: The protected layers.
+        positions: N by Gram, of all blocks together.
         rows: Number of data rows behind the sums.
         labels: Number of labels that the Fisher pass sampled (0 without one).
         weights: `weights_fingerprint` of the model.
-        data: Order-independent hash of the rows; see `fingerprint.rows_fingerprint`.
-        settings: The arguments of the collecting call.
+        data: Hash of the rows that does not depend on their order.
+        settings: The options of the collecting call.
         versions: Versions of the packages that made the sums.
-        storage: Where the sums and their decompositions are kept; in `shards`, every process must make each call.
+        storage: Where the sums and their decompositions are kept. In `shards`, every process must make each call.
     """
 
     gram_sums: Mapping[str, Tensor]
@@ -79,15 +97,32 @@ class RetainStatistics:
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=package_versions)
     storage: Storage = Storage()
-    _eigen: dict[tuple[str, str], Eigen] = field(default_factory=dict, init=False, repr=False)
+    _decompositions: Decompositions = field(default_factory=Decompositions, init=False)
+
+    def __repr__(self) -> str:
+        return (
+            f"RetainStatistics(rows={self.rows}, layers={len(self.layers)}, grams={len(self.gram_sums)}, "
+            f"fishers={len(self.fisher_sums)}, weights={self.weights[:12]!r}, data={self.data[:12]!r})"
+        )
+
+    def summary(self) -> str:
+        """Return a table of the Grams: sizes, ranks, and the shares of missed and of negative energy.
+
+        See `summary_table` for its columns.
+        """
+        return summary_table(self)
 
     def gram(self, layer: str) -> Tensor:
-        """`gram_II = X^T X / N`: uncentred second moment of the inputs of `layer`, float64; or the sketch of it."""
+        """Return `gram_II = X^T X / N`: the uncentred second moment of the inputs of `layer`, float64; or its sketch."""
         key = self.layers[layer].inputs
         return self.gram_sums[key] / max(self.positions[key], 1)
 
     def fisher(self, layer: str) -> Tensor:
-        """`fisher_OO = Y^T Y / N`: second moment of the output gradients of `layer`, float64; or the sketch of it."""
+        """Return `fisher_OO = Y^T Y / N`: the second moment of the output gradients of `layer`, float64; or its sketch.
+
+        Raises:
+            StatisticsError: The statistics have no Fisher of this layer.
+        """
         self._require_fisher(layer)
         return self.fisher_sums[layer] / max(self.positions[self.layers[layer].inputs], 1)
 
@@ -95,72 +130,60 @@ class RetainStatistics:
         if layer not in self.fisher_sums:
             raise StatisticsError(f"{layer} has no Fisher; collect the statistics with fisher=True")
 
-    def gram_eigen(self, layer: str) -> Eigen:
-        """Eigen-decomposition of `gram(layer)`, vectors rounded to float32; made once, shared with the Gram."""
-        return self._decomposed("gram", self.layers[layer].inputs, self.gram, layer)
-
-    def fisher_eigen(self, layer: str) -> Eigen:
-        """Eigen-decomposition of `fisher(layer)`, vectors rounded to float32; made once."""
-        return self._decomposed("fisher", layer, self.fisher, layer)
-
-    def decompose(self, layers: Iterable[str], fisher: bool = False, device: torch.device | str | None = None) -> None:
-        """Make the decompositions that `layers` need, split over the processes of a distributed run.
-
-        Args:
-            device: Where to compute; default where the sums are.
-        """
-        jobs: dict[tuple[str, str], str] = {}
-        for layer in layers:
-            jobs["gram", self.layers[layer].inputs] = layer
-            if fisher:
-                self._require_fisher(layer)
-                jobs["fisher", layer] = layer
-        jobs = {job: layer for job, layer in jobs.items() if job not in self._eigen}
-        owners = share_out({job: self._sums(*job).shape[-1] for job in jobs})
-        own = {}
-        for (kind, key), layer in jobs.items():  # one matrix after the other is gathered; its owner keeps it
-            matrix = self.gram(layer) if kind == "gram" else self.fisher(layer)
-            matrix = fetch(matrix, device or matrix.device)
-            if owners[kind, key] == world()[0]:
-                own[kind, key] = matrix
-        found = {job: eigen(own.pop(job), self.positions[self.layers[jobs[job]].inputs]).rounded() for job in list(own)}
-        for job in jobs:
-            parts = found.pop(job, None)
-            parts = self._from_owner(job, parts, owners[job])
-            self._eigen[job] = replace(parts, vectors_II=self.storage.keep(parts.vectors_II))
-
-    def _from_owner(self, job: tuple[str, str], parts: Eigen | None, owner: int) -> Eigen:
-        """The decomposition that process `owner` has made, on every process."""
-        if world()[1] == 1:
-            assert parts is not None
-            return parts
-        form = torch.tensor([0, 0] if parts is None else [parts.values_I.shape[-1], parts.missed is not None])
-        from_owner([form], owner)
-        if parts is None:
-            parts = _like_eigen(self._sums(*job).shape, *form.tolist())
-        share = torch.tensor(parts.negative_share, dtype=torch.float64)
-        missed = [] if parts.missed is None else [parts.missed]
-        from_owner([parts.values_I, parts.vectors_II, share, *missed], owner)
-        return replace(parts, negative_share=share.item())
+    def positions_per_label(self, layer: str) -> float:
+        """Return N over the number of sampled labels: it turns `tr(fisher D gram D^T) / 2` into nats per label."""
+        return self.positions[self.layers[layer].inputs] / max(self.labels, 1)
 
     @property
-    def same_kind(self) -> dict[str, Any]:
-        """The arguments of `collect_statistics` that make statistics which add to and subtract from these."""
+    def sampled_from(self) -> int | str | None:
+        """How many rows these are a random sample of, if collecting stopped early; None if it read them all."""
+        return self.settings.get(SAMPLED_FROM)
+
+    @property
+    def matching_arguments(self) -> dict[str, Any]:
+        """The arguments of `collect_statistics` for statistics that add to and subtract from these."""
         settings = {"sketch_above": None, "sketch_rank": SKETCH_RANK} | dict(self.settings)
         return {name: settings[name] for name in ("fisher", "layers", "sketch_above", "sketch_rank")}
 
-    def _sums(self, kind: str, key: str) -> Tensor:
-        return (self.gram_sums if kind == "gram" else self.fisher_sums)[key]
+    # Decompositions
 
-    def _decomposed(self, kind: str, key: str, matrix: Callable[[str], Tensor], layer: str) -> Eigen:
-        if (kind, key) not in self._eigen:
-            parts = eigen(whole(matrix(layer)), self.positions[self.layers[layer].inputs]).rounded()
-            self._eigen[kind, key] = replace(parts, vectors_II=self.storage.keep(parts.vectors_II))
-        return self._eigen[kind, key]
+    def gram_eigen(self, layer: str) -> Eigen:
+        """Return the eigendecomposition of `gram(layer)`, with vectors in float32; computed once for each Gram."""
+        return self._decompositions.get(("gram", self.layers[layer].inputs), self._gram_job(layer), self.storage)
 
-    def positions_per_label(self, layer: str) -> float:
-        """N over the number of sampled labels: turns `tr(fisher D gram D^T) / 2` into nats per label."""
-        return self.positions[self.layers[layer].inputs] / max(self.labels, 1)
+    def fisher_eigen(self, layer: str) -> Eigen:
+        """Return the eigendecomposition of `fisher(layer)`, with vectors in float32; computed once.
+
+        Raises:
+            StatisticsError: The statistics have no Fisher of this layer.
+        """
+        return self._decompositions.get(("fisher", layer), self._fisher_job(layer), self.storage)
+
+    def decompose(self, layers: Iterable[str], fisher: bool = False, device: torch.device | str | None = None) -> None:
+        """Compute the decompositions that `layers` need, divided among the processes of a distributed run.
+
+        Args:
+            layers: Names of layers.
+            fisher: Also decompose their Fishers.
+            device: Where to compute; default: where the sums are.
+        """
+        jobs: dict[Key, Job] = {}
+        for layer in layers:
+            jobs["gram", self.layers[layer].inputs] = self._gram_job(layer)
+            if fisher:
+                jobs["fisher", layer] = self._fisher_job(layer)
+        self._decompositions.compute(jobs, self.storage, device)
+
+    def _gram_job(self, layer: str) -> Job:
+        key = self.layers[layer].inputs
+        return Job(lambda: self.gram(layer), self.gram_sums[key].shape, self.positions[key])
+
+    def _fisher_job(self, layer: str) -> Job:
+        self._require_fisher(layer)
+        positions = self.positions[self.layers[layer].inputs]
+        return Job(lambda: self.fisher(layer), self.fisher_sums[layer].shape, positions)
+
+    # Sums and differences
 
     def __add__(self, other: "RetainStatistics") -> "RetainStatistics":
         return self._combine(other, 1)
@@ -168,35 +191,19 @@ class RetainStatistics:
     def __sub__(self, other: "RetainStatistics") -> "RetainStatistics":
         if other.rows > self.rows:
             raise StatisticsError(f"cannot subtract statistics of {other.rows} rows from those of {self.rows} rows")
-        for one in (self, other):
-            if SAMPLED in one.settings:
+        for operand in (self, other):
+            if operand.sampled_from is not None:
                 raise StatisticsError(
-                    f"statistics of a sample ({one.rows} of {one.settings[SAMPLED]} rows, stopped by a tolerance) do "
-                    "not subtract: which rows they have was left to chance; collect them on the retain rows, or "
-                    "without tolerance"
+                    f"statistics of a sample ({operand.rows} of {operand.sampled_from} rows, stopped by a tolerance) "
+                    "cannot be subtracted, because their rows were chosen at random; collect them on the retain rows, "
+                    "or without tolerance"
                 )
         return self._combine(other, -1)
 
     def _combine(self, other: "RetainStatistics", sign: int) -> "RetainStatistics":
         if not isinstance(other, RetainStatistics):
             return NotImplemented
-        if self.layers != other.layers:
-            raise StatisticsError(f"statistics of different layers do not combine: {_difference(self, other)}")
-        if self.weights != other.weights:
-            raise StatisticsError(
-                f"statistics of different weights ({self.weights[:12]} and {other.weights[:12]}) do not combine; "
-                "collect both on the same model"
-            )
-        if bool(self.fisher_sums) != bool(other.fisher_sums):
-            raise StatisticsError("only one of the two statistics has a Fisher; collect both with fisher=True")
-        for kind in ("gram", "fisher"):
-            for key in self.gram_sums if kind == "gram" else self.fisher_sums:
-                ours, theirs = self._sums(kind, key).shape, other._sums(kind, key).shape
-                if ours != theirs:
-                    raise StatisticsError(
-                        f"the {kind} of {key} is {_kind(ours)} here and {_kind(theirs)} there, which do not combine; "
-                        "collect both with the same sketch_above and sketch_rank"
-                    )
+        self._check_combinable(other)
         return replace(
             self,
             gram_sums={k: self._add(v, other.gram_sums[k], sign) for k, v in self.gram_sums.items()},
@@ -207,13 +214,33 @@ class RetainStatistics:
             data=combine_rows(self.data, other.data, sign),
         )
 
+    def _check_combinable(self, other: "RetainStatistics") -> None:
+        """Raise `StatisticsError` unless both are statistics of the same layers and weights, of the same kind."""
+        if self.layers != other.layers:
+            raise StatisticsError(f"statistics of different layers cannot be combined: {_difference(self, other)}")
+        if self.weights != other.weights:
+            raise StatisticsError(
+                f"statistics of different weights ({self.weights[:12]} and {other.weights[:12]}) cannot be combined; "
+                "collect both on the same model"
+            )
+        if bool(self.fisher_sums) != bool(other.fisher_sums):
+            raise StatisticsError("only one of the two statistics has a Fisher; collect both with fisher=True")
+        for moment, sums in (("gram", self.gram_sums), ("fisher", self.fisher_sums)):
+            for key, ours in sums.items():
+                theirs = (other.gram_sums if moment == "gram" else other.fisher_sums)[key]
+                if ours.shape != theirs.shape:
+                    raise StatisticsError(
+                        f"the {moment} of {key} is {_exactness(ours.shape)} here and {_exactness(theirs.shape)} there, "
+                        "which cannot be combined; collect both with the same sketch_above and sketch_rank"
+                    )
+
     def _add(self, sums: Tensor, other: Tensor, sign: int) -> Tensor:
         if isinstance(sums, DTensor):
             return sums + sign * shard(other)
         return self.storage.keep(sums + sign * fetch(other, sums.device))
 
     def kept_on(self, place: str) -> "RetainStatistics":
-        """The same statistics, kept elsewhere; see `storage.Storage`. Decompositions are made anew."""
+        """Return the same statistics kept elsewhere (see `Storage`), without their decompositions."""
         storage = Storage(place)
         if storage == self.storage:
             return self
@@ -229,120 +256,50 @@ class RetainStatistics:
         modules = known_layers(model)
         for name, sums in self.layers.items():
             layer = layer_at(name, modules[name]) if name in modules else None
-            size = exact_shape(tuple(self.gram_sums[sums.inputs].shape))
-            if layer is None or (layer.outputs, layer.gram_shape) != (sums.outputs, size):
-                seen = f"is {_size(layer.outputs, layer.gram_shape)}" if layer else "does not exist"
+            shape = exact_shape(tuple(self.gram_sums[sums.inputs].shape))
+            if layer is None or (layer.outputs, layer.gram_shape) != (sums.outputs, shape):
+                seen = f"is {_size_text(layer.outputs, layer.gram_shape)}" if layer else "does not exist"
                 raise StatisticsError(
-                    f"these statistics belong to another model: they have {name} as {_size(sums.outputs, size)}, "
+                    f"these statistics belong to another model: they have {name} as {_size_text(sums.outputs, shape)}, "
                     f"which {seen} in {type(model).__name__}; collect statistics of this model"
                 )
-        if not allow_other_weights and (seen := weights_fingerprint(model)) != self.weights:
+        if not allow_other_weights and (fingerprint := weights_fingerprint(model)) != self.weights:
             raise StatisticsError(
-                f"these statistics belong to other weights ({self.weights[:12]}, the model has {seen[:12]}); "
+                f"these statistics belong to other weights ({self.weights[:12]}, the model has {fingerprint[:12]}); "
                 "collect them again, or pass allow_other_weights=True (--allow_other_weights) if that is intended"
             )
 
-    def summary(self) -> str:
-        """Table of each Gram: size, positions, ranks at 90% and 99% energy, full rank (of blocks the largest), share of
-        the energy that a sketch has missed, and of negative energy.
+    # Files
 
-        A rank with a `>` is above what the sketch holds.
-        """
-        lines = [
-            f"{self.rows} rows, {len(self.layers)} layers, {len(self.gram_sums)} Grams, "
-            f"{len(self.fisher_sums)} Fishers, weights {self.weights[:12]}, data {self.data[:12]}",
-            f"{'Gram (layers that share it)':<52} {'I':>6} {'N':>9} {'rank90':>7} {'rank99':>7} {'rank':>6} "
-            f"{'missed':>8} {'negative':>9}",
-        ]
-        if "tolerance" in self.settings:
-            rest = f" of {self.settings[SAMPLED]}" if SAMPLED in self.settings else ", the last"
-            lines[0] += f"; stopped at row {self.rows}{rest}, change {self.settings['change']}"
-        for key, gram in self.gram_sums.items():
-            parts = self.gram_eigen(key)
-            blocks = parts.blocks()
-            needed = [max(rank_for_energy(b.spectrum_I, e) for b in blocks) for e in (0.9, 0.99, 1.0)]
-            held = parts.values_I.shape[-1]
-            ranks = [str(rank) if rank <= held else f">{held}" for rank in needed]
-            missed = max(block.missed_share for block in blocks)
-            sharing = sum(sums.inputs == key for sums in self.layers.values())
-            label = key if sharing == 1 else f"{key} (+{sharing - 1})"
-            label += f" ({len(gram)} blocks)" if gram.ndim == 3 else ""
-            lines.append(
-                f"{label:<52} {exact_shape(gram.shape)[-1]:>6} {self.positions[key]:>9} {ranks[0]:>7} {ranks[1]:>7} "
-                f"{ranks[2]:>6} {missed:>8.1e} {parts.negative_share:>9.1e}"
-            )
-        return "\n".join(lines)
+    def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write `statistics.safetensors` and `statistics.json` to `folder`, atomically, and return its path.
 
-    def save_pretrained(self, folder: str | os.PathLike, *, overwrite: bool = False) -> Path:
-        """Write `statistics.safetensors` and `statistics.json` to `folder`, atomically.
-
-        In a distributed run process 0 writes; where the sums are in shards, every process must call this, and it
-        returns once they are written.
+        In a distributed run process 0 writes. If the sums are in shards, every process must call this, and it returns
+        once they are written.
 
         Raises:
             OutputError: `folder` is not empty and `overwrite` is false.
         """
         if self.storage.place == "shards" and world()[1] > 1:
-            saved = self.kept_on("disk").save_pretrained(folder, overwrite=overwrite)
+            path = self.kept_on("disk").save_pretrained(folder, overwrite=overwrite)
             wait_for_all()
-            return saved
-        if not is_main():
-            return Path(folder)
-        with replace_folder(folder, overwrite) as new:
-            tensors = {f"gram.{k}": v.contiguous() for k, v in self.gram_sums.items()}
-            tensors |= {f"fisher.{k}": v.contiguous() for k, v in self.fisher_sums.items()}
-            save_file(tensors, new / TENSORS)
-            version = FORMAT_VERSION if any(is_sketch(v.shape) for v in tensors.values()) else 1
-            head = {"format_version": version, "sha256": sha256_of(new / TENSORS)}
-            write_json(new / METADATA, head | self._metadata())
+            return path
+        if is_main():
+            tensors = {f"gram.{k}": v for k, v in self.gram_sums.items()}
+            tensors |= {f"fisher.{k}": v for k, v in self.fisher_sums.items()}
+            write_statistics(folder, tensors, self._metadata(), overwrite)
         return Path(folder)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Retain statistics",
-        update: bool = False,
-    ) -> Any:
-        """Publish these statistics with a short card; `from_pretrained(repo_id)` loads them again.
-
-        They are saved to a temporary folder first, which stays if the push fails. Returns the commit
-        (`huggingface_hub.CommitInfo`). In a distributed run process 0 pushes, and the others return None; where the
-        sums are in shards, every process must call this.
-
-        Args:
-            repo_id, private, token, revision, commit_message, update: As in `hub.push_folder`.
-
-        Raises:
-            PushError, SettingsError: As `hub.push_folder`.
-        """
-        from hf_unlearn.statistics.publishing import push_statistics
-
-        scratch = Path(tempfile.mkdtemp(prefix="statistics-"))
-        folder = self.save_pretrained(scratch / repo_id.rpartition("/")[2])
-        if not is_main():
-            scratch.rmdir()
-            return None
-        commit = push_statistics(
-            folder, repo_id, private=private, token=token, revision=revision, commit_message=commit_message,
-            update=update,
-        )  # fmt: skip
-        shutil.rmtree(scratch)
-        return commit
-
     def _metadata(self) -> dict[str, Any]:
-        plain = ("positions", "rows", "labels", "weights", "data", "settings", "versions")
+        saved = ("positions", "rows", "labels", "weights", "data", "settings", "versions")
         layers = {name: asdict(sums) for name, sums in self.layers.items()}
         order = list(layers)  # JSON objects are written sorted: "layers.10" would come before "layers.2"
-        return {"layers": layers, "order": order, **{name: getattr(self, name) for name in plain}}
+        return {"layers": layers, "order": order, **{name: getattr(self, name) for name in saved}}
 
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike[str],
         *,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -362,21 +319,15 @@ class RetainStatistics:
             model: If given, `check_model` is applied.
             allow_other_weights: Accept statistics of other weights of the same architecture.
             device: Where the sums go.
-            keep_on: Where what is computed from them is kept; see `storage.Storage`.
+            keep_on: Where what is computed from them is kept; see `Storage`.
 
         Raises:
             StatisticsError: Missing, truncated or altered files, a newer format, or another model.
         """
-        path = _local_folder(folder, revision, token)
-        content = _read_metadata(path)
-        if sha256_of(path / TENSORS) != content["sha256"]:
-            raise StatisticsError(f"{path / TENSORS} does not match its checksum (truncated or altered); collect again")
+        path = local_folder(folder, revision, token)
+        tensors, metadata = read_statistics(path, device)
         try:
-            tensors = load_file(path / TENSORS, device=str(device))
-        except SafetensorError as error:
-            raise StatisticsError(f"{path / TENSORS} cannot be read ({error}); collect again") from error
-        try:
-            loaded = cls._from_content(content, tensors)
+            loaded = cls._from_metadata(metadata, tensors)
         except (KeyError, TypeError, AttributeError) as error:
             raise StatisticsError(f"{path / METADATA} cannot be read ({error!r}); collect again") from error
         if model is not None:
@@ -384,68 +335,52 @@ class RetainStatistics:
         return loaded.kept_on(keep_on) if keep_on == "shards" else replace(loaded, storage=Storage(keep_on))
 
     @classmethod
-    def _from_content(cls, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "RetainStatistics":
-        place = {name: index for index, name in enumerate(content.get("order", content["layers"]))}
-        layers = {n: LayerSums(**content["layers"][n]) for n in sorted(content["layers"], key=lambda n: place[n])}
+    def _from_metadata(cls, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "RetainStatistics":
+        saved = metadata["layers"]
+        rank = {name: index for index, name in enumerate(metadata.get("order", saved))}
+        layers = {name: LayerSums(**saved[name]) for name in sorted(saved, key=lambda name: rank[name])}
         return cls(
             gram_sums={key: tensors[f"gram.{key}"] for key in dict.fromkeys(sums.inputs for sums in layers.values())},
             fisher_sums={name: tensors[f"fisher.{name}"] for name in layers if f"fisher.{name}" in tensors},
             layers=layers,
-            **{k: v for k, v in content.items() if k not in ("format_version", "sha256", "order", "layers")},
+            **{name: value for name, value in metadata.items() if name not in ("order", "layers")},
         )
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Retain statistics",
+        update: bool = False,
+    ) -> "CommitInfo | None":
+        """Publish these statistics with a short card; `from_pretrained(repo_id)` loads them again.
 
-def _size(outputs: int, gram: tuple[int, ...]) -> str:
-    return f"{outputs} x {gram[-1]}" + (f" ({gram[0]} blocks)" if len(gram) == 3 else "")
+        They are first saved to a temporary folder, which is kept if the push fails. In a distributed run process 0
+        pushes and returns the commit; the others return None. If the sums are in shards, every process must call this.
+
+        Args:
+            repo_id, private, token, revision, commit_message, update: As in `core.hub.push_folder`.
+
+        Raises:
+            PushError, SettingsError: As `core.hub.push_folder`.
+        """
+        from hf_unlearn.core.push_options import PushOptions
+        from hf_unlearn.statistics.publishing import save_and_push
+
+        return save_and_push(self, repo_id, PushOptions(private, token, revision, commit_message, update))
 
 
-def _kind(shape: tuple[int, ...]) -> str:
+def _size_text(outputs: int, gram_shape: tuple[int, ...]) -> str:
+    return f"{outputs} x {gram_shape[-1]}" + (f" ({gram_shape[0]} blocks)" if len(gram_shape) == 3 else "")
+
+
+def _exactness(shape: tuple[int, ...]) -> str:
     return f"a sketch of rank {shape[-1] - 1}" if is_sketch(shape) else "exact"
 
 
-def _like_eigen(shape: tuple[int, ...], count: int, thin: int) -> Eigen:
-    """Room for the decomposition of sums of this shape into `count` vectors (each block's)."""
-    vectors = (*shape[:-1], count)
-    values_I = torch.empty((*vectors[:-2], vectors[-1]), dtype=torch.float64, device=communication_device())
-    kind = torch.int64 if len(shape) == 1 else torch.float32
-    missed = values_I.new_empty(shape[:-2]) if thin else None
-    return Eigen(values_I, values_I.new_empty(vectors, dtype=kind), 0.0, missed)
-
-
 def _difference(a: RetainStatistics, b: RetainStatistics) -> str:
-    odd = sorted(set(a.layers) ^ set(b.layers)) or [n for n in a.layers if a.layers[n] != b.layers[n]]
-    return f"{len(odd)} differ, first {odd[0]!r}"
-
-
-def _local_folder(folder: str | os.PathLike, revision: str | None, token: str | bool | None) -> Path:
-    path = Path(folder)
-    if path.exists():
-        return path
-    if len(path.parts) != 2 or path.is_absolute():
-        raise StatisticsError(f"{folder} is neither a local folder nor a Hub id of the form user/repo")
-    from huggingface_hub import snapshot_download
-
-    from hf_unlearn.core.hub import scrub
-
-    try:
-        files = [TENSORS, METADATA]
-        return Path(snapshot_download(str(folder), revision=revision, token=token, allow_patterns=files))
-    except Exception as error:  # the client's exceptions share no base class
-        reason = scrub(f"{type(error).__name__}: {error}", token)
-        raise StatisticsError(f"cannot get statistics {str(folder)!r} from the Hub ({reason})") from None
-
-
-def _read_metadata(path: Path) -> dict[str, Any]:
-    for name in (METADATA, TENSORS):
-        if not (path / name).is_file():
-            raise StatisticsError(f"{path} is not a statistics folder: {name} is missing")
-    try:
-        content = json.loads((path / METADATA).read_text(encoding="utf-8"))
-        found, _ = int(content["format_version"]), content["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise StatisticsError(f"{path / METADATA} cannot be read ({error!r}); collect again") from error
-    if found > FORMAT_VERSION:
-        raise StatisticsError(
-            f"{path} has format {found}, newer than this version's {FORMAT_VERSION}: update hf-unlearn"
-        )
-    return content
+    names = sorted(set(a.layers) ^ set(b.layers)) or [n for n in a.layers if a.layers[n] != b.layers[n]]
+    return f"{len(names)} differ, first {names[0]!r}"

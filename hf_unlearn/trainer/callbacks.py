@@ -10,7 +10,7 @@ from hf_unlearn.losses.dual_weight import DualWeight
 
 
 class EngineCallback(TrainerCallback):
-    """Call `attach` as soon as DeepSpeed's engine exists: before any other callback reads or writes weights."""
+    """Call `attach` as soon as DeepSpeed's engine exists, before any other callback reads or writes weights."""
 
     def __init__(self, attach: Callable[[], None]):
         self.attach = attach
@@ -22,7 +22,7 @@ class EngineCallback(TrainerCallback):
 
 
 class DualWeightCallback(TrainerCallback):
-    """Tell the dual weight of a loss the retain loss of each step, that of all processes."""
+    """Update the dual weight of a loss with the retain loss of each step, summed over all processes."""
 
     def __init__(self, dual: DualWeight):
         self.dual = dual

@@ -1,68 +1,174 @@
-"""Checkpoints to resume from: sealed when complete, refused when they belong to another run.
+"""Checkpoints to resume from: sealed when complete, refused if they belong to another run.
 
 A process may be killed while a checkpoint is written. The seal, `unlearning_state.json`, is written last, by rename,
-and has the hash of every other file: a folder without it, or whose files differ from it, is no checkpoint.
+and contains the hash of every other file: a folder without a seal, or whose files differ from it, is incomplete.
 """
 
 import json
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import Trainer, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from hf_unlearn.constraints.step_constrainer import StepConstrainer
 from hf_unlearn.core.files import sha256_of, write_json
 from hf_unlearn.core.processes import wait_for_all
-from hf_unlearn.core.sharding import sharding_of
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.losses import UnlearningLoss
-from hf_unlearn.trainer.stopping import OverUnlearningCallback
+from hf_unlearn.trainer.config import UnlearningConfig
+from hf_unlearn.trainer.stopping import OverUnlearningCallback, SavedWeights
 
 SEAL = "unlearning_state.json"
-PREVIOUS = "previous.safetensors"
-_ANY = (True, "True", "true", "latest")
+PREVIOUS = "previous.safetensors"  # weights at the last evaluation, where the last step is shortened to
+_NEWEST = (True, "True", "true", "latest")
 
 logger = logging.get_logger(__name__)
 
 
-def seal(folder: Path, run: dict[str, Any]) -> None:
-    """Declare `folder` a complete checkpoint of the run that `run` describes."""
+@dataclass(frozen=True)
+class ResumePoint:
+    """A complete checkpoint of the same run.
+
+    Attributes:
+        folder: The checkpoint.
+        stop_reason: Why the run had stopped there; None if it had not.
+        dual_weight: State of the loss's dual weight, if it has one.
+        last_short: See `OverUnlearningCallback.last_short`; None if the checkpoint was written at that evaluation.
+    """
+
+    folder: Path
+    stop_reason: str | None
+    dual_weight: Mapping[str, Any] | None
+    last_short: SavedWeights | None
+
+
+class CheckpointKeeper:
+    """Seals the checkpoints of one run, and finds the one to resume from.
+
+    Args:
+        args: Settings of the run.
+        loss: Its loss.
+        constrainer: Its constraint and statistics.
+        sharding: How its weights are sharded, as `core.sharding.sharding_of` names it.
+    """
+
+    def __init__(self, args: UnlearningConfig, loss: UnlearningLoss, constrainer: StepConstrainer, sharding: str):
+        self.args, self.loss, self.constrainer, self.sharding = args, loss, constrainer, sharding
+
+    def run_identity(self) -> dict[str, Any]:
+        """Return what must be the same for a checkpoint of one run to be resumed by another."""
+        args, statistics = self.args, self.constrainer.statistics
+        return {
+            "statistics": statistics and {"weights": statistics.weights, "data": statistics.data},
+            "constraint": {"name": args.constraint, "own": args.constraint_settings, "layers": args.layer_constraints},
+            "loss": {"name": self.loss.name, "own": self.loss.all_settings},
+            "optimizer": {"optim": str(args.optim), "momentum": args.momentum, "relative_step": args.relative_step},
+            "processes": args.world_size,
+            "sharding": self.sharding,
+        }
+
+    def find(self, checkpoint: str | bool | None) -> ResumePoint | None:
+        """Return the checkpoint to resume from, or None to start from the beginning.
+
+        Args:
+            checkpoint: As `find_checkpoint` takes it.
+
+        Raises:
+            SettingsError: The checkpoint is incomplete, or of a run with other statistics, settings or processes.
+        """
+        folder = find_checkpoint(checkpoint, self.args.output_dir)
+        if folder is None:
+            return None
+        run = check_same_run(folder, self.run_identity())
+        last_short = None
+        if not run["stopped"] and "previous_step" in run:
+            saved = load_file(folder / self._previous_file)
+            weights = [saved[str(i)].to(self.args.device) for i in range(len(saved))]
+            last_short = SavedWeights(run["previous_step"], weights)
+        return ResumePoint(folder, run["stopped"], run.get("dual_weight"), last_short)
+
+    @contextmanager
+    def without_rotation(self) -> Iterator[None]:
+        """Keep Trainer from removing old checkpoints within the context: the new one is not sealed yet."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
+
+    def seal(self, state: TrainerState, stop_reason: str | None, stopping: OverUnlearningCallback | None) -> None:
+        """Complete and seal the checkpoint that Trainer has written for this step, then remove old ones.
+
+        Args:
+            state: State of the trainer.
+            stop_reason: Why the run stops at this step; None if it does not.
+            stopping: The stopping rule of the run, if it has one.
+        """
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        run: dict[str, Any] = self.run_identity() | {"stopped": stop_reason}
+        last_short = stopping.last_short if stopping is not None else None
+        if last_short is not None and last_short.step < state.global_step:
+            run["previous_step"] = last_short.step
+            if self.args.should_save or self.sharding != "none":
+                tensors = {str(i): weight.contiguous() for i, weight in enumerate(last_short.weights)}
+                save_file(tensors, folder / self._previous_file)
+        wait_for_all()
+        if self.args.should_save:
+            if self.loss.dual is not None:
+                run["dual_weight"] = self.loss.dual.state()
+            seal(folder, run)
+            rotate_checkpoints(
+                self.args.output_dir,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        wait_for_all()
+
+    @property
+    def _previous_file(self) -> str:
+        return PREVIOUS if self.sharding == "none" else f"{self.args.process_index}-{PREVIOUS}"
+
+
+def seal(folder: Path, run: Mapping[str, Any]) -> None:
+    """Mark `folder` as a complete checkpoint of the run that `run` identifies."""
     write_json(folder / SEAL, {"run": run, "files": _hashes(folder)})
 
 
-def find_checkpoint(asked: str | bool | None, output_dir: str | os.PathLike) -> Path | None:
-    """The checkpoint to resume from: a folder by name, or with True the newest complete one, if there is any.
+def find_checkpoint(checkpoint: str | bool | None, output_dir: str | os.PathLike) -> Path | None:
+    """Return the checkpoint to resume from: a folder by name, or for True the newest complete one, if there is one.
 
     Raises:
-        SettingsError: The folder named is no complete checkpoint.
+        SettingsError: The named folder is not a complete checkpoint.
     """
-    if asked in (None, False, "False", "false"):
+    if checkpoint in (None, False, "False", "false"):
         return None
-    if asked not in _ANY:
-        folder = Path(str(asked))
+    if checkpoint not in _NEWEST:
+        folder = Path(str(checkpoint))
         if read_seal(folder) is None:
             raise SettingsError(
-                f"{folder} is no complete checkpoint of an unlearning run; resume_from_checkpoint=True takes the "
+                f"{folder} is not a complete checkpoint of an unlearning run; resume_from_checkpoint=True takes the "
                 f"newest complete one of {output_dir}"
             )
         return folder
-    found = [f for f in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if f.name.rpartition("-")[2].isdigit()]
-    for folder in sorted(found, key=lambda f: -int(f.name.rpartition("-")[2])):
+    folders = [f for f in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if f.name.rpartition("-")[2].isdigit()]
+    for folder in sorted(folders, key=lambda f: -int(f.name.rpartition("-")[2])):
         if read_seal(folder) is not None:
             return folder
-        logger.warning(f"{folder} is incomplete and is left aside")
+        logger.warning(f"{folder} is incomplete and is skipped")
     logger.warning(f"there is no complete checkpoint in {output_dir}: the run starts from the beginning")
     return None
 
 
 def read_seal(folder: Path) -> dict[str, Any] | None:
-    """What `seal` was given, or None where the folder is incomplete or altered."""
+    """Return the `run` that `seal` was given, or None if the folder is incomplete or was changed."""
     try:
         content = json.loads((folder / SEAL).read_text(encoding="utf-8"))
         return content["run"] if content["files"] == _hashes(folder) else None
@@ -70,17 +176,17 @@ def read_seal(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def check_same_run(folder: Path, now: dict[str, Any]) -> dict[str, Any]:
-    """The sealed description of a complete checkpoint's run; raises `SettingsError` where it differs from `now`."""
-    then = json.loads((folder / SEAL).read_text(encoding="utf-8"))["run"]
-    for name, value in now.items():
-        seen = then.get(name)
-        if seen != json.loads(json.dumps(value)):
+def check_same_run(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sealed run of a complete checkpoint; raise `SettingsError` if it differs from `identity`."""
+    run = json.loads((folder / SEAL).read_text(encoding="utf-8"))["run"]
+    for name, value in identity.items():
+        sealed = run.get(name)
+        if sealed != json.loads(json.dumps(value)):
             raise SettingsError(
-                f"{folder} was written by a run with {name} {_short(seen)}, this one has {_short(value)}; resume with "
-                "the same, or start anew without resume_from_checkpoint"
+                f"{folder} was written by a run with {name} {_short(sealed)}, this one has {_short(value)}; resume "
+                "with the same, or start again without resume_from_checkpoint"
             )
-    return then
+    return run
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -90,112 +196,3 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 def _short(value: Any) -> str:
     return repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-
-
-class ResumeMixin(Trainer):
-    """The side of the trainer that writes checkpoints and takes them up."""
-
-    if TYPE_CHECKING:
-        args: Any
-        loss: UnlearningLoss
-        constrainer: StepConstrainer
-        _attach: Any
-
-    _stopped_before: str | None = None
-
-    @property
-    def stop_reason(self) -> str:
-        """Why the last run ended, in words."""
-        if self._stopped_before is not None:
-            return self._stopped_before
-        reasons = [r for cb in self.callback_handler.callbacks if (r := getattr(cb, "reason", None))]
-        return "; ".join(reasons) or f"all {self.state.max_steps} steps were made"
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
-        """As in Trainer; True resumes from the newest complete checkpoint of `output_dir`, or starts if there is none.
-
-        The trainer must be made as for the first start, on the original model. The result is the same, to the bit, as
-        without the interruption.
-
-        Raises:
-            SettingsError: The checkpoint is incomplete, or of a run with other statistics, settings or processes.
-        """
-        stopping = self._stopping_callback()
-        if stopping is not None:
-            stopping.previous = None
-        if self.loss.dual is not None:
-            self.loss.dual.reset()
-        folder = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        if folder is not None:
-            then = check_same_run(folder, self._run_description())
-            if then["stopped"]:
-                return self._take_up_stopped(folder, then["stopped"])
-            if self.loss.dual is not None:
-                self.loss.dual.load_state(then["dual_weight"])
-            if stopping is not None and "previous_step" in then:
-                saved = load_file(folder / self._previous_file)
-                weights = [saved[str(i)].to(self.args.device) for i in range(len(saved))]
-                stopping.previous = (then["previous_step"], weights)
-        return super().train(resume_from_checkpoint=str(folder) if folder else None, **options)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As Trainer, then seal the folder; older ones are removed only after that."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        state: dict[str, Any] = {"stopped": self.stop_reason if self.control.should_training_stop else None}
-        stopping = self._stopping_callback()
-        if stopping is not None and stopping.previous and stopping.previous[0] < self.state.global_step:
-            state["previous_step"], weights = stopping.previous
-            if self.args.should_save or self.is_sharded:
-                save_file({str(i): w.contiguous() for i, w in enumerate(weights)}, folder / self._previous_file)
-        wait_for_all()
-        if self.args.should_save:
-            if self.loss.dual is not None:
-                state["dual_weight"] = self.loss.dual.state()
-            seal(folder, self._run_description() | state)
-            rotate_checkpoints(
-                self.args.output_dir, save_total_limit=limit, best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )  # fmt: skip
-        wait_for_all()
-
-    def _take_up_stopped(self, folder: Path, reason: str) -> TrainOutput:
-        """Load the checkpoint of a run that had come to its end."""
-        if self.is_sharded:  # such a checkpoint is loaded into a model that is sharded already
-            self._prepare_for_training(self.args.max_steps, self.get_train_dataloader(), str(folder))
-        else:
-            self._load_from_checkpoint(str(folder))
-        if self.is_deepspeed_enabled:
-            self._attach(self.model_wrapped)
-        self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-        self._stopped_before = reason
-        return TrainOutput(self.state.global_step, 0.0, {})
-
-    def _run_description(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint of one run to be resumed by another."""
-        args, statistics = self.args, self.constrainer.statistics
-        return {
-            "statistics": statistics and {"weights": statistics.weights, "data": statistics.data},
-            "constraint": {"name": args.constraint, "own": args.constraint_settings, "layers": args.layer_constraints},
-            "loss": {"name": self.loss.name, "own": self.loss.all_settings},
-            "optimizer": {"optim": str(args.optim), "momentum": args.momentum, "relative_step": args.relative_step},
-            "processes": args.world_size,
-            "sharding": sharding_of(self.accelerator),
-        }
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether each process holds a part of the (master) weights only."""
-        return sharding_of(self.accelerator) != "none"
-
-    @property
-    def _previous_file(self) -> str:
-        return f"{self.args.process_index}-{PREVIOUS}" if self.is_sharded else PREVIOUS
-
-    def _stopping_callback(self) -> OverUnlearningCallback | None:
-        callbacks = self.callback_handler.callbacks
-        return next((cb for cb in callbacks if isinstance(cb, OverUnlearningCallback)), None)

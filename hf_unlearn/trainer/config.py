@@ -1,8 +1,9 @@
-"""`UnlearningConfig`: TrainingArguments plus the settings of unlearning. Help texts are made from the docstrings."""
+"""`UnlearningConfig`: TrainingArguments plus the settings of unlearning. The fields' help texts document them."""
 
 import math
 import os
 from dataclasses import dataclass, replace
+from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,13 +19,15 @@ from hf_unlearn.losses import LOSSES, UnlearningLoss, build_loss
 from hf_unlearn.statistics.sketch import SKETCH_ABOVE, SKETCH_RANK, Sketching
 from hf_unlearn.trainer.presets import overridden, preset
 
+FORGET_METRICS = ("probability", "accuracy", "loss")
+
 REFUSED_OPTIMIZERS = {
     "*lomo": "steps inside the backward pass, where no step hook runs",
     "*_layerwise": "steps inside the backward pass, before gradients are constrained",
     "schedule_free_*": "swaps weights between training and evaluation, outside of any step",
 }
 
-# At least, and below: TrainingArguments lets all through, and a run would end in a traceback or in NaN.
+# At least, and below. TrainingArguments accepts any value, and a run would end in a traceback or in NaN.
 RANGES = {
     "learning_rate": (0, math.inf),
     "momentum": (0, 1),
@@ -40,7 +43,17 @@ RANGES = {
 
 @dataclass
 class UnlearningConfig(TrainingArguments):
-    """Everything `transformers.TrainingArguments` has, with defaults for short constrained runs, and the following."""
+    """The settings of `transformers.TrainingArguments`, some with other defaults, and those of unlearning.
+
+    Raises:
+        SettingsError: A setting has a wrong type, is out of range, or contradicts another one.
+
+    Example:
+
+    >>> config = UnlearningConfig("out", loss="npo", loss_settings={"beta": 0.1}, use_cpu=True)
+    >>> config.build_loss().name, config.constraint
+    ('npo', 'energy_ridge')
+    """
 
     _VALID_DICT_FIELDS = [
         *TrainingArguments._VALID_DICT_FIELDS,
@@ -50,97 +63,126 @@ class UnlearningConfig(TrainingArguments):
         "utility_floor",
     ]
 
+    # The loss.
     loss: str = setting(
-        "ce_u", f"Forget loss: {', '.join(sorted(LOSSES))}; or module:function, a term of your own (losses.build_loss)."
+        "ce_u",
+        f"Forget loss: {', '.join(sorted(LOSSES))}; or module:function, your own forget term (see losses.build_loss).",
     )
     loss_settings: dict | str | None = setting(
-        None, 'Settings of the loss as JSON, such as {"beta": 0.1}; gamma and alpha weigh the forget and retain terms.'
+        None,
+        'Settings of the loss as JSON, such as {"beta": 0.1}. gamma and alpha are the weights of the forget and the '
+        "retain term.",
     )
     original_logprobs: str | None = setting(
         None,
-        "Folder of what the loss reads of the original model, on disk instead of by a second forward pass at each "
-        "step; made at the first run.",
+        "Folder for the outputs of the original model that the loss reads, so that no step needs a second forward "
+        "pass; written by the first run.",
     )
+
+    # The constraint, and the length of a step.
     constraint: str = setting("energy_ridge", f"Constraint on every step: {', '.join(CONSTRAINTS)}.")
     constraint_settings: dict | str | None = setting(
         None, 'Settings of the constraint as JSON, such as {"energy": 0.95}.'
     )
     layer_constraints: dict | str | None = setting(
-        None, 'Settings that differ by layer, as JSON from name patterns, such as {"*.down_proj": {"energy": 0.99}}.'
+        None,
+        'Constraint settings that differ between layers, as JSON by name pattern, such as {"*.down_proj": {"energy": '
+        "0.99}}.",
     )
     relative_step: bool = setting(
         True,
-        "The learning rate is the norm of each step relative to that of the trained weights, whatever the scale of the "
-        "loss. Off: the optimizer's own step.",
+        "Make the learning rate the norm of each step relative to the norm of the trained weights, independent of the "
+        "scale of the loss. If false, steps are the optimizer's own.",
     )
+
+    # Which parameters train.
     allow_exposed: list[str] = setting([], "Name patterns of parameters that may train without protection.")
-    freeze: list[str] = setting([], "Name patterns of parameters to freeze besides biases, norms and embeddings.")
+    freeze: list[str] = setting([], "Name patterns of parameters to freeze, besides biases, norms and embeddings.")
     train_only: list[str] = setting(
         [], "Name patterns of the parameters that may train, such as *.layers.5.mlp.down_proj.weight; default: all."
     )
+
+    # When to stop.
     forget_metric: str = setting(
-        "probability", "What early stopping compares between forget and held-out rows: probability, accuracy or loss."
+        "probability",
+        "Metric that early stopping compares between forget and held-out rows: probability, accuracy or loss.",
     )
     forget_target: float | None = setting(
-        None, "Stop once the forget metric has reached this; default: its value on held-out rows before unlearning."
+        None,
+        "Stop when the forget metric has reached this value; default: its value on held-out rows before unlearning.",
     )
     row_stopping: bool = setting(
-        True, "Leave single forget rows alone that have reached the mark; otherwise all are pushed until the mean has."
+        True,
+        "Leave single forget rows alone when they have reached the target; if false, all rows are trained on until the "
+        "mean has reached it.",
     )
     max_retain_drift: float | None = setting(
-        None, "Stop once the predicted retain drift (root mean square over layers, relative) exceeds this."
+        None, "Stop when the predicted retain drift (root mean square over layers, relative) exceeds this."
     )
     max_retain_drop: float | None = setting(
         None,
-        "Stop before the forget metric of the `retain` split has become worse by more than this; PGU's rule for whole "
+        "Stop before the forget metric of the `retain` split has become worse by more than this; PGU's rule for entire "
         "classes is 0.05 of accuracy.",
     )
+
+    # Training against an attacker.
     adversary_steps: int = setting(
         0,
-        "Forget against an attacker: take each gradient, and judge by early stopping, where so many steps of "
-        "relearning on a third of the rows lead; the others count. 0: at the weights themselves.",
+        "Unlearn against an attacker: relearn a third of the rows for so many steps, and take each gradient, and "
+        "measure the forget metric, after them on the other rows. 0: no attacker.",
     )
-    adversary_learning_rate: float = setting(4e-5, "How far each of those steps moves every weight.")
+    adversary_learning_rate: float = setting(4e-5, "How far each step of the attacker moves every weight.")
+
+    # Which checkpoint is the best.
     utility_floor: dict | str | None = setting(
         None,
-        "Lowest values that metrics of an evaluation may have for its checkpoint to be the best, as JSON such as "
-        '{"retain_probability": 0.9}; the best among those is by metric_for_best_model.',
+        "Lowest metric values that an evaluation needs for its checkpoint to be the best, as JSON such as "
+        '{"retain_probability": 0.9}; metric_for_best_model chooses among those checkpoints.',
     )
-    max_length: int | None = setting(512, "Longest row in tokens; longer rows are cut.")
+
+    # Data and statistics.
+    max_length: int | None = setting(512, "Longest row in tokens; longer rows are truncated.")
     keep_statistics_on: str = setting(
         "device",
         f"Where statistics, decompositions and the constraint's matrices are kept between uses: {', '.join(PLACES)}. "
         "disk maps them from files in TMPDIR; shards gives each process a share of them.",
     )
     max_memory: str | None = setting(
-        None, 'Collect in several passes, each with unfinished statistics of at most this size, such as "4GB".'
+        None,
+        'Collect statistics in several passes, each with unfinished statistics of at most this size, such as "4GB".',
     )
     sketch_above: int = setting(
-        SKETCH_ABOVE, "Keep a low-rank sketch instead of the exact statistics of more features than this."
+        SKETCH_ABOVE, "Keep a low-rank sketch instead of exact statistics for layers with more features than this."
     )
-    sketch_rank: int = setting(SKETCH_RANK, "Rank of the sketches; what they miss is warned of where it matters.")
-    overwrite_output_dir: bool = setting(False, "Replace what is in the output folder.")
+    sketch_rank: int = setting(SKETCH_RANK, "Rank of the sketches; a warning says if a sketch misses too much.")
 
+    # Output and publishing.
+    overwrite_output_dir: bool = setting(False, "Replace what is in the output folder.")
     base_model: str | None = setting(
-        None, "Hub id to name as base model, with @REVISION, where the model is loaded from a local copy."
+        None, "Hub id of the base model for the card, with @REVISION, if the model is loaded from a local copy."
     )
     card_template: str | None = setting(None, "Your own template of the model card; default: the package's.")
     push_unfinished: bool = setting(
-        False, "With push_to_hub and hub_strategy every_save, publish half-unlearned weights too; they stay reachable."
+        False,
+        "With push_to_hub and hub_strategy every_save, also publish half-unlearned weights; they stay reachable on the "
+        "Hub.",
     )
 
-    # Defaults of TrainingArguments that do not fit unlearning: few, large-norm, unscheduled steps.
-    optim: str = setting("sgd", "Optimizer; any of TrainingArguments.")
+    # Settings of TrainingArguments with other defaults: few large steps of constant length.
+    optim: str = setting("sgd", "Optimizer; any of TrainingArguments except those that step outside of step().")
     momentum: float = setting(0.9, "Momentum of optim=sgd.")
     learning_rate: float = setting(2e-3, "Learning rate; with relative_step the relative norm of a step.")
-    per_device_train_batch_size: int = setting(16, "Forget rows of a step, on each device.")
+    per_device_train_batch_size: int = setting(16, "Forget rows per step on each device.")
     lr_scheduler_type: str = setting("constant", "Learning rate schedule.")
     final_learning_rate: float | None = setting(
-        None, "Let the learning rate fall (or rise) exponentially to this at the end; replaces lr_scheduler_type."
+        None,
+        "Change the learning rate exponentially to this value at the end of the run; replaces lr_scheduler_type.",
     )
-    num_train_epochs: float = setting(30.0, "Passes over the forget set at most; early stopping ends a run before.")
+    num_train_epochs: float = setting(
+        30.0, "Largest number of passes over the forget set; early stopping usually ends a run before."
+    )
     eval_strategy: str = setting("epoch", "When to evaluate, and to decide on stopping.")
-    logging_steps: float = setting(1, "Log every so many steps.")
+    logging_steps: float = setting(1, "Number of steps between log lines.")
     save_strategy: str = setting("no", "When to write checkpoints to resume from.")
     report_to: None | str | list[str] = setting("none", "Trackers to report to.")
     hub_strategy: str = setting("end", "What push_to_hub publishes: end (the finished model) or every_save.")
@@ -148,7 +190,7 @@ class UnlearningConfig(TrainingArguments):
     def __post_init__(self) -> None:
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if processes > 1 and not torch.accelerator.is_available():
-            self.use_cpu = True  # else TrainingArguments would have each of the processes run by itself
+            self.use_cpu = True  # otherwise TrainingArguments lets each process run on its own
         super().__post_init__()
         if processes != self.world_size:
             raise SettingsError(
@@ -160,35 +202,81 @@ class UnlearningConfig(TrainingArguments):
         self.build_constraint()
         Storage(self.keep_statistics_on)
         Sketching(self.sketch_above, self.sketch_rank)
-        if self.adversary_steps < 0 or not self.adversary_learning_rate > 0:
-            raise SettingsError(
-                "adversary_steps must not be negative and adversary_learning_rate above 0, got "
-                f"{self.adversary_steps} and {self.adversary_learning_rate}"
-            )
-        _mapping("utility_floor", self.utility_floor)
-        if self.utility_floor and not (self.load_best_model_at_end and self.metric_for_best_model):
-            raise SettingsError(
-                "utility_floor chooses among checkpoints; set load_best_model_at_end and metric_for_best_model too"
-            )
+        self._check_optimizer()
+        self._check_learning_rates()
+        self._check_forget_metric()
+        self._check_adversary()
+        self._check_utility_floor()
+        self._check_hub_strategy()
+        self._check_card_template()
+
+    @classmethod
+    def from_preset(cls, name: str, output_dir: str | None = None, **settings: Any) -> "UnlearningConfig":
+        """Return the settings of a preset (`presets.PRESETS`); `settings` take precedence.
+
+        Raises:
+            SettingsError: There is no preset of this name, or a setting has a wrong value.
+
+        Example:
+
+        >>> UnlearningConfig.from_preset("paper", "out", momentum=0.5, use_cpu=True).loss
+        'pgu'
+        """
+        return cls(**({"output_dir": output_dir} | overridden(preset(name), settings)))
+
+    def but(self, **changes: Any) -> "UnlearningConfig":
+        """Return a copy with some settings changed."""
+        return replace(self, **changes)
+
+    def build_loss(self) -> UnlearningLoss:
+        """Return the loss with its settings; raise `SettingsError` on unknown ones."""
+        return build_loss(self.loss, _mapping("loss_settings", self.loss_settings))
+
+    def build_constraint(self) -> ConstraintLike:
+        """Return the constraint, by layer pattern if `layer_constraints` is set; raise `SettingsError` on errors."""
+        base = _mapping("constraint_settings", self.constraint_settings)
+        default = build_constraint(self.constraint, base)
+        by_layer = _mapping("layer_constraints", self.layer_constraints)
+        if not by_layer:
+            return default
+        special = {
+            pattern: build_constraint(self.constraint, base | settings) for pattern, settings in by_layer.items()
+        }
+        return {**special, "*": default}
+
+    def _check_optimizer(self) -> None:
+        optim = _value(self.optim)
+        for pattern, reason in REFUSED_OPTIMIZERS.items():
+            if fnmatchcase(optim, pattern):
+                raise SettingsError(f"optim {optim!r} {reason}; choose another, such as sgd or adamw_torch")
+
+    def _check_learning_rates(self) -> None:
         if self.final_learning_rate is not None and not (self.final_learning_rate > 0 and self.learning_rate > 0):
             raise SettingsError(
                 f"final_learning_rate and learning_rate must be above 0, got {self.final_learning_rate} and "
                 f"{self.learning_rate}; an exponential never reaches 0"
             )
-        if self.card_template is not None:
-            from hf_unlearn.publishing.card import check_template
 
-            check_template(self.card_template)  # now, not after the run
-        self._check_hub_strategy()
-        for pattern, reason in REFUSED_OPTIMIZERS.items():
-            optim = str(getattr(self.optim, "value", self.optim))
-            if fnmatchcase(optim, pattern):
-                raise SettingsError(f"optim {optim!r} {reason}; choose another, such as sgd or adamw_torch")
-        if self.forget_metric not in ("probability", "accuracy", "loss"):
+    def _check_forget_metric(self) -> None:
+        if self.forget_metric not in FORGET_METRICS:
             raise SettingsError(f"forget_metric must be probability, accuracy or loss, got {self.forget_metric!r}")
 
+    def _check_adversary(self) -> None:
+        if self.adversary_steps < 0 or not self.adversary_learning_rate > 0:
+            raise SettingsError(
+                "adversary_steps must not be negative and adversary_learning_rate above 0, got "
+                f"{self.adversary_steps} and {self.adversary_learning_rate}"
+            )
+
+    def _check_utility_floor(self) -> None:
+        floor = _mapping("utility_floor", self.utility_floor)
+        if floor and not (self.load_best_model_at_end and self.metric_for_best_model):
+            raise SettingsError(
+                "utility_floor chooses among checkpoints; set load_best_model_at_end and metric_for_best_model too"
+            )
+
     def _check_hub_strategy(self) -> None:
-        strategy = str(getattr(self.hub_strategy, "value", self.hub_strategy))
+        strategy = _value(self.hub_strategy)
         if strategy not in ("end", "every_save"):
             raise SettingsError(f"hub_strategy {strategy!r} would publish optimizer states; choose end or every_save")
         if strategy != "end" and not self.push_unfinished:
@@ -197,36 +285,21 @@ class UnlearningConfig(TrainingArguments):
                 "end, or pass push_unfinished=True as well"
             )
 
-    @classmethod
-    def from_preset(cls, name: str, output_dir: str | None = None, **settings: Any) -> "UnlearningConfig":
-        """The settings of a preset (`presets.PRESETS`), and others, which win.
+    def _check_card_template(self) -> None:
+        """Raise before the run, and not after it, if the template has an error."""
+        if self.card_template is not None:
+            from hf_unlearn.publishing.card import check_template  # loads jinja2
 
-        Raises:
-            SettingsError: No preset of this name, or a setting with a wrong value.
-        """
-        return cls(**({"output_dir": output_dir} | overridden(preset(name), settings)))
+            check_template(self.card_template)
 
-    def but(self, **changes: Any) -> "UnlearningConfig":
-        """A copy with some settings changed."""
-        return replace(self, **changes)
 
-    def build_loss(self) -> UnlearningLoss:
-        """The loss with its settings; raises `SettingsError` on unknown ones."""
-        return build_loss(self.loss, _mapping("loss_settings", self.loss_settings))
-
-    def build_constraint(self) -> ConstraintLike:
-        """The constraint, by layer pattern where `layer_constraints` says so; raises `SettingsError`."""
-        base = _mapping("constraint_settings", self.constraint_settings)
-        default = build_constraint(self.constraint, base)
-        by_layer = _mapping("layer_constraints", self.layer_constraints)
-        if not by_layer:
-            return default
-        special = {p: build_constraint(self.constraint, base | s) for p, s in by_layer.items()}
-        return {**special, "*": default}
+def _value(setting: Any) -> str:
+    """Return an option of TrainingArguments, which turns some into enums, as text."""
+    return str(setting.value if isinstance(setting, Enum) else setting)
 
 
 def _mapping(name: str, value: dict | str | None) -> dict[str, Any]:
-    """A setting given as mapping or not at all; JSON texts were parsed by TrainingArguments."""
+    """Return a setting that is a mapping, or an empty one; TrainingArguments has parsed JSON texts already."""
     if value is not None and not isinstance(value, dict):
         raise SettingsError(f"{name} must be JSON of the form {{...}}, got {value!r}")
     return value or {}

@@ -1,32 +1,134 @@
-"""What `UnlearningTrainer` makes of its arguments: encoded rows, checked statistics, frozen parameters."""
+"""Prepared inputs of `UnlearningTrainer`: a loaded model, encoded rows, checked statistics, frozen parameters."""
 
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
+from transformers import set_seed
 
+from hf_unlearn.constraints.base import ConstraintLike
 from hf_unlearn.constraints.registry import needs_fisher
+from hf_unlearn.constraints.step_constrainer import StepConstrainer
 from hf_unlearn.core.processes import gather
+from hf_unlearn.data.batches import default_collator
+from hf_unlearn.data.checks import require_alternates, require_disjoint, require_labels
 from hf_unlearn.data.encoding import encode_dataset
+from hf_unlearn.data.formats import Row
+from hf_unlearn.data.pairs import PairedCollator, PairedDataset
 from hf_unlearn.errors import SettingsError, StatisticsError
-from hf_unlearn.losses import UnlearningLoss
+from hf_unlearn.losses import UnlearningLoss, build_loss
+from hf_unlearn.losses.original_outputs import frozen_copy, original_outputs
+from hf_unlearn.losses.registry import ForgetTerm, OriginalModel
+from hf_unlearn.models.adapters import with_adapter
 from hf_unlearn.models.layers import find_layers
+from hf_unlearn.models.loading import load_model_and_processor
+from hf_unlearn.models.tasks import Collator
 from hf_unlearn.models.trainable import Coverage, freeze_all_but, freeze_unprotected, is_weight_of
-from hf_unlearn.statistics.collect import collect_statistics
+from hf_unlearn.statistics.collect import collect_with_options
+from hf_unlearn.statistics.options import CollectionOptions
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.trainer.config import UnlearningConfig
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftConfig
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
-def encoder(
-    model: nn.Module, processing_class: Any, args: UnlearningConfig, loss: UnlearningLoss
-) -> Callable[[Any, str], Any]:
-    """`(data set, its name) -> encoded rows`, or None for None."""
+Rows: TypeAlias = "Sequence[Row] | Dataset"
+Processor: TypeAlias = "PreTrainedTokenizerBase | BaseImageProcessor | ProcessorMixin"
+StatisticsLike: TypeAlias = "RetainStatistics | str | os.PathLike"
+Encoder: TypeAlias = Callable[["Rows | None", str], Any]
 
-    def encode(dataset: Any, what: str) -> Any:
+
+@dataclass(frozen=True)
+class TrainerInputs:
+    """Everything that a run needs, loaded, encoded and checked.
+
+    Attributes:
+        model: The model to train, with its adapter if it has one; what must not train is frozen.
+        processing_class: Tokenizer or image processor.
+        loss: The loss with its settings.
+        collator: Collates plain rows.
+        forget, retain, holdout: Encoded rows; None for sets that were not given.
+        splits: Encoded rows to evaluate on, by name.
+        statistics: Statistics of the retain rows on this model; None for runs without.
+        constraint: The constraint, or constraints by layer pattern; None for none.
+        coverage: Which parameters are protected, frozen and exposed.
+    """
+
+    model: nn.Module
+    processing_class: "Processor | None"
+    loss: UnlearningLoss
+    collator: Collator
+    forget: "Rows"
+    retain: "Rows | None"
+    holdout: "Rows | None"
+    splits: dict[str, "Rows"]
+    statistics: RetainStatistics | None
+    constraint: ConstraintLike
+    coverage: Coverage
+
+    def training_pairs(self, seed: int) -> PairedDataset:
+        """Return the forget rows, each with a retain row and an alternate answer if the loss reads them."""
+        retain = self.retain if self.loss.has_retain_term else None
+        return PairedDataset(self.forget, retain, seed, bool(self.loss.kind.alternate_answer))
+
+    def paired_collator(self, *, attacker: bool) -> PairedCollator:
+        """Return the collator of `training_pairs`; with an `attacker` a third of the rows are a batch of their own."""
+        return PairedCollator(self.collator, attacker=attacker)
+
+
+def prepare_inputs(
+    model: str | os.PathLike | nn.Module,
+    args: UnlearningConfig,
+    forget_dataset: "Rows",
+    retain_dataset: "Rows | None" = None,
+    *,
+    statistics: "StatisticsLike | None" = None,
+    holdout_dataset: "Rows | None" = None,
+    eval_dataset: "Mapping[str, Rows] | None" = None,
+    data_collator: Collator | None = None,
+    processing_class: "Processor | None" = None,
+    peft_config: "PeftConfig | None" = None,
+    loss: str | ForgetTerm | UnlearningLoss | None = None,
+) -> TrainerInputs:
+    """Load, encode and check the arguments of `UnlearningTrainer`, which documents them and the errors."""
+    if isinstance(model, nn.Module):
+        network = model
+    else:
+        network, processing_class = load_model_and_processor(model, processing_class)
+    built_loss = args.build_loss() if loss is None else build_loss(loss)
+    encode = row_encoder(network, processing_class, args, built_loss)
+    forget, retain = encode(forget_dataset, "forget"), encode(retain_dataset, "retain")
+    holdout = encode(holdout_dataset, "holdout")
+    check_rows(built_loss, forget, retain, holdout)
+    collator = data_collator or default_collator(processing_class)
+    constraint = args.build_constraint()
+    usable = usable_statistics(network, statistics, retain, collator, args)
+    if peft_config is not None:
+        set_seed(args.seed)  # a resumed run starts from the same A
+        network = with_adapter(network, peft_config)
+    coverage = freeze_for_run(network, usable, constraint, args)
+    splits = encode_splits(eval_dataset, encode)
+    if holdout_dataset is not None or args.forget_target is not None:
+        splits = {"forget": forget, **splits}
+    return TrainerInputs(
+        network, processing_class, built_loss, collator, forget, retain, holdout, splits, usable, constraint, coverage
+    )
+
+
+def row_encoder(
+    model: nn.Module, processing_class: "Processor | None", args: UnlearningConfig, loss: UnlearningLoss
+) -> Encoder:
+    """Return a function `(data set, its name) -> encoded rows`, which returns None for None."""
+
+    def encode(dataset: "Rows | None", what: str) -> Any:
         if dataset is None and what != "forget":
             return None
-        seed = args.seed if what == "forget" and loss.kind.alternates == "idk" else None
+        seed = args.seed if what == "forget" and loss.kind.alternate_answer == "idk" else None
         return encode_dataset(
             dataset, processing_class, what=what, max_length=args.max_length, model=model, idk_seed=seed
         )
@@ -34,7 +136,20 @@ def encoder(
     return encode
 
 
-def encode_splits(eval_dataset: Any, encode: Callable[[Any, str], Any]) -> dict[str, Any]:
+def check_rows(loss: UnlearningLoss, forget: "Rows", retain: "Rows | None", holdout: "Rows | None") -> None:
+    """Raise `DataError` or `SettingsError` if the sets overlap, or if the loss cannot use them."""
+    for other, what in ((retain, "retain"), (holdout, "holdout")):
+        if other is not None:
+            require_disjoint(forget, other, what)
+    loss.check_labels(tokens=require_labels(forget, "forget"))
+    if loss.kind.alternate_answer:
+        require_alternates(forget, loss.name)
+    if loss.kind.needs_retain and retain is None:
+        raise SettingsError(f"loss {loss.name!r} needs retain rows; pass retain_dataset or choose another loss")
+
+
+def encode_splits(eval_dataset: "Mapping[str, Rows] | None", encode: Encoder) -> dict[str, "Rows"]:
+    """Encode the evaluation splits by name; raise `SettingsError` if they have no names."""
     if eval_dataset is None:
         return {}
     if not isinstance(eval_dataset, Mapping):
@@ -43,40 +158,90 @@ def encode_splits(eval_dataset: Any, encode: Callable[[Any, str], Any]) -> dict[
 
 
 def usable_statistics(
-    model: nn.Module, given: Any, retain: Any, collator: Callable, args: UnlearningConfig
+    model: nn.Module,
+    statistics: "StatisticsLike | None",
+    retain: "Rows | None",
+    collator: Collator,
+    args: UnlearningConfig,
 ) -> RetainStatistics | None:
-    """The statistics given, loaded or collected, checked against the model."""
-    if given is None and args.constraint != "none":
-        if retain is None:
-            raise SettingsError(
-                f"constraint {args.constraint!r} needs statistics; pass `statistics`, or retain_dataset to collect "
-                "them, or choose constraint none"
-            )
-        fisher = needs_fisher(args.constraint)
-        return collect_statistics(
-            model, retain, collator=collator, batch_size=args.per_device_eval_batch_size, fisher=fisher,
-            keep_on=args.keep_statistics_on, max_memory=args.max_memory, sketch_above=args.sketch_above,
-            sketch_rank=args.sketch_rank, progress=not args.disable_tqdm,
-        )  # fmt: skip
-    if isinstance(given, (str, os.PathLike)):
-        given = RetainStatistics.from_pretrained(given, keep_on=args.keep_statistics_on)
-    if given is not None:
-        given.check_model(model)
-    seen = gather(given and (given.weights, given.data))
-    if len(set(seen)) > 1:
-        raise StatisticsError(f"{len(seen)} processes have {len(set(seen))} different statistics; give all the same")
-    if given is not None and args.keep_statistics_on != "device":
-        given = given.kept_on(args.keep_statistics_on)
-    return given
+    """Return the statistics, loaded or collected if necessary, and checked against the model."""
+    if statistics is None and args.constraint != "none":
+        return _collected_statistics(model, retain, collator, args)
+    if isinstance(statistics, (str, os.PathLike)):
+        statistics = RetainStatistics.from_pretrained(statistics, keep_on=args.keep_statistics_on)
+    if statistics is not None:
+        statistics.check_model(model)
+    identities = gather(statistics and (statistics.weights, statistics.data))
+    if len(set(identities)) > 1:
+        raise StatisticsError(
+            f"{len(identities)} processes have {len(set(identities))} different statistics; pass the same to all"
+        )
+    if statistics is not None and args.keep_statistics_on != "device":
+        statistics = statistics.kept_on(args.keep_statistics_on)
+    return statistics
+
+
+def _collected_statistics(
+    model: nn.Module, retain: "Rows | None", collator: Collator, args: UnlearningConfig
+) -> RetainStatistics:
+    if retain is None:
+        raise SettingsError(
+            f"constraint {args.constraint!r} needs statistics; pass `statistics`, or retain_dataset to collect "
+            "them, or choose constraint none"
+        )
+    options = CollectionOptions.from_config(args, fisher=needs_fisher(args.constraint))
+    return collect_with_options(model, retain, options, collator=collator)
 
 
 def freeze_for_run(
-    model: nn.Module, statistics: RetainStatistics | None, constraint: Any, args: UnlearningConfig
+    model: nn.Module, statistics: RetainStatistics | None, constraint: ConstraintLike, args: UnlearningConfig
 ) -> Coverage:
-    """Coverage of the run; without a constraint the same weights train, all of them exposed."""
+    """Freeze what must not train, and return the coverage; without a constraint the same weights train, all exposed."""
     freeze_all_but(model, args.train_only)
     if constraint is not None and statistics is not None:
         return freeze_unprotected(model, statistics.layers, args.allow_exposed, args.freeze)
     layers = statistics.layers if statistics is not None else find_layers(model)
     exposed = [name for name, _ in model.named_parameters() if is_weight_of(name, layers)]
     return freeze_unprotected(model, (), [*exposed, *args.allow_exposed], args.freeze)
+
+
+def original_source(
+    inputs: TrainerInputs,
+    args: UnlearningConfig,
+    constrainer: StepConstrainer,
+    copy: nn.Module | None = None,
+    scope: Callable[[], AbstractContextManager] = nullcontext,
+) -> OriginalModel:
+    """Return where the loss gets the original model's predictions: a copy, the disk, or the original weights.
+
+    Args:
+        inputs: Prepared inputs; their model has its original weights.
+        args: Names the folder on disk, if there is one.
+        constrainer: Can put the original weights into the model temporarily, which needs no copy.
+        copy: A copy of the original model.
+        scope: Context of the forward passes whose outputs go to disk (autocast).
+
+    Raises:
+        SettingsError: Both a copy and a folder, or a copy that is the trained model itself.
+    """
+    folder = args.original_logprobs
+    if copy is not None:
+        if folder is not None or copy is inputs.model:
+            raise SettingsError("original_model must be a separate copy; pass either it or original_logprobs")
+        return frozen_copy(copy.to(args.device))
+    if folder is None or not inputs.loss.needs_original:
+        return constrainer.original
+    rows = {"forget": inputs.forget, "retain": inputs.retain}
+    if inputs.loss.kind.alternate_answer:
+        rows["alternate"] = [row["alternate"] for row in inputs.forget]
+    stored = original_outputs(
+        inputs.model,
+        inputs.loss,
+        rows,
+        folder,
+        collator=inputs.collator,
+        batch_size=args.per_device_eval_batch_size,
+        precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        scope=scope,
+    )
+    return lambda: nullcontext(stored)

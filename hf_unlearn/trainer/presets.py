@@ -1,4 +1,4 @@
-"""Presets: settings that belong together, by name. They stand in for defaults, and whatever is given besides wins."""
+"""Presets: settings that belong together, by name. They replace defaults; explicit settings take precedence."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -8,7 +8,7 @@ from hf_unlearn.errors import SettingsError
 
 PRESETS: dict[str, Mapping[str, Any]] = {
     "default": {},
-    "paper": {  # PGU (Hoang et al., WACV 2024) for single rows, by its authors' code: small_vgg on CIFAR-10
+    "paper": {  # PGU (Hoang et al., WACV 2024) for single rows, from its authors' code: small_vgg on CIFAR-10
         "loss": "pgu",
         "loss_settings": {"offset": 0.05, "entropy_weight": 0.2},
         "constraint": "energy",
@@ -23,7 +23,7 @@ PRESETS: dict[str, Mapping[str, Any]] = {
         "forget_metric": "accuracy",
         "row_stopping": False,
     },
-    "robust": {  # to withstand relearning, at six more backward passes a step
+    "robust": {  # withstands relearning, for six more backward passes per step
         "adversary_steps": 5,
         "learning_rate": 5e-4,  # rows are pushed and pulled: more and smaller steps, with less momentum
         "momentum": 0.5,
@@ -35,18 +35,24 @@ PRESETS: dict[str, Mapping[str, Any]] = {
 }
 
 CHOICES = {"loss": ("loss_settings",), "constraint": ("constraint_settings", "layer_constraints")}
-"""What is chosen by name, and the settings that belong to the choice."""
+"""Settings that choose something by name, and the settings that belong to the choice."""
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The settings of a preset; raises `SettingsError` where there is none of this name."""
+    """Return a copy of the settings of a preset; raise `SettingsError` if there is no preset of this name."""
     if name not in PRESETS:
         raise SettingsError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
     return deepcopy(dict(PRESETS[name]))
 
 
-def overridden(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` with `given` in their place: with another loss or constraint go the settings of the one before."""
-    changed = [choice for choice in CHOICES if given.get(choice, settings.get(choice)) != settings.get(choice)]
-    gone = {name for choice in changed for name in CHOICES[choice]}
-    return {name: value for name, value in settings.items() if name not in gone} | dict(given)
+def overridden(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `settings` with `changes` applied.
+
+    If a change chooses another loss or constraint, the settings of the previous one are dropped.
+
+    >>> overridden({"loss": "npo", "loss_settings": {"beta": 0.1}}, {"loss": "pgu"})
+    {'loss': 'pgu'}
+    """
+    changed = [choice for choice in CHOICES if changes.get(choice, settings.get(choice)) != settings.get(choice)]
+    dropped = {name for choice in changed for name in CHOICES[choice]}
+    return {name: value for name, value in settings.items() if name not in dropped} | dict(changes)

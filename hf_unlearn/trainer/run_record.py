@@ -1,23 +1,32 @@
-"""What a report says of a run, read off its trainer."""
+"""The record of a run: what a report says about the trainer, its settings and its model."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 from torch import nn
 from transformers.modelcard import TASK_MAPPING
 
+from hf_unlearn.constraints.base import Constraint
 from hf_unlearn.constraints.binding import resolve_constraints
 from hf_unlearn.constraints.registry import constraint_for
+from hf_unlearn.core.provenance import hardware, package_versions
 from hf_unlearn.evaluation.report import UnlearningReport
+from hf_unlearn.losses import UnlearningLoss
 from hf_unlearn.models.adapters import without_wrapper
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.statistics.sketch import is_sketch
 from hf_unlearn.trainer.config import UnlearningConfig
 
+if TYPE_CHECKING:
+    from hf_unlearn.trainer.trainer import UnlearningTrainer
+
+NO_CONSTRAINT = "every step"  # what "none" allows, in the words of a card
 _REPORTED = frozenset(
     "learning_rate final_learning_rate momentum optim optim_args adam_beta1 adam_beta2 adam_epsilon "
     "lr_scheduler_type lr_scheduler_kwargs warmup_steps num_train_epochs max_steps per_device_train_batch_size "
@@ -27,21 +36,43 @@ _REPORTED = frozenset(
 )
 
 
-def describe(report: UnlearningReport, trainer: Any, *, retain_rows: int = 0, merged: bool = False) -> None:
+def run_report(trainer: "UnlearningTrainer") -> UnlearningReport:
+    """Return a report of what the trainer has done so far, with nothing measured."""
+    rows = trainer.train_dataset
+    report = UnlearningReport(versions=package_versions(), hardware=hardware())
+    report.request = {"rows": len(rows), "date": datetime.now(timezone.utc).date().isoformat()}
+    record_run(report, trainer, retain_rows=0 if rows.retain is None else len(rows.retain))
+    return report
+
+
+def fill_missing(report: UnlearningReport, run: UnlearningReport) -> UnlearningReport:
+    """Fill the empty fields of `report` from the report of the run, in place, and return it."""
+    for name in ("request", "method", "settings", "versions", "hardware", "history", "drift"):
+        if not getattr(report, name):
+            setattr(report, name, getattr(run, name))
+    return report
+
+
+def record_run(
+    report: UnlearningReport, trainer: "UnlearningTrainer", *, retain_rows: int = 0, merged: bool = False
+) -> None:
     """Fill `method`, `settings`, `history` and `drift` of `report` from a trainer that has run.
 
     Args:
         report: Changed in place.
-        trainer: An `UnlearningTrainer`.
+        trainer: The trainer.
         retain_rows: Number of retain rows that the loss read.
-        merged: An adapter, if there is one, is published merged into the weights.
+        merged: Whether an adapter, if there is one, is published merged into the weights.
     """
     args, statistics, drift = trainer.args, trainer.constrainer.statistics, trainer.constrainer.drift()
+    constraint = _default_constraint(args)
     report.method = {
         "loss": trainer.loss.name,
+        "loss_summary": _loss_summary(trainer.loss),
         "loss_settings": trainer.loss.all_settings,
         "constraint": args.constraint,
-        "constraint_settings": _constraint_settings(args),
+        "constraint_summary": NO_CONSTRAINT if constraint is None else constraint.summary(),
+        "constraint_settings": {} if constraint is None else asdict(constraint),  # type: ignore[call-overload]
         "retained": _retained(args, statistics),
         "sketched": _sketched(statistics),
         "statistics": statistics and {"rows": statistics.rows, "weights": statistics.weights, "data": statistics.data},
@@ -57,43 +88,57 @@ def describe(report: UnlearningReport, trainer: Any, *, retain_rows: int = 0, me
         "steps": trainer.state.global_step,
         "retain_rows_used": retain_rows,
     }
-    others = ("adam_",) if "adam" not in str(args.optim) else ("momentum",)  # another optimizer's settings
-    report.settings = {k: v for k, v in args.to_dict().items() if k in _REPORTED and not k.startswith(others)}
+    unused = ("adam_",) if "adam" not in str(args.optim) else ("momentum",)  # settings of other optimizers
+    report.settings = {k: v for k, v in args.to_dict().items() if k in _REPORTED and not k.startswith(unused)}
     report.history = list(trainer.state.log_history)
     report.drift = asdict(drift) | {"relative": drift.relative}
 
 
 def name_base_model(model: nn.Module, args: UnlearningConfig) -> None:
-    """Let an adapter's configuration name `args.base_model` instead of the folder that it was loaded from."""
+    """Name `args.base_model` in an adapter's configuration, in place of the folder that it was loaded from."""
     name, _, revision = (args.base_model or "").partition("@")
-    for config in (getattr(model, "peft_config", None) or {}).values() if name else ():
+    if not name:
+        return
+    for config in (getattr(model, "peft_config", None) or {}).values():
         config.base_model_name_or_path, config.revision = name, revision or None
 
 
-def _constraint_settings(args: UnlearningConfig) -> dict[str, Any]:
+def _default_constraint(args: UnlearningConfig) -> Constraint | None:
+    """Return the constraint of the layers that `layer_constraints` does not name."""
     built = args.build_constraint()
-    built = built["*"] if isinstance(built, Mapping) else built
-    return asdict(built) if built is not None else {}  # type: ignore[call-overload]
+    return built["*"] if isinstance(built, Mapping) else built
 
 
-def _retained(args: UnlearningConfig, statistics: RetainStatistics | None) -> dict[str, float] | None:
-    """Means over the layers under an energy constraint: share of `trace(gram)`, and of the dimensions, in the basis."""
-    asked, energies, ranks = args.build_constraint(), [], []
-    resolved = resolve_constraints(statistics, asked) if statistics is not None else {}
-    for layer, kind in resolved.items():
-        chosen = constraint_for(layer, asked)
+def _loss_summary(loss: UnlearningLoss) -> str | None:
+    """Return the first line of the docstring of the forget term."""
+    return (inspect.getdoc(loss.kind.term) or "").partition("\n")[0] or None
+
+
+def _retained(args: UnlearningConfig, statistics: RetainStatistics | None) -> dict[str, Any] | None:
+    """Return how much the constraint protects entirely, as means over the layers where it protects directions.
+
+    `energy` is the share of `trace(gram)` and `rank` the share of the dimensions in the basis; `instead` describes the
+    constraint that these statistics resolved to, if it is another one. None for constraints that only shrink.
+    """
+    chosen, energies, ranks, instead = args.build_constraint(), [], [], None
+    resolved = resolve_constraints(statistics, chosen) if statistics is not None else {}
+    for layer, bound in resolved.items():
+        constraint = constraint_for(layer, chosen)
+        if bound is not None and type(bound) is not type(constraint):
+            instead = bound.summary()
         for gram in statistics.gram_eigen(layer).blocks() if statistics is not None else ():
-            if kind is not None and chosen is not None and chosen.protected_rank(gram) is not None:
-                values_I, rank = gram.spectrum_I, kind.protected_rank(gram) or 0
+            if bound is not None and constraint is not None and constraint.protected_rank(gram) is not None:
+                values_I, rank = gram.spectrum_I, bound.protected_rank(gram) or 0
                 energies.append((values_I[:rank].sum() / values_I.sum()).item() if rank else 0.0)
                 ranks.append(rank / len(values_I))
     if not ranks:
         return None
-    return {"energy": sum(energies) / len(ranks), "rank": sum(ranks) / len(ranks), "layers": len(ranks)}
+    shares: dict[str, Any] = {"energy": sum(energies) / len(ranks), "rank": sum(ranks) / len(ranks)}
+    return shares | {"layers": len(ranks)} | ({"instead": instead} if instead else {})
 
 
 def _sketched(statistics: RetainStatistics | None) -> dict[str, float] | None:
-    """How many Grams are sketches, and the largest share of the energy of one that its sketch has missed."""
+    """Return the number of sketched Gram matrices, and the largest share of the energy that a sketch misses."""
     sums = statistics.gram_sums if statistics is not None else {}
     names = [name for name, tensor in sums.items() if is_sketch(tensor.shape)]
     if statistics is None or not names:
@@ -103,7 +148,7 @@ def _sketched(statistics: RetainStatistics | None) -> dict[str, float] | None:
 
 
 def _adapter(model: nn.Module, merged: bool) -> dict[str, Any] | None:
-    """Settings of the adapter that was trained; None for full weights."""
+    """Return the settings of the adapter that was trained; None for full weights."""
     for config in (getattr(model, "peft_config", None) or {}).values():
         return {
             "type": getattr(config.peft_type, "value", str(config.peft_type)),
@@ -120,16 +165,16 @@ def _adapter(model: nn.Module, merged: bool) -> dict[str, Any] | None:
 
 
 def _task(model: nn.Module) -> str | None:
-    """The Hub's name of what a model class of transformers is for."""
-    kind = type(without_wrapper(model)).__name__
+    """Return the Hub's name of the task of a model class of transformers."""
+    class_name = type(without_wrapper(model)).__name__
     for task, names in TASK_MAPPING.items():
-        if any(kind == name or (isinstance(name, tuple) and kind in name) for name in names.values()):
+        if any(class_name == name or (isinstance(name, tuple) and class_name in name) for name in names.values()):
             return task
     return None
 
 
 def _base_model(args: UnlearningConfig, model: nn.Module) -> dict[str, Any]:
-    """A Hub id and its commit; of a local folder the last part of its name alone: the report is published."""
+    """Return a Hub id and its commit, or only the last part of a local folder's path: the report is published."""
     if args.base_model:
         name, _, revision = args.base_model.partition("@")
         return {"base_model": name, "base_model_revision": revision or None, "base_model_is_local": False}
@@ -144,9 +189,9 @@ def _base_model(args: UnlearningConfig, model: nn.Module) -> dict[str, Any]:
 
 
 def _only_snapshot(name: str) -> str | None:
-    """The commit in the client's cache, if there is one alone: transformers no longer keeps it with the model."""
+    """Return the commit in the client's cache, if there is exactly one; transformers does not keep it."""
     if not name:
         return None
     folder = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
-    found = [path.parent.name for path in folder.glob("*/config.json")]
-    return found[0] if len(found) == 1 else None
+    commits = [path.parent.name for path in folder.glob("*/config.json")]
+    return commits[0] if len(commits) == 1 else None

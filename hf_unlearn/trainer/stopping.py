@@ -1,42 +1,53 @@
-"""When to stop: forgotten as far as never-seen rows, or what the retain rows may drift or lose is used up."""
+"""Stopping rules: forget rows look like rows that were never seen, or a budget for the retain rows is used up."""
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_unlearn.constraints.step_constrainer import StepConstrainer
-from hf_unlearn.trainer.row_stopping import Band
+from hf_unlearn.trainer.row_stopping import RowStopping
+
+
+class SavedWeights(NamedTuple):
+    """Copies of the trained weights after a step."""
+
+    step: int
+    weights: list[Tensor]
 
 
 class OverUnlearningCallback(TrainerCallback):
-    """Stop where forget rows look like rows that were never seen (PGU, WACV 2024, section 3.5).
+    """Stop when forget rows look like rows that were never seen (PGU, WACV 2024, section 3.5).
 
     To forget more than a model that never saw the rows is itself a leak. The mark is the metric on held-out rows under
-    the *original* model: a run that harms held-out rows must not go after its own damage. The last step is halved
-    until it ends within `TOLERANCE` beyond the mark, `HALVINGS` times at most; constraints are linear, so that every
-    point of a step is as allowed as its end. With a fixed `target` the run stops at the first evaluation that reaches
-    it. Single rows stop before (`band.Band`): those that have reached the mark are left alone.
+    the *original* model: a run that damages held-out rows must not follow its own damage. The last step is halved until
+    it ends within `TOLERANCE` beyond the mark, at most `HALVINGS` times; constraints are linear, so that every point of
+    a step is as allowed as its end. With a fixed `target` the run stops at the first evaluation that reaches it. Single
+    rows stop earlier (`row_stopping.RowStopping`): those that have reached the mark are left alone.
 
-    Against an attacker the metric is that after relearning. Without a target rows are held from both sides: the run
-    stops at the first evaluation where they are, without an attack, not below the band in the mean either. With one all
-    rows are pushed.
+    Against an attacker the metric is measured after relearning. Without a target, rows are then held from both sides:
+    the run stops at the first evaluation where the metric has reached the mark and the mean probability without an
+    attack is not below the lower bound of the rows. With a target all rows are pushed.
 
     Needs evaluations of `forget`.
 
     Args:
-        constrainer: Holds the weights, now and at first.
+        constrainer: Gives the current and the original weights.
         metric: `loss` rises to the mark, the others fall to it.
-        score: Value of the metric, or of one that is named, on the split `forget` or `holdout` under the weights of the
-            moment.
+        score: `(split, metric) -> value` of the metric, by default this one, on the split `forget` or `holdout` under
+            the current weights.
         target: A fixed mark.
-        relearned: Go by the forget rows after an attacker's relearning (`adversary_steps`); so does `score`.
+        relearned: Use the metric on forget rows after an attacker's relearning (`adversary_steps`); `score` must do
+            the same.
         by_row: Leave single rows alone that have reached the mark.
 
     Attributes:
-        band: What holds the rows, from the beginning of a run on; None where all are pushed.
+        mark: The value at which to stop; measured at the beginning of a run if there is no target.
+        row_stopping: Which rows are pushed; None before the first run and if all rows are pushed.
+        last_short: The weights at the last evaluation that did not reach the mark, or at the beginning.
+        reason: Why the run stopped, in words; None if this rule did not stop it.
     """
 
     HALVINGS, TOLERANCE = 6, 0.02
@@ -53,9 +64,9 @@ class OverUnlearningCallback(TrainerCallback):
         self.constrainer, self.metric, self.score, self.target = constrainer, metric, score, target
         self.mark, self.relearned, self.by_row = target, relearned, by_row
         self.watched = f"relearned_{metric}" if relearned else metric
-        self.band: Band | None = None
+        self.row_stopping: RowStopping | None = None
         self.reason: str | None = None
-        self.previous: tuple[int, list[Tensor]] | None = None
+        self.last_short: SavedWeights | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -64,11 +75,11 @@ class OverUnlearningCallback(TrainerCallback):
             with self.constrainer.original():
                 self.mark = self.score("holdout")
         if self.by_row and not self.relearned:
-            self.band = Band(self.constrainer, self.metric, self.mark)
+            self.row_stopping = RowStopping(self.constrainer, self.metric, self.mark)
         elif self.by_row and self.target is None:
-            self.band = self._both_sides()
-        if self.previous is None:  # else of the checkpoint that this run resumes
-            self.previous = (state.global_step, self.constrainer.weights())
+            self.row_stopping = self._stopping_from_both_sides()
+        if self.last_short is None:  # a resumed run has that of its checkpoint
+            self.last_short = SavedWeights(state.global_step, self.constrainer.copy_weights())
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs: Any
@@ -77,13 +88,14 @@ class OverUnlearningCallback(TrainerCallback):
         if forget is None or self.mark is None:
             return
         step: float = state.global_step
-        least = self.band.lowest if self.band is not None else None
-        too_low = least is not None and metrics.get("eval_forget_probability", math.inf) < least
+        lowest = self.row_stopping.lowest if self.row_stopping is not None else None
+        too_low = lowest is not None and metrics.get("eval_forget_probability", math.inf) < lowest
         if not self._reached(forget) or too_low:
-            self.previous = (state.global_step, self.constrainer.weights())
+            self.last_short = SavedWeights(state.global_step, self.constrainer.copy_weights())
             return
-        if self.target is None and least is None and self.previous is not None and self.previous[0] < state.global_step:
-            forget, step = self._shorten(forget, *self.previous, state.global_step)
+        start = self.last_short
+        if self.target is None and lowest is None and start is not None and start.step < state.global_step:
+            forget, step = self._shorten(forget, start, state.global_step)
         control.should_training_stop = True
         mark = "the target" if self.target is not None else "what held-out rows had before,"
         self.reason = f"forget {self.watched} {forget:.4f} reached {mark} {self.mark:.4f} at step {step:g}"
@@ -92,38 +104,47 @@ class OverUnlearningCallback(TrainerCallback):
         assert self.mark is not None
         return forget >= self.mark if self.metric == "loss" else forget <= self.mark
 
-    def _both_sides(self) -> Band:
-        """A band around the mean probability of held-out rows under the original model."""
+    def _stopping_from_both_sides(self) -> RowStopping:
+        """Return bounds around the mean probability of held-out rows under the original model."""
         if self.metric == "probability":
             assert self.mark is not None
-            return Band.against_relearning(self.constrainer, self.mark)
+            return RowStopping.against_relearning(self.constrainer, self.mark)
         with self.constrainer.original():
-            return Band.against_relearning(self.constrainer, self.score("holdout", "probability"))
+            return RowStopping.against_relearning(self.constrainer, self.score("holdout", "probability"))
 
-    def _shorten(self, forget: float, before: int, start: list[Tensor], after: int) -> tuple[float, float]:
-        """Go back from the end of the last stretch to a point that has just reached the mark."""
+    def _shorten(self, forget: float, start: SavedWeights, end_step: int) -> tuple[float, float]:
+        """Go back from the current weights towards `start`, to a point that has just reached the mark.
+
+        Returns:
+            The forget metric there, and the step, a fraction.
+        """
         assert self.mark is not None
-        end = self.constrainer.weights()
+        end = self.constrainer.copy_weights()
         low, high = 0.0, 1.0
         for _ in range(self.HALVINGS):
             if abs(forget - self.mark) <= self.TOLERANCE:
                 break
             middle = (low + high) / 2
-            self._place(start, end, middle)
-            found = self.score("forget")
-            if self._reached(found):
-                high, forget = middle, found
+            self._interpolate(start.weights, end, middle)
+            score = self.score("forget")
+            if self._reached(score):
+                high, forget = middle, score
             else:
                 low = middle
-        self._place(start, end, high)
-        return forget, before + high * (after - before)
+        self._interpolate(start.weights, end, high)
+        return forget, start.step + high * (end_step - start.step)
 
-    def _place(self, start: list[Tensor], end: list[Tensor], share: float) -> None:
+    def _interpolate(self, start: list[Tensor], end: list[Tensor], share: float) -> None:
         self.constrainer.restore([a.lerp(b, share) for a, b in zip(start, end, strict=True)])
 
 
 class DriftBudgetCallback(TrainerCallback):
-    """Stop before the predicted retain drift exceeds a budget; the weights of the last step within it are kept."""
+    """Stop before the predicted retain drift exceeds a budget; the weights of the last step within it are kept.
+
+    Args:
+        constrainer: Predicts the drift, and gives the weights.
+        max_retain_drift: The budget, as relative drift.
+    """
 
     def __init__(self, constrainer: StepConstrainer, max_retain_drift: float):
         self.constrainer, self.budget = constrainer, max_retain_drift
@@ -133,12 +154,12 @@ class DriftBudgetCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._within = self.constrainer.weights()
+        self._within = self.constrainer.copy_weights()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         drift = self.constrainer.drift().relative
         if drift <= self.budget:
-            self._within = self.constrainer.weights()
+            self._within = self.constrainer.copy_weights()
             return
         self.constrainer.restore(self._within)
         control.should_training_stop = True
@@ -146,15 +167,15 @@ class DriftBudgetCallback(TrainerCallback):
 
 
 class RetainDropCallback(TrainerCallback):
-    """Stop before retain rows lose more of a metric than a budget; the last weights seen within it are kept.
+    """Stop before retain rows lose more of a metric than a budget; the last evaluated weights within it are kept.
 
-    The rule of PGU's authors for whole classes (`unlearn_class.py`: 5 points of accuracy), who keep the epoch that
-    broke it. It reads retain rows. Needs evaluations of `retain`.
+    This is the rule of PGU's authors for entire classes (`unlearn_class.py`: 5 points of accuracy), who keep the epoch
+    that exceeded it. It reads retain rows. Needs evaluations of `retain`.
 
     Args:
-        constrainer: Holds the weights, now and at first.
+        constrainer: Gives the current and the original weights.
         metric: `loss` is better when low, the others when high.
-        score: Value of the metric on the split `retain` under the weights of the moment.
+        score: Value of the metric on the split `retain` under the current weights.
         max_drop: The budget, in the metric's own unit, from its value under the original model.
     """
 
@@ -169,7 +190,7 @@ class RetainDropCallback(TrainerCallback):
     ) -> None:
         with self.constrainer.original():
             self._before = self.score("retain")
-        self._within = self.constrainer.weights()
+        self._within = self.constrainer.copy_weights()
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs: Any
@@ -179,7 +200,7 @@ class RetainDropCallback(TrainerCallback):
             return
         drop = retain - self._before if self.metric == "loss" else self._before - retain
         if drop <= self.budget:
-            self._within = self.constrainer.weights()
+            self._within = self.constrainer.copy_weights()
             return
         self.constrainer.restore(self._within)
         control.should_training_stop = True

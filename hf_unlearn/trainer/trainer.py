@@ -6,157 +6,177 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import (
-    EvalLoopOutput,
-    EvalPrediction,
-    IntervalStrategy,
-)
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, IntervalStrategy, TrainOutput
 
 from hf_unlearn.constraints.step_constrainer import StepConstrainer
-from hf_unlearn.core.sharding import check_sharding, shard_on_cpu
-from hf_unlearn.data.batches import default_collator
-from hf_unlearn.data.checks import require_alternates, require_disjoint, require_labels
+from hf_unlearn.core.sharding import check_sharding, shard_on_cpu, sharding_of
 from hf_unlearn.data.encoding import encode_dataset
-from hf_unlearn.data.pairs import PairedCollator, PairedDataset, attackers_rows
+from hf_unlearn.data.pairs import PairedDataset, attackers_rows
 from hf_unlearn.errors import ModelError, NonFiniteLossError, SettingsError
-from hf_unlearn.evaluation.metrics import RowScores, row_scores
-from hf_unlearn.losses import UnlearningLoss, build_loss
-from hf_unlearn.losses.base import ForgetTerm, OriginalModel
-from hf_unlearn.losses.original_outputs import frozen_copy, original_outputs
-from hf_unlearn.models.adapters import with_adapter
+from hf_unlearn.evaluation.report import UnlearningReport
+from hf_unlearn.evaluation.row_scores import RowScores, score_predictions
+from hf_unlearn.losses import UnlearningLoss
+from hf_unlearn.losses.registry import ForgetTerm
 from hf_unlearn.models.forward import predict
-from hf_unlearn.models.loading import load_named
 from hf_unlearn.models.modes import hold_norm_statistics
-from hf_unlearn.statistics.retain_statistics import RetainStatistics
-from hf_unlearn.trainer.adversary import relearned
+from hf_unlearn.models.tasks import Batch, Collator
+from hf_unlearn.trainer.adversary import relearned_weights
 from hf_unlearn.trainer.callbacks import DualWeightCallback, EngineCallback
-from hf_unlearn.trainer.checkpoints import ResumeMixin
+from hf_unlearn.trainer.checkpoints import CheckpointKeeper, ResumePoint
 from hf_unlearn.trainer.config import UnlearningConfig
-from hf_unlearn.trainer.hub import HubMixin
-from hf_unlearn.trainer.inputs import encode_splits, encoder, freeze_for_run, usable_statistics
+from hf_unlearn.trainer.hub import HubPublisher, push_options, repository_name
+from hf_unlearn.trainer.inputs import Processor, Rows, StatisticsLike, original_source, prepare_inputs
+from hf_unlearn.trainer.row_stopping import RowStopping
+from hf_unlearn.trainer.run_record import fill_missing, run_report
 from hf_unlearn.trainer.stopping import DriftBudgetCallback, OverUnlearningCallback, RetainDropCallback
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
-class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
-    """Forget `forget_dataset` under the constraint of `args`, the rest as in `transformers.Trainer`.
+
+class UnlearningTrainer(Trainer):
+    """Make a model forget `forget_dataset` under the constraint of `args`; otherwise as `transformers.Trainer`.
 
     Args:
         model: A model with a head, or the folder or Hub id of one (loaded as float32).
         args: An `UnlearningConfig`.
         forget_dataset: Rows to forget, in a format of `data.encode_dataset`.
-        retain_dataset: Rows to keep, if any are at hand: for the loss's retain term and, where no `statistics` are
-            given, to collect them.
-        statistics: Statistics of the retain rows on this model, as object, folder or Hub id.
-        holdout_dataset: Rows like the forget rows that were never seen: training stops where forget rows look like
-            them (`OverUnlearningCallback`), judged at each evaluation.
-        eval_dataset: Further splits by name, evaluated as in Trainer.
-        data_collator: Plain rows to a batch; default pads on the right.
-        processing_class: Tokenizer or image processor; loaded with `model` where that is a name.
-        peft_config: Train a LoRA adapter of this configuration instead of the weights; the constraint holds for the
+        retain_dataset: Rows to keep, if available: for the retain term of the loss, and to collect statistics if no
+            `statistics` are given.
+        statistics: Statistics of the retain rows on this model: the object, a folder or a Hub id.
+        holdout_dataset: Rows like the forget rows that the model never saw: training stops when forget rows look like
+            them (`OverUnlearningCallback`), measured at each evaluation.
+        eval_dataset: More splits by name, evaluated as in Trainer.
+        data_collator: Collates plain rows to a batch; the default pads on the right.
+        processing_class: Tokenizer or image processor; loaded with `model` if that is a name.
+        peft_config: Train a LoRA adapter with this configuration instead of the weights; the constraint holds for the
             merged weights. `model` may also have an untrained adapter already.
-        loss: A loss of your own, in place of `args.loss`: a forget term `(predictions, original) -> values` (see
-            `losses.base.LossKind`) or what `losses.build_loss` gives.
-        original_model: A frozen copy for losses that read the original model; default: its weights, or the model
-            without its adapter, put in for the moment (no copy), or `args.original_logprobs`.
-        judge: Further metrics of the model at each evaluation, such as `evaluation.training_judge` gives.
-        callbacks, optimizers, compute_metrics: As in Trainer.
+        loss: Your own loss, in place of `args.loss`: a forget term `(predictions, original) -> values` (see
+            `losses.base.LossKind`), or what `losses.build_loss` returns.
+        original_model: A frozen copy for losses that read the original model. By default no copy is needed: its outputs
+            come from `args.original_logprobs`, or the original weights are put into the model temporarily (an adapter
+            is disabled).
+        extra_metrics: More metrics of the model at each evaluation: a function `model -> {name: value}` such as
+            `evaluation.training_metrics` returns.
+        callbacks: As in Trainer.
+        optimizers: As in Trainer.
+        compute_metrics: As in Trainer; by default evaluations report mean loss, probability, accuracy and entropy.
 
     Attributes:
         constrainer: The `StepConstrainer`: drift, leak, original weights.
         coverage: Which parameters are protected, frozen and exposed.
+        loss: The loss with its settings.
 
     Raises:
-        SettingsError: A constraint without statistics and without retain rows to collect them from, or an
-            `eval_dataset` without names.
-        DataError: No forget rows or one without labels, forget rows that are also in the retain or the held-out set,
-            or alternate answers that the loss needs and the rows have not.
-        StatisticsError: Statistics of another model.
-        CoverageError: A parameter that would train unprotected.
+        SettingsError: There is a constraint but no statistics and no retain rows to collect them from, or
+            `eval_dataset` has no names.
+        DataError: No forget rows, a forget row without labels, forget rows that are also in the retain or the held-out
+            set, or forget rows without the alternate answers that the loss needs.
+        StatisticsError: The statistics belong to another model.
+        CoverageError: A parameter would train unprotected.
+
+    Example:
+
+    >>> import contextlib, io, tempfile, torch, transformers
+    >>> from hf_unlearn.trainer.config import UnlearningConfig
+    >>> _ = torch.manual_seed(0)
+    >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))
+    >>> forget = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]
+    >>> retain = [{"input_ids": [8, 9, 10], "labels": [-100, 9, 10]}]
+    >>> with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):  # hides log lines
+    ...     args = UnlearningConfig(folder, max_steps=1, disable_tqdm=True, use_cpu=True)
+    ...     trainer = UnlearningTrainer(model, args, forget, retain)
+    ...     _ = trainer.train()
+    >>> trainer.stop_reason
+    'all 1 steps were made'
     """
+
+    # Construction
 
     def __init__(
         self,
         model: str | os.PathLike | nn.Module,
         args: UnlearningConfig,
-        forget_dataset: Any,
-        retain_dataset: Any = None,
+        forget_dataset: "Rows",
+        retain_dataset: "Rows | None" = None,
         *,
-        statistics: RetainStatistics | str | os.PathLike | None = None,
-        holdout_dataset: Any = None,
-        eval_dataset: Mapping[str, Any] | Any = None,
-        data_collator: Callable | None = None,
-        processing_class: Any = None,
-        peft_config: Any = None,
+        statistics: "StatisticsLike | None" = None,
+        holdout_dataset: "Rows | None" = None,
+        eval_dataset: "Mapping[str, Rows] | None" = None,
+        data_collator: Collator | None = None,
+        processing_class: "Processor | None" = None,
+        peft_config: "PeftConfig | None" = None,
         loss: str | ForgetTerm | UnlearningLoss | None = None,
         original_model: nn.Module | None = None,
-        judge: Callable[[nn.Module], Mapping[str, float]] | None = None,
+        extra_metrics: Callable[[nn.Module], Mapping[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
-        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
     ):
-        if not isinstance(model, nn.Module):
-            model, processing_class = load_named(model, processing_class)
-        assert isinstance(model, nn.Module)
-        self.loss = args.build_loss() if loss is None else build_loss(loss)
-        encode = encoder(model, processing_class, args, self.loss)
-        forget, retain = encode(forget_dataset, "forget"), encode(retain_dataset, "retain")
-        holdout = encode(holdout_dataset, "holdout")
-        for other, what in ((retain, "retain"), (holdout, "holdout")):
-            if other is not None:
-                require_disjoint(forget, other, what)
-        self.loss.check_labels(tokens=require_labels(forget, "forget"))
-        if self.loss.kind.alternates:
-            require_alternates(forget, self.loss.name)
-        collator = data_collator or default_collator(processing_class)
-        self.judge = judge
-        if self.loss.kind.needs_retain and retain is None:
-            raise SettingsError(
-                f"loss {self.loss.name!r} needs retain rows; pass retain_dataset or choose another loss"
-            )
-        constraint = args.build_constraint()
-        statistics = usable_statistics(model, statistics, retain, collator, args)
-        if peft_config is not None:
-            set_seed(args.seed)  # a resumed run starts from the same A
-            model = with_adapter(model, peft_config)
-        self.coverage = freeze_for_run(model, statistics, constraint, args)
-        splits = encode_splits(eval_dataset, encode)
-        if holdout_dataset is not None or args.forget_target is not None:
-            splits = {"forget": forget, **splits}
-        if not splits:
+        inputs = prepare_inputs(
+            model,
+            args,
+            forget_dataset,
+            retain_dataset,
+            statistics=statistics,
+            holdout_dataset=holdout_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=data_collator,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            loss=loss,
+        )
+        if not inputs.splits:
             args.eval_strategy = IntervalStrategy.NO
         super().__init__(
-            model=model,
+            model=inputs.model,
             args=args,
-            data_collator=PairedCollator(collator, attacker=args.adversary_steps > 0),
-            train_dataset=PairedDataset(
-                forget, retain if self.loss.has_retain_term else None, args.seed, bool(self.loss.kind.alternates)
-            ),
-            eval_dataset=splits or None,
-            processing_class=processing_class,
+            data_collator=inputs.paired_collator(attacker=args.adversary_steps > 0),
+            train_dataset=inputs.training_pairs(args.seed),
+            eval_dataset=inputs.splits or None,
+            processing_class=inputs.processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
             compute_metrics=compute_metrics or _mean_scores,
         )
-        self.loss_is_scaled_for_ga = True
-        self._own_metrics = compute_metrics is None
-        self._unfinished_loss: Any = 0.0
-        self._pushes = True
-        self._attached: Any = None
-        self.constrainer = StepConstrainer(self.model, statistics, constraint, relative_step=args.relative_step)
-        self._original = self._original_source(original_model, forget, retain, collator)
-        self._stopping_rows = {"forget": forget, "holdout": holdout, "retain": splits.get("retain")}
+        self.loss_is_scaled_for_ga = True  # by the counts of get_batch_samples
+        self.loss, self.coverage, self.extra_metrics = inputs.loss, inputs.coverage, extra_metrics
+        self.constrainer = StepConstrainer(
+            self.model, inputs.statistics, inputs.constraint, relative_step=args.relative_step
+        )
+        self._original = original_source(
+            inputs, args, self.constrainer, copy=original_model, scope=self.compute_loss_context_manager
+        )
+        self._checkpoints = CheckpointKeeper(args, inputs.loss, self.constrainer, sharding_of(self.accelerator))
+        self._publisher = HubPublisher(args, self.model, lambda folder: self.save_model(folder, _internal_call=True))
+        self._scores_rows = compute_metrics is None
+        self._constrained_optimizer: Any = None
+        self._loss_since_step: Tensor | float = 0.0
+        self._batch_counts = True  # false if a micro-batch has no row to push
+        self._earlier_stop_reason: str | None = None  # of a run that had ended and was resumed
+        self._stopping_rows = {
+            "forget": inputs.forget,
+            "holdout": inputs.holdout,
+            "retain": inputs.splits.get("retain"),
+        }
         self._add_callbacks()
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As Trainer; FSDP also where there is no accelerator. Raises `SettingsError` on sharding that is not handled.
+        """Create the accelerator as Trainer does, with FSDP on CPUs too; refuse sharding that is not supported.
 
-        accelerate shards on accelerators only and silently runs data parallel on CPUs instead.
+        accelerate shards on accelerators only, and silently runs data parallel on CPUs.
+
+        Raises:
+            SettingsError: The constraint could not be kept with this sharding.
         """
         super().create_accelerator_and_postprocess()
         shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
@@ -165,18 +185,57 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
         if self.args.adversary_steps and self.is_sharded:
             raise SettingsError("adversary_steps needs whole weights on each process (DDP); they are sharded here")
 
+    def _add_callbacks(self) -> None:
+        args = self.args
+        if self.is_deepspeed_enabled:
+            self.add_callback(EngineCallback(lambda: self._constrain_steps_of(self.model_wrapped)))
+        if self._stopping_rows["holdout"] is not None or args.forget_target is not None:
+            self.add_callback(
+                OverUnlearningCallback(
+                    self.constrainer,
+                    args.forget_metric,
+                    self._stopping_score,
+                    args.forget_target,
+                    relearned=args.adversary_steps > 0,
+                    by_row=args.row_stopping,
+                )
+            )
+        if args.max_retain_drift is not None:
+            if self.constrainer.statistics is None:
+                raise SettingsError("max_retain_drift needs statistics; pass `statistics` or `retain_dataset`")
+            self.add_callback(DriftBudgetCallback(self.constrainer, args.max_retain_drift))
+        if args.max_retain_drop is not None:
+            if self._stopping_rows["retain"] is None:
+                raise SettingsError(
+                    "max_retain_drop needs retain rows: a split `retain` in eval_dataset (--retain or --train)"
+                )
+            self.add_callback(
+                RetainDropCallback(self.constrainer, args.forget_metric, self._stopping_score, args.max_retain_drop)
+            )
+        if self.loss.dual is not None:
+            self.add_callback(DualWeightCallback(self.loss.dual))
+
+    # Weights
+
     @contextmanager
     def original_model(self) -> Iterator[nn.Module]:
-        """The model with its original weights, for the duration of the context."""
+        """Give the model its original weights within the context."""
         with self.constrainer.original():
             yield self.model
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds only a part of the (master) weights."""
+        return sharding_of(self.accelerator) != "none"
+
     def whole_state_dict(self) -> dict[str, Tensor] | None:
-        """All weights, on process 0, where they are sharded (a collective call); None where the model has them all."""
+        """Gather sharded weights on process 0 (a collective call); None if they are not sharded."""
         return self.accelerator.get_state_dict(self.model_wrapped) if self.is_sharded else None
 
+    # Optimizer
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of `args.optim`, with the constraint's step hooks."""
+        """Create the optimizer of `args.optim`, with the constraint's step hooks."""
         if self.args.optim == "sgd":  # TrainingArguments has no setting for its momentum
             self.optimizer_cls_and_kwargs: Any = (
                 torch.optim.SGD,
@@ -184,31 +243,36 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
             )
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         if not self.is_deepspeed_enabled:  # its engine does not exist yet
-            self._attach(getattr(optimizer, "optimizer", optimizer))
+            self._constrain_steps_of(getattr(optimizer, "optimizer", optimizer))
         return optimizer
+
+    def _constrain_steps_of(self, optimizer: Any) -> None:
+        """Attach the constraint to an optimizer or DeepSpeed engine; once, though each `train()` calls this."""
+        if optimizer is not self._constrained_optimizer:
+            self.constrainer.attach(optimizer)
+            self._constrained_optimizer = optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """As Trainer; with `final_learning_rate` the exponential from `learning_rate` to it (PGU's)."""
+        """Create the scheduler as Trainer does; with `final_learning_rate` an exponential one, as in PGU."""
         final = self.args.final_learning_rate
         if final is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
-        share = final / self.args.learning_rate
-        self.lr_scheduler: Any = torch.optim.lr_scheduler.LambdaLR(
-            optimizer or self.optimizer, lambda step: share ** (step / num_training_steps)
+        ratio = final / self.args.learning_rate
+        self.lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda step: ratio ** (step / num_training_steps)
         )
         return self.lr_scheduler
 
-    def _attach(self, optimizer: Any) -> None:
-        if optimizer is not self._attached:  # called again by each train()
-            self.constrainer.attach(optimizer)
-            self._attached = optimizer
+    # Step
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """Micro-batches of one optimizer step, and the number of units of each loss term in all of them."""
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], dict[str, int]]:
+        """Return the micro-batches of an optimizer step, and the number of units of each loss term in all of them."""
         assert isinstance(self.train_dataset, PairedDataset)
-        self.train_dataset.set_epoch(int(self.state.epoch or 0))  # which skipping batches after a restart leaves out
+        self.train_dataset.set_epoch(int(self.state.epoch or 0))  # Trainer does not while it skips batches on resuming
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [self.loss.counts(self.model, batch) for batch in batches]
         total = {term: sum(count[term] for count in counts) for term in (counts[0] if counts else ())}
@@ -217,99 +281,163 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
             total = dict(zip(total, summed.tolist(), strict=True))
         return batches, total
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward pass; the gradient is constrained before it is clipped."""
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Mapping[str, int] | None = None
+    ) -> Tensor:
+        """Make the forward and backward pass of a micro-batch, and constrain the gradient before it is clipped.
+
+        Against an attacker the gradient is taken at relearned weights. With row stopping, rows that have reached the
+        mark are left out, and very improbable ones are pulled up.
+        """
         self.constrainer.measure_leak = (self.state.global_step + 1) % max(self.state.logging_steps or 1, 1) == 0
         inputs = self._prepare_inputs(inputs)
-        attackers = inputs.pop("relearn", None)
-        band = getattr(self._stopping_callback(), "band", None)
-        if band is not None:
-            for rows in (inputs["forget"], attackers):
-                if rows is not None:
-                    band.pull(self.model, rows)
-        with self._relearned(attackers):
-            if band is not None:
-                inputs, self._pushes = band.to_push(model, inputs)
-                if self.accelerator.sync_gradients:
-                    band.end_step()
+        attackers_batch = inputs.pop("relearn", None)
+        row_stopping, ends_step = self._row_stopping, self.accelerator.sync_gradients
+        if row_stopping is not None:
+            for batch in (inputs["forget"], attackers_batch):
+                if batch is not None:
+                    row_stopping.accumulate_pull(self.model, batch)
+        with self._relearned_weights(attackers_batch):
+            if row_stopping is not None:
+                inputs, self._batch_counts = row_stopping.select_pushed(model, inputs)
+                if ends_step:
+                    row_stopping.decide_whether_to_move()
             loss = super().training_step(model, inputs, num_items_in_batch)
-        self._unfinished_loss += loss.detach()
-        if self.accelerator.sync_gradients:
+        self._loss_since_step += loss.detach()
+        if ends_step:
             self._check_finite()
-            if band is not None:
-                band.combine()
-            if self.args.max_grad_norm and not self.is_deepspeed_enabled:  # its step was a part of the backward pass
+            if row_stopping is not None:
+                row_stopping.add_pull()
+            if self.args.max_grad_norm and not self.is_deepspeed_enabled:  # DeepSpeed steps in its backward pass
                 self.constrainer.constrain_gradients()
         return loss
 
-    def _relearned(self, batch: Any) -> AbstractContextManager[None]:
-        """The weights that an attacker who has these rows would come to; without any, those of the moment."""
+    @property
+    def _row_stopping(self) -> RowStopping | None:
+        stopping = self._stopping_callback()
+        return stopping.row_stopping if stopping is not None else None
+
+    def _relearned_weights(self, batch: Batch | None) -> AbstractContextManager[None]:
+        """Give the model the weights of an attacker who relearns `batch`; for None, leave the weights as they are."""
         if batch is None:
             return nullcontext()
         args = self.args
-        return relearned(self.model, self.constrainer, batch, args.adversary_steps, args.adversary_learning_rate)
+        return relearned_weights(
+            self.model, self.constrainer, batch, args.adversary_steps, args.adversary_learning_rate
+        )
+
+    def _check_finite(self) -> None:
+        """Raise, on all processes at once, if a loss since the last step was not finite on one of them."""
+        loss = self.accelerator.reduce(self._loss_since_step).item()
+        self._loss_since_step = 0.0
+        if math.isfinite(loss):
+            return
+        stopping = self._stopping_callback()
+        kept = stopping.last_short if stopping is not None else None
+        self.constrainer.restore(kept.weights if kept is not None else None)
+        which = f"those of step {kept.step}" if kept is not None else "the original ones"
+        raise NonFiniteLossError(
+            f"the loss is {loss} after step {self.state.global_step}; the weights are back to {which}: "
+            "lower learning_rate, or choose a bounded loss such as ce_u or npo"
+        )
+
+    # Loss
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The unlearning loss of a pair of batches; the model's own loss for a plain batch (evaluation)."""
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Mapping[str, int] | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Return the unlearning loss of a pair of batches, or the model's own loss of a plain batch (evaluation)."""
         if "forget" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, None)
         hold_norm_statistics(model)
         loss = self.loss(model, inputs, self._original, num_items_in_batch)
-        # gradients are averaged over processes, counts are sums; a pass of every process, whether it pushes or not
-        return loss * (self.accelerator.num_processes if self._pushes else 0)
+        # gradients are averaged over processes, but counts are sums; a batch that does not count still makes its
+        # backward pass, for which the other processes wait
+        return loss * (self.accelerator.num_processes if self._batch_counts else 0)
+
+    # Evaluation
 
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Scores of each row instead of logits: a few numbers to gather, whatever the vocabulary."""
-        if not self._own_metrics:
+        """Return scores of each row in place of logits: few numbers to gather, whatever the vocabulary."""
+        if not self._scores_rows:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            scores_B4 = row_scores(predict(model, inputs))
+            scores_B4 = score_predictions(predict(model, inputs))
         return scores_B4[:, 0].mean(), scores_B4, scores_B4[:, 0]
 
-    def _original_source(self, copy: nn.Module | None, forget: Any, retain: Any, collator: Callable) -> OriginalModel:
-        """Where the original model's predictions come from: a copy, the disk, or its weights put in for the moment."""
-        folder = self.args.original_logprobs
-        if copy is not None:
-            if folder is not None or copy is self.model:
-                raise SettingsError("original_model must be a copy of its own; pass either it or original_logprobs")
-            return frozen_copy(copy.to(self.args.device))
-        if folder is None or not self.loss.needs_original:
-            return self.constrainer.original
-        rows = {"forget": forget, "retain": retain}
-        if self.loss.kind.alternates:
-            rows["alternate"] = [row["alternate"] for row in forget]
-        stored = original_outputs(
-            self.model, self.loss, rows, folder, collator=collator, batch_size=self.args.per_device_eval_batch_size,
-            precision="bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32",
-            scope=self.compute_loss_context_manager,
-        )  # fmt: skip
-        return lambda: nullcontext(stored)
-
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: "Rows | Mapping[str, Rows] | None" = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """As Trainer; the metrics of `judge` come with those of the splits."""
+        """Evaluate as Trainer does, and add the metrics of `extra_metrics` to those of the splits."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.judge is not None and eval_dataset is None:
-            judged = {f"{metric_key_prefix}_{name}": value for name, value in self.judge(self.model).items()}
-            self.log(judged)
-            metrics |= judged
+        if self.extra_metrics is not None and eval_dataset is None:
+            more = {f"{metric_key_prefix}_{name}": value for name, value in self.extra_metrics(self.model).items()}
+            self.log(more)
+            metrics |= more
         return metrics
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
-        """As Trainer; where an attacker is trained against, forget rows are judged after relearning as well."""
+        """Evaluate as Trainer does; against an attacker, forget rows are also scored after relearning."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
         if self.args.adversary_steps and metric_key_prefix == "eval_forget" and self._stopping_callback() is not None:
             output.metrics[f"eval_forget_relearned_{self.args.forget_metric}"] = self._stopping_score("forget")
         return output
 
+    def set_stopping_rows(self, forget_dataset: "Rows", mark: float | None = None) -> None:
+        """Let early stopping look at these forget rows only, and stop at a mark that was measured before.
+
+        For a request in a series: training may include rows of earlier requests, which the stopping rule must ignore.
+
+        Args:
+            forget_dataset: Rows, in a format of `data.encode_dataset`; also evaluated as the split `forget`.
+            mark: Value of the forget metric; by default it is measured on held-out rows. `args.forget_target` takes
+                precedence.
+        """
+        rows = encode_dataset(
+            forget_dataset, self.processing_class, what="forget", max_length=self.args.max_length, model=self.model
+        )
+        self._stopping_rows["forget"] = rows
+        if isinstance(self.eval_dataset, dict) and "forget" in self.eval_dataset:
+            self.eval_dataset["forget"] = rows
+        stopping = self._stopping_callback()
+        if stopping is not None and stopping.target is None and mark is not None:
+            stopping.mark = mark
+
+    def _stopping_score(self, split: str, metric: str | None = None) -> float:
+        """Return a metric, by default the forget metric, of `forget`, `holdout` or `retain` rows; without a log line.
+
+        Against an attacker a third of the forget rows, at most a training batch, is relearned, and the others are
+        scored.
+        """
+        rows, batch = self._stopping_rows[split], None
+        assert rows is not None
+        if self.args.adversary_steps and split == "forget":
+            few, rows = attackers_rows(rows)
+            batch = self._prepare_inputs(self.data_collator(few[: self.args.per_device_train_batch_size]))
+        with self._relearned_weights(batch):
+            loop = self.evaluation_loop(self.get_eval_dataloader(rows), f"Comparing {split}")
+        return loop.metrics[f"eval_{metric or self.args.forget_metric}"]
+
+    def _stopping_callback(self) -> OverUnlearningCallback | None:
+        callbacks = self.callback_handler.callbacks
+        return next((callback for callback in callbacks if isinstance(callback, OverUnlearningCallback)), None)
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """As Trainer, among the evaluations that keep to `utility_floor`."""
+        """Choose the best checkpoint as Trainer does, among those whose evaluation meets `utility_floor`."""
         for name, floor in (self.args.utility_floor or {}).items():
             key = f"eval_{name.removeprefix('eval_')}"
             if key not in metrics:
@@ -331,8 +459,63 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
                 logs["retain_weight"] = self.loss.dual.value
         super().log(logs, start_time)
 
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
+        """Train as Trainer does; True resumes from the newest complete checkpoint of `output_dir`, or starts.
+
+        Create the trainer as for the first start, with the original model. The result is the same, to the bit, as
+        without the interruption.
+
+        Raises:
+            SettingsError: The checkpoint is incomplete, or of a run with other statistics, settings or processes.
+            NonFiniteLossError: The loss became NaN or infinite; the last good weights are restored.
+        """
+        stopping, dual = self._stopping_callback(), self.loss.dual
+        if stopping is not None:
+            stopping.last_short = None
+        if dual is not None:
+            dual.reset()
+        point = self._checkpoints.find(resume_from_checkpoint)
+        if point is None:
+            return super().train(resume_from_checkpoint=None, **options)
+        if point.stop_reason:
+            return self._load_ended_run(point)
+        if stopping is not None:
+            stopping.last_short = point.last_short
+        if dual is not None and point.dual_weight is not None:
+            dual.load_state(point.dual_weight)
+        return super().train(resume_from_checkpoint=str(point.folder), **options)
+
+    def _load_ended_run(self, point: ResumePoint) -> TrainOutput:
+        """Load the checkpoint of a run that had ended; there is nothing left to train."""
+        if self.is_sharded:  # such a checkpoint is loaded into a model that is sharded already
+            self._prepare_for_training(self.args.max_steps, self.get_train_dataloader(), str(point.folder))
+        else:
+            self._load_from_checkpoint(str(point.folder))
+        if self.is_deepspeed_enabled:
+            self._constrain_steps_of(self.model_wrapped)
+        self.state = TrainerState.load_from_json(str(point.folder / TRAINER_STATE_NAME))
+        self._earlier_stop_reason = point.stop_reason
+        return TrainOutput(self.state.global_step, 0.0, {})
+
+    @property
+    def stop_reason(self) -> str:
+        """Why the last run ended, in words."""
+        if self._earlier_stop_reason is not None:
+            return self._earlier_stop_reason
+        reasons = [reason for cb in self.callback_handler.callbacks if (reason := getattr(cb, "reason", None))]
+        return "; ".join(reasons) or f"all {self.state.max_steps} steps were made"
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save as Trainer does, then seal the folder; older checkpoints are removed only after that."""
+        with self._checkpoints.without_rotation():
+            super()._save_checkpoint(model, trial)
+        ended = self.control.should_training_stop
+        self._checkpoints.seal(self.state, self.stop_reason if ended else None, self._stopping_callback())
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As Trainer, but with the arguments as JSON without tokens instead of a pickle with them."""
+        """Save as Trainer does, but the arguments as JSON without tokens in place of a pickle with them."""
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
         (folder / "training_args.bin").unlink(missing_ok=True)
@@ -340,79 +523,87 @@ class UnlearningTrainer(ResumeMixin, HubMixin, Trainer):
             content = {k: v for k, v in self.args.to_dict().items() if not k.endswith("token")}
             (folder / "training_args.json").write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
 
-    def _add_callbacks(self) -> None:
-        args = self.args
-        if self.is_deepspeed_enabled:
-            self.add_callback(EngineCallback(lambda: self._attach(self.model_wrapped)))
-        if self._stopping_rows["holdout"] is not None or args.forget_target is not None:
-            self.add_callback(
-                OverUnlearningCallback(
-                    self.constrainer, args.forget_metric, self._stopping_score, args.forget_target,
-                    relearned=args.adversary_steps > 0, by_row=args.row_stopping,
-                )
-            )  # fmt: skip
-        if args.max_retain_drift is not None:
-            if self.constrainer.statistics is None:
-                raise SettingsError("max_retain_drift needs statistics; pass `statistics` or `retain_dataset`")
-            self.add_callback(DriftBudgetCallback(self.constrainer, args.max_retain_drift))
-        if args.max_retain_drop is not None:
-            if self._stopping_rows["retain"] is None:
-                raise SettingsError(
-                    "max_retain_drop needs retain rows: a split `retain` in eval_dataset (--retain or --train)"
-                )
-            self.add_callback(
-                RetainDropCallback(self.constrainer, args.forget_metric, self._stopping_score, args.max_retain_drop)
-            )
-        if self.loss.dual is not None:
-            self.add_callback(DualWeightCallback(self.loss.dual))
+    # Hub
 
-    def stop_by(self, forget_dataset: Any, mark: float | None = None) -> None:
-        """Let early stopping look at these forget rows alone, and go by a mark that was measured before."""
-        rows = encode_dataset(
-            forget_dataset, self.processing_class, what="forget", max_length=self.args.max_length, model=self.model
-        )
-        self._stopping_rows["forget"] = rows
-        if isinstance(self.eval_dataset, dict) and "forget" in self.eval_dataset:
-            self.eval_dataset["forget"] = rows
-        stopping = self._stopping_callback()
-        if stopping is not None and stopping.target is None and mark is not None:
-            stopping.mark = mark
+    def report(self) -> UnlearningReport:
+        """Return a report of this run; its `metrics` are empty until you set those of `evaluate_unlearning`."""
+        return run_report(self)
 
-    def _stopping_score(self, split: str, metric: str | None = None) -> float:
-        """The forget metric, or another, of `forget`, `holdout` or `retain` rows as `evaluate` has it; no log line.
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Choose the name of the repository; the first push creates it."""
+        self.hub_model_id: str | None = repository_name(self.args)
+        self.push_in_progress = None
 
-        Under attack a third of the forget rows, a training batch at most, is relearned, and the others are judged.
+    def push_to_hub(
+        self,
+        commit_message: str | None = "Unlearned model",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        report: UnlearningReport | None = None,
+        update: bool = False,
+        publish_samples: bool = False,
+    ) -> CommitInfo | None:
+        """Write model, report, card and plots to the folder `hub` of `output_dir`, and publish that folder.
+
+        Args:
+            commit_message: First line of the commit.
+            blocking: Only True: what was published is verified.
+            token: Write token; default: `args.hub_token`, `HF_TOKEN` or the token of `hf auth login`.
+            revision: Branch; default: `args.hub_revision` or `main`.
+            private: Visibility of a repository that the push creates; default: `args.hub_private_repo`.
+            report: The finished report, such as that of `evaluate_unlearning`; its empty fields are filled from this
+                run. Default: a report of this run, with nothing measured.
+            update: Also push into a repository that has other files; with `push_unfinished` this is always so.
+            publish_samples: As in `push_unlearned_model`.
+
+        Returns:
+            The commit; None on processes other than the first.
+
+        Raises:
+            PushError: See `push_unlearned_model`.
+            SettingsError: See `push_unlearned_model`.
         """
-        rows, batch = self._stopping_rows[split], None
-        if self.args.adversary_steps and split == "forget":
-            few, rows = attackers_rows(rows)
-            batch = self._prepare_inputs(self.data_collator(few[: self.args.per_device_train_batch_size]))
-        with self._relearned(batch):
-            loop = self.evaluation_loop(self.get_eval_dataloader(rows), f"Comparing {split}")
-        return loop.metrics[f"eval_{metric or self.args.forget_metric}"]
-
-    def _check_finite(self) -> None:
-        """Raise, on all processes at once, where a loss since the last step was not finite on any of them."""
-        loss = self.accelerator.reduce(self._unfinished_loss).item()
-        self._unfinished_loss = 0.0
-        if math.isfinite(loss):
-            return
-        previous = next((p for cb in self.callback_handler.callbacks if (p := getattr(cb, "previous", None))), None)
-        self.constrainer.restore(previous[1] if previous else None)
-        kept = f"those of step {previous[0]}" if previous else "the original ones"
-        raise NonFiniteLossError(
-            f"the loss is {loss} after step {self.state.global_step}; the weights are back to {kept}: "
-            "lower learning_rate, or choose a bounded loss such as ce_u or npo"
+        if not blocking:
+            raise SettingsError("push_to_hub verifies what was published and so has to wait; pass blocking=True")
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        run = self.report()
+        folder = self._publisher.write_finished(run if report is None else fill_missing(report, run))
+        if not self.is_world_process_zero():
+            return None
+        if getattr(self, "hub_model_id", None) is None:
+            self.init_hf_repo()
+        assert self.hub_model_id is not None
+        options = push_options(
+            self.args, private=private, token=token, revision=revision, commit_message=commit_message, update=update
         )
+        return self._publisher.push(folder, self.hub_model_id, options, publish_samples=publish_samples)
+
+    def create_model_card(self, *args: Any, **options: Any) -> None:
+        """Write the card of this run to `output_dir`, unless there is a card already."""
+        report = self.report()  # a collective call: every process takes part in measuring the drift
+        if self.is_world_process_zero():
+            self._publisher.write_missing_card(report)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Publish nothing, unless both `hub_strategy` and `push_unfinished` ask for it."""
+        if self.args.push_unfinished and self.args.hub_strategy != "end":
+            self.push_to_hub(f"Unfinished: step {self.state.global_step}")
 
 
 def _mean_scores(prediction: EvalPrediction) -> dict[str, float]:
-    """Means over rows, on all processes, of what `prediction_step` returns; raises `ModelError` on NaN logits."""
+    """Average what `prediction_step` returns over the rows of all processes; raise `ModelError` on NaN logits."""
     scores = RowScores.from_matrix(prediction.predictions)
     if (broken := np.isnan(scores.loss)).any():
         raise ModelError(
             f"the model's logits are NaN on row {broken.argmax()} of {len(broken)}; its weights are broken: go back to "
             "an earlier checkpoint, with a lower learning_rate"
         )
-    return {"loss": scores.loss.mean(), "probability": scores.probability.mean(), "accuracy": scores.accuracy.mean(),
-            "entropy": scores.entropy.mean()}  # fmt: skip
+    return {
+        "loss": scores.loss.mean(),
+        "probability": scores.probability.mean(),
+        "accuracy": scores.accuracy.mean(),
+        "entropy": scores.entropy.mean(),
+    }

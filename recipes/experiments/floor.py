@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 
 from hf_unlearn import OutputError, UnlearningReport
-from hf_unlearn.benchmark.grid import CELLS
+from hf_unlearn.benchmark import CELLS_FOLDER
 
 MEASURED = (("accuracy", "forget"), ("accuracy", "retain"), ("accuracy", "holdout"), ("membership_efficacy", "forget"))
 
@@ -40,7 +40,7 @@ def pairs(folder: Path) -> dict[tuple[str, str], float]:
         OutputError: Fewer than two seeds have a retrained model.
     """
     accuracies: dict[str, list[float]] = {}
-    for path in sorted((folder / CELLS).glob("*.json")):
+    for path in sorted((folder / CELLS_FOLDER).glob("*.json")):
         report = UnlearningReport.load(path)
         metrics = [report.get(name, split, "retrained") for name, split in MEASURED]
         if all(metrics):

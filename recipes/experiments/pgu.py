@@ -43,12 +43,10 @@ from hf_unlearn import (
     UnlearningTrainer,
     collect_statistics,
 )
-from hf_unlearn.cli.common import hush
-from hf_unlearn.core.files import read_yaml, write_json
-from hf_unlearn.core.provenance import hardware, package_versions
-from hf_unlearn.core.text import spread
-from hf_unlearn.deletion.carried_statistics import carry, negative_share
-from hf_unlearn.evaluation.metrics.membership import ShadowAttack
+from hf_unlearn.cli import setup
+from hf_unlearn.core import files, provenance, text
+from hf_unlearn.deletion import carry, negative_share
+from hf_unlearn.evaluation import metrics
 from hf_unlearn.models import weights_fingerprint
 
 HERE = Path(__file__).parent
@@ -144,10 +142,10 @@ def main() -> int:
         if args.task == "table":
             print(markdown([read(folder) for folder in args.folders]))
             return 0
-        hush(bars=False)
+        setup.hush(bars=False)
         train, holdout, test = load(args.data, args.images, args.seed)
         result = run(args, SCENARIOS[args.task], train, holdout, test)
-        write_json(args.output_dir / RESULTS, result)
+        files.write_json(args.output_dir / RESULTS, result)
         print(markdown([result]))
     except UnlearningError as error:
         print(f"pgu.py: {error}", file=sys.stderr)
@@ -233,14 +231,19 @@ def run(args: argparse.Namespace, scenario: Scenario, train: Images, holdout: Im
             print(f"{args.task}, {path.stem}, request {k + 1}: {cost['stopped'] or 'all epochs'}", flush=True)
     arguments = {k: getattr(args, k) for k in ("task", "net", "width", "images", "epochs", "seed", "shadows")}
     sizes = {"forget": len(gone[-1]), "retain": len(remaining[-1]), "holdout": len(holdout), "test": len(test)}
-    return arguments | {"rows": sizes, "hardware": hardware(), "versions": package_versions(), "models": records}
+    return arguments | {
+        "rows": sizes,
+        "hardware": provenance.hardware(),
+        "versions": provenance.package_versions(),
+        "models": records,
+    }
 
 
 def settings(path: Path, folder: Path, share: float, seed: int) -> UnlearningConfig:
     """Read a settings file and scale its batch size from 50000 training images to this training set."""
     config = UnlearningConfig(
         str(folder),
-        **read_yaml(path),
+        **files.read_yaml(path),
         seed=seed,
         disable_tqdm=True,
         logging_strategy="no",
@@ -283,7 +286,7 @@ def unlearn(
             holdout_dataset=holdout.rows() if by_holdout else None,
         )
         if by_holdout:
-            trainer.stop_by(rows.rows(), mark)
+            trainer.set_stopping_rows(rows.rows(), mark)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         yield (
@@ -365,7 +368,7 @@ class Evaluation:
             roles += [role] * len(self.forget)
         labels = np.tile(self.forget.labels, len(outputs) + 1)
         roles += ["forget"] * len(self.forget)
-        return ShadowAttack.estimate(roles, np.concatenate([*outputs, forget]), labels, self.seed).value
+        return metrics.ShadowAttack.estimate(roles, np.concatenate([*outputs, forget]), labels, self.seed).value
 
 
 ROLES = ("shadow_member", "shadow_other")
@@ -399,7 +402,7 @@ def read(folder: Path) -> dict[str, Any]:
     path = folder / RESULTS
     if not path.is_file():
         raise OutputError(f"{folder} has no {RESULTS}; the run is not finished")
-    return read_yaml(path)
+    return files.read_yaml(path)
 
 
 COLUMNS = {
@@ -427,7 +430,9 @@ def markdown(runs: Sequence[dict[str, Any]]) -> str:
         group = [m for m in every if (m["request"], m["model"]) == (request, name)]
         cells = ([m[key] for m in group if m.get(key) is not None] for key in columns)
         digits = (COLUMNS[key][1] for key in columns)
-        lines.append([str(request), name, *(spread(v, d) if v else "" for v, d in zip(cells, digits, strict=True))])
+        lines.append(
+            [str(request), name, *(text.spread(v, d) if v else "" for v, d in zip(cells, digits, strict=True))]
+        )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

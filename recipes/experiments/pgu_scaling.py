@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hf_unlearn import EnergyConstraint, RetainStatistics, build_loss
-from hf_unlearn.cli.common import hush
-from hf_unlearn.models.modes import hold_norm_statistics
+from hf_unlearn.cli import setup
+from hf_unlearn.models import modes
 from hf_unlearn.statistics import leading_basis
 
 LINEAR_DIRECTIONS = 400
@@ -73,7 +73,7 @@ def epochs(model: nn.Module, layers: list[Any], forget: Images, config: Any, rat
         rate = config.learning_rate * (config.final_learning_rate / config.learning_rate) ** (epoch / count)
         for group, share in zip(optimizer.param_groups, (1.0, rate_share), strict=True):
             group["lr"] = rate * share
-        hold_norm_statistics(model.train())
+        modes.hold_norm_statistics(model.train())
         for part in torch.randperm(len(labels)).split(config.per_device_train_batch_size):
             optimizer.zero_grad()
             loss(model, {"forget": {"pixel_values": pixels[part], "labels": labels[part]}}).backward()
@@ -92,7 +92,7 @@ def main() -> int:
     shares = {"type": float, "nargs": "+", "default": [0, 0.1, 0.01, 0.001]}
     parser.add_argument("--rate_shares", **shares, help="learning rate of S over that of W; 0: no S; 0.1 is theirs")
     args = parser.parse_args()
-    hush(bars=False)
+    setup.hush(bars=False)
     pgu_run = read(args.folder)
     scenario, share, seed = SCENARIOS["poison"], pgu_run["images"] / PAPER, pgu_run["seed"]
     train, holdout, test = load(args.data, pgu_run["images"], seed)

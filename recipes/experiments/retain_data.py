@@ -25,6 +25,7 @@ from typing import Any
 from transformers import PrinterCallback, TrainerCallback
 
 from hf_unlearn import (
+    DeletionRequest,
     RetainStatistics,
     UnlearningConfig,
     UnlearningError,
@@ -34,13 +35,11 @@ from hf_unlearn import (
     collect_statistics,
     evaluate_unlearning,
 )
-from hf_unlearn.benchmark import BENCHMARKS, Benchmark, Column, results
-from hf_unlearn.benchmark.grid import Cell, cells
-from hf_unlearn.cli.benchmark import parser as benchmark_parser
-from hf_unlearn.cli.common import check_choice, hush, parse
-from hf_unlearn.core.text import spread
-from hf_unlearn.deletion import Request
-from hf_unlearn.deletion.prepare import prepare
+from hf_unlearn.benchmark import BENCHMARKS, Benchmark, Cell, Column, grid_cells, results
+from hf_unlearn.cli import benchmark as benchmark_command
+from hf_unlearn.cli import parsers, setup
+from hf_unlearn.core import text
+from hf_unlearn.deletion import build_request
 
 LINES = {  # mixed batches, statistics collected again, constraint
     "no retain row": (False, False, True),
@@ -62,9 +61,9 @@ def start(description: str | None, compare: Callable[[Benchmark, Sequence[str]],
     parser.add_argument("benchmark")
     parser.add_argument("file", help="settings file of the default cell")
     args, options = parser.parse_known_args()
-    hush()
+    setup.hush()
     try:
-        check_choice("benchmark", args.benchmark, list(BENCHMARKS))
+        parsers.check_choice("benchmark", args.benchmark, list(BENCHMARKS))
         print(compare(BENCHMARKS[args.benchmark], [args.file, *options]))
     except UnlearningError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
@@ -74,21 +73,23 @@ def start(description: str | None, compare: Callable[[Benchmark, Sequence[str]],
 
 def default_cells(benchmark: Benchmark, options: Sequence[str]) -> list[Cell]:
     """Return the cell of the default for each seed."""
-    flags = benchmark_parser()
+    flags = benchmark_command.parser()
     flags.set_defaults(**benchmark.defaults)
-    return cells(*parse(flags, options))
+    return grid_cells(*parsers.parse(flags, options))
 
 
 def compare(benchmark: Benchmark, options: Sequence[str]) -> str:
     """Return the table. Raises the errors of `hf-unlearn benchmark`."""
     groups: dict[str, list[tuple[UnlearningReport, str]]] = {}
     for cell in default_cells(benchmark, options):
-        request = prepare(replace(cell.args, constraints=None, use_retain_rows=True), cell.config, fisher=False)
+        request = build_request(replace(cell.args, constraints=None, use_retain_rows=True), cell.config, fisher=False)
         for name, (mixed, again, constrained) in LINES.items():
             changes: dict[str, Any] = {} if constrained else {"constraint": "none", "constraint_settings": None}
             config = cell.config.but(**changes, loss_settings={"alpha": float(mixed)})
             change = partial(collect_again, request) if again else None
-            report = unlearned(request, config, collected(request, config), request.retain if mixed else None, change)
+            report = unlearned(
+                request, config, collected(request, config), request.rows.retain if mixed else None, change
+            )
             for model in [m for m in MODELS if name == "no retain row" and m in report.models]:
                 groups.setdefault(model, []).append((report, model))
             groups.setdefault(name, []).append((report, "unlearned"))
@@ -98,24 +99,25 @@ def compare(benchmark: Benchmark, options: Sequence[str]) -> str:
 
 
 def unlearned(
-    request: Request,
+    request: DeletionRequest,
     config: UnlearningConfig,
     statistics: RetainStatistics,
     retain: Any = None,
     change: Callable[[UnlearningTrainer], None] | None = None,
 ) -> UnlearningReport:
     """Unlearn, evaluate, and restore the original weights; `change` is called with the trainer before training."""
+    models, splits, options = request.models, request.rows.splits, request.evaluation
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         trainer = UnlearningTrainer(
-            request.model,
+            models.original,
             config.but(output_dir=scratch),
-            request.forget,
+            splits["forget"],
             retain,
             statistics=statistics,
-            holdout_dataset=request.splits.get("holdout"),
-            data_collator=request.collator,
-            processing_class=request.processing_class,
+            holdout_dataset=splits.get("holdout"),
+            data_collator=models.collator,
+            processing_class=models.processing_class,
         )
         trainer.remove_callback(PrinterCallback)
         if change is not None:
@@ -125,15 +127,15 @@ def unlearned(
             seconds = time.perf_counter() - start
             report = evaluate_unlearning(
                 trainer.model,
-                request.splits,
+                splits,
                 original=trainer.original_model,
-                retrained=request.retrained,
-                metrics=request.metrics,
-                processing_class=request.processing_class,
-                collator=request.collator,
+                retrained=models.retrained,
+                metrics=options.metrics,
+                processing_class=models.processing_class,
+                collator=models.collator,
                 batch_size=config.per_device_eval_batch_size,
                 seed=config.seed,
-                cache_dir=request.cache_dir,
+                cache_dir=options.cache_dir,
             )
         finally:
             trainer.constrainer.restore()
@@ -142,42 +144,42 @@ def unlearned(
     return report
 
 
-def collected(request: Request, config: UnlearningConfig, fisher: bool = False) -> RetainStatistics:
+def collected(request: DeletionRequest, config: UnlearningConfig, fisher: bool = False) -> RetainStatistics:
     """Collect statistics of the retain rows on the current weights."""
     return collect_statistics(
-        request.model,
-        request.retain,
-        collator=request.collator,
+        request.models.original,
+        request.rows.retain,
+        collator=request.models.collator,
         fisher=fisher,
         progress=False,
         batch_size=config.per_device_eval_batch_size,
     )
 
 
-def collect_again(request: Request, trainer: UnlearningTrainer) -> None:
+def collect_again(request: DeletionRequest, trainer: UnlearningTrainer) -> None:
     trainer.add_callback(CollectAgain(request, trainer))
 
 
 class CollectAgain(TrainerCallback):
     """Bind the constraint to new statistics after every epoch; only for constraints on steps, not on the total move."""
 
-    def __init__(self, request: Request, trainer: UnlearningTrainer):
+    def __init__(self, request: DeletionRequest, trainer: UnlearningTrainer):
         self.request, self.trainer = request, trainer
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         bound = bind_constraints(collected(self.request, args), args.build_constraint())
-        for part in self.trainer.constrainer.parts:
+        for part in self.trainer.constrainer.weights:
             if part.bound is not None:
                 part.bound = bound[part.owner]
 
 
 def row(name: str, group: list[tuple[UnlearningReport, str]], columns: Sequence[Column]) -> list[str]:
-    cells = [spread(results.values(group, column)) for column in columns]
+    cells = [text.spread(results.values(group, column)) for column in columns]
     if name in MODELS:
         return [name, "", *cells, "", ""]
     steps = [float(report.method["steps"]) for report, _ in group]
     seconds = [report.timings["unlearn"] for report, _ in group]
-    return [name, group[0][0].method["constraint"], *cells, spread(steps, 0), spread(seconds, 1)]
+    return [name, group[0][0].method["constraint"], *cells, text.spread(steps, 0), text.spread(seconds, 1)]
 
 
 if __name__ == "__main__":

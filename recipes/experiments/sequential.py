@@ -25,17 +25,29 @@ from typing import Any
 
 from transformers import ViTForImageClassification
 
-from hf_unlearn import Ledger, PaddingCollator, UnlearningConfig, UnlearningError, UnlearningReport, collect_statistics
+from hf_unlearn import (
+    DeletionRequest,
+    Ledger,
+    PaddingCollator,
+    RequestModels,
+    RequestRows,
+    RequestSeries,
+    UnlearningConfig,
+    UnlearningError,
+    UnlearningReport,
+    collect_statistics,
+    fulfil_request,
+)
 from hf_unlearn.cli import main as hf_unlearn
-from hf_unlearn.cli.common import hush
-from hf_unlearn.core.files import read_yaml
-from hf_unlearn.deletion import Request, RequestSeries
-from hf_unlearn.deletion.ledger import read_key
-from hf_unlearn.demo.digits import Rows, digits_processor, digits_splits, train_vit
-from hf_unlearn.evaluation.report import REPORT
-from hf_unlearn.evaluation.tables import forgotten_so_far
-from hf_unlearn.publishing.plots import save_series_plot
+from hf_unlearn.cli import setup
+from hf_unlearn.core import files
+from hf_unlearn.deletion import read_key
+from hf_unlearn.demo import digits as digits_demo
+from hf_unlearn.evaluation import report as reporting
+from hf_unlearn.evaluation import tables
+from hf_unlearn.publishing import series_plot
 
+Rows = digits_demo.Rows
 ARMS = ("carried", "again", "fresh")
 Arms = dict[str, list[UnlearningReport]]
 
@@ -67,11 +79,11 @@ def main() -> int:
         if args.task == "table":
             print(markdown([read(folder) for folder in args.folders], args.metric))
             return 0
-        hush(bars=args.task == "tofu")
+        setup.hush(bars=args.task == "tofu")
         args.output_dir.mkdir(parents=True, exist_ok=True)
         run_digits(args) if args.task == "digits" else run_tofu(args, flags)
         arms, metric = read(args.output_dir), "accuracy" if args.task == "digits" else "answer_probability"
-        save_series_plot(arms, args.output_dir / "series.png", metric)
+        series_plot.save_series_plot(arms, args.output_dir / "series.png", metric)
         print(markdown([arms], metric))
     except UnlearningError as error:
         print(f"sequential.py: {error}", file=sys.stderr)
@@ -106,18 +118,23 @@ def run_digits(args: argparse.Namespace) -> None:
         return collect_statistics(model, rows, collator=collator, batch_size=64, fisher=True, progress=False)
 
     def fulfil(model: Any, rows: Rows, folder: Path, source: str, **more: Any) -> None:
-        splits = {"forget": rows, "retain": remaining, "holdout": holdout, **more.pop("earlier", {})}
-        request = Request(
-            model,
-            rows,
-            splits,
-            retrained=retrained,
-            processing_class=digits_processor(),
-            collator=collator,
-            source=f"scikit-learn digits, {source}",
+        splits = {"retain": remaining, "holdout": holdout, **more.pop("earlier", {})}
+        request = DeletionRequest(
+            models=RequestModels(
+                original=model,
+                retrained=retrained,
+                processing_class=digits_demo.digits_processor(),
+                collator=collator,
+            ),
+            rows=RequestRows(
+                forget=rows,
+                evaluation=splits,
+                source=f"scikit-learn digits, {source}",
+                forgotten_before=more.pop("again", ()),
+            ),
             **more,
         )
-        request.fulfil(digits_config(folder, args.constraint, classes, seed))
+        fulfil_request(request, digits_config(folder, args.constraint, classes, seed))
         print(f"{folder} is done", flush=True)
 
     for arm in ARMS:
@@ -136,10 +153,10 @@ def run_digits(args: argparse.Namespace) -> None:
                 f"{args.forget} {number} of {len(forget)}",
                 earlier=earlier,
                 statistics=carried or collect(model, present_rows),
-                series=series,
+                series=series.begin(rows),
                 again=[row for old in earlier.values() for row in old] if arm == "again" else (),
             )
-    if not (folder_of(out, "joint", 1) / REPORT).is_file():
+    if not (folder_of(out, "joint", 1) / reporting.REPORT).is_file():
         model = ViTForImageClassification.from_pretrained(original).eval()
         fulfil(
             model,
@@ -153,9 +170,9 @@ def run_digits(args: argparse.Namespace) -> None:
 def digits_requests(count: int, seed: int, classes: bool) -> tuple[list[Rows], Rows, Rows]:
     """Return the rows of each request, the remaining rows, and held-out rows of the classes that are kept."""
     if not classes:
-        splits = digits_splits(f"rows:{14 * count}", seed)
+        splits = digits_demo.digits_splits(f"rows:{14 * count}", seed)
         return [splits.forget[14 * k : 14 * k + 14] for k in range(count)], splits.retain, splits.holdout
-    splits = [digits_splits(f"class:{digit}", seed) for digit in range(count)]
+    splits = [digits_demo.digits_splits(f"class:{digit}", seed) for digit in range(count)]
     kept = [[row for row in rows if row["labels"] >= count] for rows in (splits[0].retain, splits[0].holdout)]
     return [split.forget for split in splits], *kept
 
@@ -185,7 +202,7 @@ def trained_vit(folder: Path, rows: Rows, seed: int) -> Any:
     """Train a model on `rows` unless the folder has one."""
     if not (folder / "config.json").is_file():
         with tempfile.TemporaryDirectory() as scratch:
-            train_vit(rows, seed, scratch).save_pretrained(folder)
+            digits_demo.train_vit(rows, seed, scratch).save_pretrained(folder)
     return ViTForImageClassification.from_pretrained(folder).eval() if folder.name == "retrained" else folder
 
 
@@ -214,7 +231,9 @@ def run_tofu(args: argparse.Namespace, flags: Sequence[str]) -> None:
                 fresh = out / arm / "statistics"
                 data = [flag for name in ("--dataset_name", "--max_length") for flag in value_of(flags, name)]
                 data = data or ["--dataset_name", "locuslab/TOFU"]
-                constraint = value_of(flags, "--constraint")[1:] or [read_yaml(Path(args.settings)).get("constraint")]
+                constraint = value_of(flags, "--constraint")[1:] or [
+                    files.read_yaml(Path(args.settings)).get("constraint")
+                ]
                 data += ["--fisher", str(constraint == ["kronecker"])]
                 call(
                     "collect",
@@ -232,7 +251,7 @@ def run_tofu(args: argparse.Namespace, flags: Sequence[str]) -> None:
             call("run", args.settings, *common, *keyed, *more, "--forget", author(number), "--max_rows", "40")
             for old in last.glob("*.safetensors"):
                 old.unlink()  # no later request starts from these weights
-    if not (folder_of(out, "joint", 1) / REPORT).is_file():
+    if not (folder_of(out, "joint", 1) / reporting.REPORT).is_file():
         call(
             "run",
             args.settings,
@@ -259,7 +278,7 @@ def value_of(flags: Sequence[str], name: str) -> list[str]:
 
 def read(out: Path) -> Arms:
     """Load the reports of each arm, by request; raises `OutputError` if one is missing."""
-    counts = {arm: len(list((out / arm).glob(f"*/{REPORT}"))) for arm in (*ARMS, "joint")}
+    counts = {arm: len(list((out / arm).glob(f"*/{reporting.REPORT}"))) for arm in (*ARMS, "joint")}
     return {
         arm: [UnlearningReport.load(folder_of(out, arm, k + 1)) for k in range(max(n, 1))] for arm, n in counts.items()
     }
@@ -299,7 +318,7 @@ def cells(reports: Sequence[UnlearningReport], metric: str, model: str) -> list[
     """Return the values of the columns of `HEADER` for one arm of one run."""
     first, last = reports[0], reports[-1]
     known, retain, holdout = (
-        forgotten_so_far(last, metric, model),
+        tables.forgotten_so_far(last, metric, model),
         last.get(metric, "retain", model),
         last.get(metric, "holdout", model),
     )

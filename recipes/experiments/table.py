@@ -11,8 +11,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from hf_unlearn import OutputError, UnlearningReport
-from hf_unlearn.core.text import spread
-from hf_unlearn.evaluation.report import REPORT
+from hf_unlearn.core import text
+from hf_unlearn.evaluation import report as reporting
 
 
 def main() -> int:
@@ -32,7 +32,7 @@ def markdown(folders: list[Path], metric: str) -> str:
     """Return the table; raises `OutputError` if a folder has no report."""
     reports: dict[str, list[UnlearningReport]] = defaultdict(list)
     for folder in folders:
-        paths = sorted(folder.glob(f"*/{REPORT}")) or [folder / REPORT]
+        paths = sorted(folder.glob(f"*/{reporting.REPORT}")) or [folder / reporting.REPORT]
         for path in paths:
             report = UnlearningReport.load(path)
             reports[report.method["constraint"]].append(report)
@@ -48,13 +48,13 @@ def markdown(folders: list[Path], metric: str) -> str:
 
 
 def _row(label: str, group: list[UnlearningReport], model: str, metric: str, splits: list[str]) -> list[str]:
-    cells = [spread([m.value for r in group if (m := r.get(metric, split, model))]) for split in splits]
-    cells.append(spread([m.value for r in group if (m := r.get("membership_auc", "forget", model))]))
+    cells = [text.spread([m.value for r in group if (m := r.get(metric, split, model))]) for split in splits]
+    cells.append(text.spread([m.value for r in group if (m := r.get("membership_auc", "forget", model))]))
     if model != "unlearned":
         return [label, *cells, "", "", ""]
-    drift = spread([r.drift["relative"] for r in group if r.drift.get("by_layer")], 4)
-    steps = spread([float(r.method["steps"]) for r in group], 0)
-    return [label, *cells, drift, steps, spread([r.timings["subtract"] + r.timings["unlearn"] for r in group], 1)]
+    drift = text.spread([r.drift["relative"] for r in group if r.drift.get("by_layer")], 4)
+    steps = text.spread([float(r.method["steps"]) for r in group], 0)
+    return [label, *cells, drift, steps, text.spread([r.timings["subtract"] + r.timings["unlearn"] for r in group], 1)]
 
 
 if __name__ == "__main__":

@@ -16,13 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_unlearn import UnlearningError, UnlearningReport
-from hf_unlearn.benchmark import BENCHMARKS, Column, results, run_grid
-from hf_unlearn.benchmark.frontier import PLOT, save_frontier
-from hf_unlearn.benchmark.grid import Results
-from hf_unlearn.cli.benchmark import parser as benchmark_parser
-from hf_unlearn.cli.common import check_choice, hush, parse
-from hf_unlearn.core.files import replace_file
-from hf_unlearn.core.text import spread
+from hf_unlearn.benchmark import BENCHMARKS, Column, Results, frontier, results, run_grid, save_frontier
+from hf_unlearn.cli import benchmark as benchmark_command
+from hf_unlearn.cli import parsers, setup
+from hf_unlearn.core import files, text
 
 RATES = "2.5e-4,5e-4,1e-3,2e-3,4e-3"  # norm of a step, relative to the norm of the weights
 Group = list[tuple[UnlearningReport, str]]
@@ -37,9 +34,9 @@ def main() -> int:
     parser.add_argument("--rates", default=RATES, type=rates, help="their learning rates")
     parser.add_argument("--output_dir", type=Path, required=True)
     args, options = parser.parse_known_args()
-    hush()
+    setup.hush()
     try:
-        check_choice("benchmark", args.benchmark, list(BENCHMARKS))
+        parsers.check_choice("benchmark", args.benchmark, list(BENCHMARKS))
         print(compare(args, options))
     except UnlearningError as error:
         print(f"tuned.py: {error}", file=sys.stderr)
@@ -47,9 +44,9 @@ def main() -> int:
     return 0
 
 
-def rates(text: str) -> list[float]:
+def rates(numbers: str) -> list[float]:
     """Parse comma-separated numbers; argparse reports invalid ones."""
-    return [float(rate) for rate in text.split(",")]
+    return [float(rate) for rate in numbers.split(",")]
 
 
 def compare(args: argparse.Namespace, options: Sequence[str]) -> str:
@@ -57,10 +54,10 @@ def compare(args: argparse.Namespace, options: Sequence[str]) -> str:
     benchmark = BENCHMARKS[args.benchmark]
 
     def run(*changes: str) -> Results:
-        flags = benchmark_parser()
+        flags = benchmark_command.parser()
         flags.set_defaults(**benchmark.defaults)
         argv = [args.file, "--attacks", "none", *options, "--output_dir", str(args.output_dir), *changes]
-        return run_grid(*parse(flags, argv), args.output_dir)
+        return run_grid(*parsers.parse(flags, argv), args.output_dir)
 
     default = run()
     published = ("--methods", args.losses, "--constraints", args.under, "--row_stopping", "False")
@@ -86,16 +83,22 @@ def compare(args: argparse.Namespace, options: Sequence[str]) -> str:
         best[line] = reached[rate]
         body.append(_row(*line, f"{rate:g} of {len(reached)}", reached[rate], columns))
     head = ["loss", "constraint", "rate", *(column.title for column in columns), "steps"]
-    text = results.table([head, *body]) + ("\n\nNot in the table:\n\n" + "\n".join(failed) if failed else "")
-    save_frontier(benchmark, lines | best, args.output_dir / PLOT)
-    with replace_file(args.output_dir / results.TABLE) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
-    return text
+    table = results.table([head, *body]) + ("\n\nNot in the table:\n\n" + "\n".join(failed) if failed else "")
+    save_frontier(benchmark, lines | best, args.output_dir / frontier.PLOT)
+    with files.replace_file(args.output_dir / results.TABLE) as temporary:
+        temporary.write_text(table + "\n", encoding="utf-8")
+    return table
 
 
 def _row(method: str, constraint: str, rate: str, group: Group, columns: Sequence[Column]) -> list[str]:
     steps = [float(report.method["steps"]) for report, model in group if model == "unlearned"]
-    return [method, constraint, rate, *(spread(results.values(group, column)) for column in columns), spread(steps, 0)]
+    return [
+        method,
+        constraint,
+        rate,
+        *(text.spread(results.values(group, column)) for column in columns),
+        text.spread(steps, 0),
+    ]
 
 
 def _reached(report: UnlearningReport) -> bool:

@@ -31,11 +31,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_unlearn import EnergyRidgeConstraint, RetainStatistics, UnlearningReport, UnlearningTrainer
 from hf_unlearn.benchmark import Benchmark, results
-from hf_unlearn.deletion import Request
-from hf_unlearn.deletion.prepare import prepare
-from hf_unlearn.models import predict
-from hf_unlearn.models.modes import eval_mode
-from hf_unlearn.statistics.eigen import scale_for_share
+from hf_unlearn.deletion import DeletionRequest, build_request
+from hf_unlearn.models import modes, predict
+from hf_unlearn.statistics import eigen
 
 PACKAGE = ("energy_ridge", "energy", "ridge", "kronecker")
 TOGETHER = {"joint": (False, False), "ek-fac": (True, False), "joint, cut": (False, True), "ek-fac, cut": (True, True)}
@@ -49,7 +47,7 @@ def compare(benchmark: Benchmark, options: Sequence[str]) -> str:
     """Return the table. Raises the errors of `hf-unlearn benchmark`."""
     groups: dict[str, list[tuple[UnlearningReport, str]]] = {}
     for cell in default_cells(benchmark, options):
-        request = prepare(replace(cell.args, constraints=None, use_retain_rows=True), cell.config, fisher=False)
+        request = build_request(replace(cell.args, constraints=None, use_retain_rows=True), cell.config, fisher=False)
         statistics = collected(request, cell.config, fisher=True)
         measured = moments(request, statistics, cell.config.per_device_eval_batch_size)
         for name in (*PACKAGE, *TOGETHER):
@@ -86,7 +84,7 @@ def together(
     default = EnergyRidgeConstraint()
 
     def change(trainer: UnlearningTrainer) -> None:
-        for part in trainer.constrainer.parts:
+        for part in trainer.constrainer.weights:
             if part.owner not in measured or part.bound is None:
                 continue
             gram, fisher = statistics.gram_eigen(part.owner), statistics.fisher_eigen(part.owner)
@@ -96,7 +94,7 @@ def together(
             seen = left_OI > left_OI.max() * 1e-12
             unseen = 1 - seen.double().mean().item()
             wanted = (default.free_share - unseen) / max(1 - unseen, 1e-12)
-            scale = scale_for_share(left_OI[seen], wanted) if wanted > 0 else 0.0
+            scale = eigen.scale_for_share(left_OI[seen], wanted) if wanted > 0 else 0.0
             kept_OI = torch.where(seen, 1 / (1 + left_OI / scale) if scale else torch.zeros_like(left_OI), 1.0)
             kept_OI = torch.cat([torch.zeros_like(price_OI[:, :removed]), kept_OI.to(price_OI)], 1)
             part.bound = InEigenbases(fisher.vectors_II.float(), gram.vectors_II.float(), kept_OI.float())  # type: ignore
@@ -104,9 +102,9 @@ def together(
     return change
 
 
-def moments(request: Request, statistics: RetainStatistics, batch_size: int) -> dict[str, Tensor]:
+def moments(request: DeletionRequest, statistics: RetainStatistics, batch_size: int) -> dict[str, Tensor]:
     """`[O, I]` of each plain layer: mean square of a row's gradient in the eigenbases, labels drawn by the model."""
-    model = request.model
+    model = request.models.original
     bases = {}
     for name in statistics.layers:
         both = statistics.fisher_eigen(name), statistics.gram_eigen(name)
@@ -115,10 +113,10 @@ def moments(request: Request, statistics: RetainStatistics, batch_size: int) -> 
             bases[name] = (both[0].vectors_II.float(), both[1].vectors_II.float())
     sums = {n: torch.zeros(fisher.shape[0], gram.shape[0]) for n, (fisher, gram) in bases.items()}
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(0)
-    retain = request.splits["retain"]
-    for batch in DataLoader(retain, batch_size, collate_fn=request.collator):
+    retain = request.rows.splits["retain"]
+    for batch in DataLoader(retain, batch_size, collate_fn=request.models.collator):
         inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
-        with eval_mode(model), watched(model, bases, sums):
+        with modes.eval_mode(model), watched(model, bases, sums):
             logits_LV = predict(model, inputs).logits_LV.float()
             drawn_L = torch.multinomial(logits_LV.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
             F.cross_entropy(logits_LV, drawn_L.to(device), reduction="sum").backward()

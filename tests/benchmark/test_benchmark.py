@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 from helpers.tiny import requires_asset
 
+from hf_unlearn.benchmark.cell import Cell
 from hf_unlearn.benchmark.frontier import save_frontier
-from hf_unlearn.benchmark.grid import CELLS, Cell, Results, cells, run_grid
+from hf_unlearn.benchmark.grid import CELLS_FOLDER, Results, grid_cells, run_grid
 from hf_unlearn.benchmark.registry import BENCHMARKS, Benchmark, Column
 from hf_unlearn.benchmark.results import content, lines_of, markdown
 from hf_unlearn.cli import main
 from hf_unlearn.core.text import spread
 from hf_unlearn.deletion.arguments import BenchmarkArguments
-from hf_unlearn.deletion.request import Request
+from hf_unlearn.deletion.fulfil import PreparedRequest
 from hf_unlearn.errors import OutputError, SettingsError
-from hf_unlearn.evaluation.report import Metric, UnlearningReport
+from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.trainer.config import UnlearningConfig
 
 
@@ -67,13 +68,17 @@ def test_a_finished_cell_is_never_run_twice(
     assert drifts[1] < drifts[0] and drifts[3] < drifts[2]  # the constraint was there, and took effect
 
     ran: list[str] = []
-    unlearned = Request.unlearned
-    watched = lambda self, own, target: (ran.append(target.name), unlearned(self, own, target))[1]  # noqa: E731
-    monkeypatch.setattr(Request, "unlearned", watched)
+    unlearned = PreparedRequest.unlearned
+
+    def watched(self: PreparedRequest, config: Any, target: Path, references: Any) -> Any:
+        ran.append(target.name)
+        return unlearned(self, config, target, references)
+
+    monkeypatch.setattr(PreparedRequest, "unlearned", watched)
     again = run_grid(args, config, tmp_path)
     assert not ran and [r.content() for r in again.reports.values()] == [r.content() for r in first.reports.values()]
     gone = next(iter(first.reports)).file
-    (tmp_path / CELLS / gone).unlink()
+    (tmp_path / CELLS_FOLDER / gone).unlink()
     run_grid(args, config, tmp_path)
     assert ran == [gone.removesuffix(".json")]  # only the one that is missing
     ran.clear()
@@ -82,7 +87,7 @@ def test_a_finished_cell_is_never_run_twice(
     ran.clear()
     run_grid(replace(args, methods="npo", constraints="none"), config.but(learning_rate=1e-3), tmp_path)
     assert len(ran) == 1  # other settings are other cells, and the old ones stay
-    assert not list((tmp_path / CELLS).glob("*.checkpoints"))
+    assert not list((tmp_path / CELLS_FOLDER).glob("*.checkpoints"))
 
 
 def test_a_killed_grid_leaves_no_cell_that_looks_finished(
@@ -93,9 +98,9 @@ def test_a_killed_grid_leaves_no_cell_that_looks_finished(
 
     args = arguments(places, methods="npo", constraints="none")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("hf_unlearn.benchmark.grid.audit", killed)
+        patch.setattr("hf_unlearn.benchmark.cell_run.audit", killed)
         run_grid(args, settings(tmp_path), tmp_path)
-    assert not list((tmp_path / CELLS).glob("*.json"))
+    assert not list((tmp_path / CELLS_FOLDER).glob("*.json"))
     assert len(run_grid(args, settings(tmp_path), tmp_path).reports) == 1
 
 
@@ -119,7 +124,7 @@ def test_a_cell_that_cannot_run_is_told_and_the_others_run_from_the_same_weights
 def test_cells_of_other_models_are_not_mixed(places: dict[str, str], tmp_path: Path) -> None:
     args = arguments(places, methods="npo,grad_ascent", constraints="none", attacks=None)
     (cell, other), reports = zip(*run_grid(args, settings(tmp_path), tmp_path).reports.items(), strict=True)
-    path = tmp_path / CELLS / other.file
+    path = tmp_path / CELLS_FOLDER / other.file
     changed = reports[1].content()
     changed["request"]["weights"] = "0" * 64
     path.write_text(json.dumps(changed))
@@ -139,20 +144,20 @@ def test_settings_of_a_cell(tmp_path: Path) -> None:
         '{"learning_rate": 0.25}, "energy": {"constraint_settings": {"energy": 0.5}}}',
     )  # fmt: skip
     config = settings(tmp_path, loss="rmu", loss_settings={"layer": 1}, seed=10)
-    found = {(cell.method, cell.constraint): cell.config for cell in cells(args, config)}
+    found = {(cell.method, cell.constraint): cell.config for cell in grid_cells(args, config)}
     assert {key: c.learning_rate for key, c in found.items()} == {
         ("npo", "none"): 0.5, ("npo", "energy"): 0.25, ("rmu", "none"): 5e-3, ("rmu", "energy"): 5e-3,
     }  # fmt: skip
     assert found["npo", "none"].loss_settings == {"beta": 1.0} and found["rmu", "none"].loss_settings == {"layer": 1}
     assert found["npo", "energy"].constraint_settings == {"energy": 0.5} and all(c.seed == 13 for c in found.values())
     assert found["npo", "none"].constraint_settings is None
-    assert cells(args, config)[0].args.fine_tune_seed == 3
+    assert grid_cells(args, config)[0].args.fine_tune_seed == 3
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ""}, "no methods were named"),
+        ({"methods": ""}, "methods names nothing"),
         ({"methods": "forget"}, "unknown loss 'forget'"),
         ({"constraints": "iron"}, "unknown constraint 'iron'"),
         ({"seeds": "one"}, "seeds must be whole numbers"),
@@ -183,7 +188,7 @@ def made(values: dict[tuple[str, str, int], tuple[float, float]]) -> Results:
         cell = Cell(method, constraint, seed, BenchmarkArguments(), UnlearningConfig(use_cpu=True))
         numbers = {"unlearned": (forgotten, kept), "original": (1.0, 1.0), "retrained": (0.1, 0.9)}
         metrics = [
-            Metric("accuracy", value, split, model, 10)
+            MetricValue("accuracy", value, split, model, 10)
             for model, pair in numbers.items()
             for split, value in zip(("forget", "retain"), pair, strict=True)
         ]
@@ -240,7 +245,7 @@ def test_every_benchmark_is_coherent(name: str, tmp_path: Path) -> None:
     known = {*vars(BenchmarkArguments()), *vars(settings(tmp_path))}
     assert set(benchmark.defaults) <= known
     args = BenchmarkArguments(**{k: v for k, v in benchmark.defaults.items() if hasattr(BenchmarkArguments(), k)})
-    assert len(cells(args, settings(tmp_path))) >= 3 * 4 * 7
+    assert len(grid_cells(args, settings(tmp_path))) >= 3 * 4 * 7
     for published in benchmark.published:
         assert set(published.columns) <= set(titles)
         assert all(len(row) == len(published.columns) for row in published.rows.values())
@@ -313,6 +318,6 @@ def test_classifiers_from_local_folders(
 def test_an_unknown_benchmark_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["benchmark", "imagenet"]) == 2
     assert capsys.readouterr().err == (
-        "hf-unlearn: unknown benchmark 'imagenet'; choose from tofu, muse, wmdp, images, text\n"
+        "hf-unlearn: unknown benchmark 'imagenet'; choose from images, muse, text, tofu, wmdp\n"
     )
     assert main(["benchmark"]) == 2 and "name a benchmark first" in capsys.readouterr().err

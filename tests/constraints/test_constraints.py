@@ -24,7 +24,7 @@ from hf_unlearn.constraints.registry import build_constraint, constraint_for
 from hf_unlearn.constraints.ridge import RidgeConstraint
 from hf_unlearn.errors import SettingsError, StatisticsError
 from hf_unlearn.statistics.collect import collect_statistics
-from hf_unlearn.statistics.eigen import eigen
+from hf_unlearn.statistics.eigen import eigendecomposition
 from hf_unlearn.statistics.retain_statistics import LayerSums, RetainStatistics
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
@@ -373,7 +373,7 @@ def test_negative_energy_is_warned_of_once_and_clamped() -> None:
         assert caught == []
         bound = bind_constraints(full - foreign, RidgeConstraint())
     assert len(caught) == 1
-    worst = max(full.gram_sums, key=lambda name: eigen((full - foreign).gram(name)).negative_share)
+    worst = max(full.gram_sums, key=lambda name: eigendecomposition((full - foreign).gram(name)).negative_share)
     assert f"of {worst} is negative after the subtraction" in str(caught[0].message)
     for one in bound.values():  # a shrinkage never enlarges, whatever was subtracted
         assert isinstance(one.right, Shrink)

@@ -17,6 +17,7 @@ from helpers import tiny as cases
 from torch import Tensor, nn
 
 from hf_unlearn.constraints.base import Constraint
+from hf_unlearn.constraints.drift import step_leak
 from hf_unlearn.constraints.energy import EnergyConstraint
 from hf_unlearn.constraints.kronecker import KroneckerConstraint
 from hf_unlearn.constraints.ridge import RidgeConstraint
@@ -294,7 +295,7 @@ def test_the_original_weights_are_there_for_a_while() -> None:
 
 def test_weights_can_be_restored() -> None:
     setting, constrainer = moved()
-    saved, now = constrainer.weights(), setting.weight("first")
+    saved, now = constrainer.copy_weights(), setting.weight("first")
     constrainer.restore()
     assert all(not move.any() for move in setting.moves().values())
     constrainer.restore(saved)
@@ -425,14 +426,14 @@ def test_the_leak_of_a_step_is_measured(name: str) -> None:
 def test_the_leak_sees_a_step_that_is_not_constrained() -> None:
     setting = Setting()
     constrainer = StepConstrainer(setting.model, setting.statistics, EnergyConstraint(1.0))
-    for part in constrainer.parts:
+    for part in constrainer.weights:
         part.before = part.parameter.detach().clone()
     before = {layer: setting.weight(layer) for layer in LAYERS}
     setting.train(OPTIMIZERS["adamw"](setting.parameters), 1)
     steps = {layer: setting.weight(layer) - before[layer] for layer in LAYERS}
     removed = sum((np.linalg.norm(s) * inside(s, setting.rows_NI[layer])) ** 2 for layer, s in steps.items())
     total = sum(np.linalg.norm(s) ** 2 for s in steps.values())
-    assert constrainer._leak() == pytest.approx((removed / total) ** 0.5, rel=1e-3)
+    assert step_leak(constrainer.weights) == pytest.approx((removed / total) ** 0.5, rel=1e-3)
     assert removed / total > 0.01
 
 
@@ -448,13 +449,13 @@ def test_an_anchored_bfloat16_weight_does_not_drift_and_one_projected_step_by_st
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
         constrainer.attach(optimizer)
         constrainer.measure_leak = True  # measuring keeps the weights before the step; they are no anchor
-        first = constrainer.parts[0].anchor.clone()
+        first = constrainer.weights[0].anchor.clone()
         for _ in range(steps):
             if not anchored:
-                constrainer.parts[0].anchor = model[0].weight.detach().clone()
+                constrainer.weights[0].anchor = model[0].weight.detach().clone()
             model[0].weight.grad = torch.randn(8, 16).bfloat16()
             optimizer.step()
-        constrainer.parts[0].anchor = first
+        constrainer.weights[0].anchor = first
         assert (model[0].weight - first).norm() > 0.5 * first.norm()
         return constrainer.drift().relative
 

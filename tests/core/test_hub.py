@@ -13,6 +13,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from textwrap import indent
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,8 @@ from helpers.hub_client import LOAD, TOKEN, Client, Failed, start
 from helpers.hub_server import Fault, File, Hub, loopback_hub
 from helpers.tiny import collate, tiny_gpt2, tiny_llama
 
-from hf_unlearn.core.hub import publishable, resume_command, scrub
+from hf_unlearn.core.hub import resume_command, scrub
+from hf_unlearn.core.published_files import publishable
 from hf_unlearn.errors import OutputError, SettingsError
 from hf_unlearn.publishing.model_folder import check_public, complete_folder, push_unlearned_model
 from hf_unlearn.statistics.collect import collect_statistics
@@ -112,7 +114,7 @@ result = [bool(same), loaded.weights == statistics.weights, list(loaded.layers) 
                                                "statistics.safetensors"}  # fmt: skip
     assert b"retain-statistics" in (hub.files("me/statistics")["README.md"].content or b"")
     load = "from hf_unlearn import RetainStatistics\nRetainStatistics.from_pretrained('me/statistics', token=token)"
-    with pytest.raises(Failed, match=r"StatisticsError.*cannot get statistics") as caught:
+    with pytest.raises(Failed, match=r"StatisticsError.*cannot download statistics") as caught:
         client.run(load, token="hf_NotThisOneNotThisOneNotThisOne")
     assert "NotThisOne" not in caught.value.message
     # the command pushes a folder of statistics too
@@ -195,16 +197,17 @@ def test_no_row_no_token_and_no_litter_leaves(hub: Hub, client: Client, tmp_path
     assert not set(stray) & set(hub.files("me/model"))
     # negative control: without the list the same search finds every one of them
     everything = """
-import hf_unlearn.core.hub, hf_unlearn.publishing.model_folder
+from hf_unlearn.core import hub
+from hf_unlearn.publishing import model_folder
 from pathlib import Path
-kept = hf_unlearn.publishing.model_folder.publishable, hf_unlearn.core.hub._refuse_tokens
-hf_unlearn.publishing.model_folder.publishable = lambda folder, patterns=None: kept[0](folder, patterns) if patterns else sorted(
+kept = model_folder.publishable, hub.refuse_tokens
+model_folder.publishable = lambda folder, patterns=None: kept[0](folder, patterns) if patterns else sorted(
     p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
-hf_unlearn.core.hub._refuse_tokens = lambda *args: None
+hub.refuse_tokens = lambda *args: None
 """
-    client.run(f"{everything}\ntry:\n    {PUSH.strip().replace(chr(10), chr(10) + '    ')}\nfinally:\n"
-               "    hf_unlearn.publishing.model_folder.publishable, hf_unlearn.core.hub._refuse_tokens = kept",
-               folder=str(folder), repo="me/open", options={})  # fmt: skip
+    code = f"{everything}\ntry:\n{indent(PUSH.strip(), '    ')}\nfinally:\n"
+    code += "    model_folder.publishable, hub.refuse_tokens = kept"
+    client.run(code, folder=str(folder), repo="me/open", options={})
     for secret in (*SECRETS, TOKEN):
         assert secret.encode() in hub.everything_published() and secret.encode() in hub.everything_received()
 

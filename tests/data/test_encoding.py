@@ -19,7 +19,7 @@ from hf_unlearn.data.batches import PaddingCollator, default_collator
 from hf_unlearn.data.checks import require_disjoint
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.pairs import PairedCollator, PairedDataset
-from hf_unlearn.data.row_identity import row_key
+from hf_unlearn.data.row_identity import row_hash
 from hf_unlearn.errors import DataError
 
 # writes the prompt otherwise when an answer follows, as templates with hidden reasoning do
@@ -304,30 +304,30 @@ PIXELS = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=8)
 @settings(max_examples=50, deadline=None)
 def test_token_rows_have_equal_keys_exactly_when_their_tokens_are_equal(one: list[int], two: list[int]) -> None:
     forms = [one, np.array(one), torch.tensor(one), torch.tensor(one, dtype=torch.int32), np.array(one, np.int32)]
-    assert len({row_key({"input_ids": form}) for form in forms}) == 1
-    assert (row_key({"input_ids": one}) == row_key({"input_ids": torch.tensor(two)})) == (one == two)
+    assert len({row_hash({"input_ids": form}) for form in forms}) == 1
+    assert (row_hash({"input_ids": one}) == row_hash({"input_ids": torch.tensor(two)})) == (one == two)
 
 
 @given(PIXELS, PIXELS)
 @settings(max_examples=50, deadline=None)
 def test_image_rows_have_equal_keys_exactly_when_their_pixels_are_equal(one: list[float], two: list[float]) -> None:
     forms = [one, np.array(one), np.array(one, np.float32), torch.tensor(one), torch.tensor(one).double()]
-    assert len({row_key({"pixel_values": form}) for form in forms}) == 1
-    assert (row_key({"pixel_values": one}) == row_key({"pixel_values": torch.tensor(two)})) == (one == two)
+    assert len({row_hash({"pixel_values": form}) for form in forms}) == 1
+    assert (row_hash({"pixel_values": one}) == row_hash({"pixel_values": torch.tensor(two)})) == (one == two)
 
 
 def test_half_precision_rows_have_a_key() -> None:
     values = torch.tensor([0.5, -2.0])
-    assert row_key({"pixel_values": values.bfloat16()}) == row_key({"pixel_values": values})
-    assert row_key({"pixel_values": values.bfloat16() + 1}) != row_key({"pixel_values": values})
+    assert row_hash({"pixel_values": values.bfloat16()}) == row_hash({"pixel_values": values})
+    assert row_hash({"pixel_values": values.bfloat16() + 1}) != row_hash({"pixel_values": values})
 
 
 def test_only_a_rows_model_input_counts() -> None:
     row = text_rows(1)[0]
-    assert row_key(row) == row_key({"input_ids": row["input_ids"], "label": 3, "id": "x"})
-    assert row_key(row) != row_key(row | {"input_ids": row["input_ids"][::-1]})
+    assert row_hash(row) == row_hash({"input_ids": row["input_ids"], "label": 3, "id": "x"})
+    assert row_hash(row) != row_hash(row | {"input_ids": row["input_ids"][::-1]})
     image = torch.arange(4.0)
-    assert row_key({"pixel_values": image}) != row_key({"pixel_values": image.reshape(2, 2)})
+    assert row_hash({"pixel_values": image}) != row_hash({"pixel_values": image.reshape(2, 2)})
 
 
 @pytest.mark.parametrize(
@@ -341,10 +341,10 @@ def test_only_a_rows_model_input_counts() -> None:
 )
 def test_raw_rows_are_compared_by_all_their_values(row: dict[str, Any]) -> None:
     again = datasets.Dataset.from_list([row])[0]
-    assert row_key(row) == row_key(again) == row_key(dict(reversed(list(row.items()))))
+    assert row_hash(row) == row_hash(again) == row_hash(dict(reversed(list(row.items()))))
     name = next(iter(row))
     changed = {**row, name: [*row[name], CHAT[0]] if isinstance(row[name], list) else row[name] + " "}
-    assert row_key(row) != row_key(changed)
+    assert row_hash(row) != row_hash(changed)
 
 
 @pytest.mark.parametrize("form", [list, np.array, torch.tensor])

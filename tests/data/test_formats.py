@@ -37,7 +37,7 @@ from hf_unlearn.data.encoding import EncodedRows, RowStream, encode_dataset, idk
 from hf_unlearn.data.pairs import PairedCollator, PairedDataset
 from hf_unlearn.errors import DataError, ModelError
 from hf_unlearn.evaluation.evaluate import evaluate_unlearning
-from hf_unlearn.evaluation.metrics import score_rows
+from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.models.forward import predict
 from hf_unlearn.models.tasks import task_of
 from hf_unlearn.statistics.collect import collect_statistics

@@ -53,9 +53,9 @@ def test_a_filter_selects_what_its_twin_does(expression: str, twin: Callable[[di
 @pytest.mark.parametrize(
     ("expression", "message"),
     [
-        ('writer == "Basil"', f"there is no column 'writer', only {COLUMNS}"),
+        ('writer == "Basil"', f"unknown column 'writer'; use one of {COLUMNS}"),
         ('author == "Nobody"', "selects none of the 5 rows of the forget set"),
-        ("author == Basil", "the value at character 10 is no JSON; write texts in double quotes"),
+        ("author == Basil", "the value at character 10 is not JSON; put texts in double quotes"),
         ("author", "is malformed at character 0; write column OPERATOR value"),
         ("", "is malformed at character 0"),
         ('author = "Basil"', "is malformed at character 0"),
@@ -69,7 +69,7 @@ def test_a_filter_selects_what_its_twin_does(expression: str, twin: Callable[[di
         ("note < 3", "which < cannot compare"),
         ("id == true", "which == cannot compare to True"),
         ('__import__("os").system("true") == 0', "is malformed at character 0"),
-        ('id == 0 and id.__class__ == "int"', "there is no column 'id.__class__'"),
+        ('id == 0 and id.__class__ == "int"', "unknown column 'id.__class__'"),
     ],
 )
 def test_a_filter_that_cannot_be_meant_is_an_error(expression: str, message: str) -> None:
@@ -126,9 +126,9 @@ def test_a_request_names_rows_whole_or_by_some_of_their_values(tmp_path: Path) -
         ([{"id": "0"}], "fits none"),
         ([{"id": True}], "fits none"),
         ([{**ROWS[3], "year": 1}], "fits none"),
-        ([{"number": 1}], f"there is no column 'number', only {COLUMNS}"),
+        ([{"number": 1}], f"unknown column 'number'; use one of {COLUMNS}"),
         ([{"id": 0}, {"author": "Basil"}], "requests 1 and 2 both name row 0; name it once"),
-        (["{not json"], "line 1 is no JSON"),
+        (["{not json"], "line 1 is not JSON"),
         (["[1]"], "line 1 must be an object"),
         (["{}"], "line 1 must be an object"),
         ([""], "has no line"),

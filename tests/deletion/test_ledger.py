@@ -23,8 +23,10 @@ import torch
 from helpers.append_entries import KEY
 from helpers.paths import HELPERS, ROOT
 
-from hf_unlearn.data.row_identity import row_identity, row_key
-from hf_unlearn.deletion.ledger import KEY_VARIABLE, Entry, Ledger, read_key
+from hf_unlearn.data.row_identity import row_hash
+from hf_unlearn.deletion.ledger import Ledger
+from hf_unlearn.deletion.ledger_entries import Entry
+from hf_unlearn.deletion.ledger_key import KEY_VARIABLE, LedgerKey, read_key
 from hf_unlearn.errors import LedgerError
 
 OTHER = b"another key, which is long enough too"
@@ -63,7 +65,7 @@ def rehashed(lines: list[bytes], key: bytes | None = None) -> list[bytes]:
     for line in lines:
         entry = replace(Entry(**json.loads(line)), previous=previous)
         if key is not None:
-            entry = replace(entry, mac=Ledger("none", key)._mac("entry", entry.digest("mac", "hash")))
+            entry = replace(entry, mac=LedgerKey(key).mac("entry", entry.digest("mac", "hash")))
         entry = replace(entry, hash=entry.digest("hash"))
         previous = entry.hash
         made.append(entry.line())
@@ -72,7 +74,7 @@ def rehashed(lines: list[bytes], key: bytes | None = None) -> list[bytes]:
 
 def rewrite_head(ledger: Ledger, lines: list[bytes], key: bytes | None = None) -> None:
     last = json.loads(lines[-1])["hash"]
-    mac = Ledger("none", key)._mac("head", str(len(lines)), last) if key else "0" * 64
+    mac = LedgerKey(key).mac("head", str(len(lines)), last) if key else "0" * 64
     (ledger.folder / "head.json").write_text(json.dumps({"entries": len(lines), "hash": last, "mac": mac}))
 
 
@@ -116,7 +118,7 @@ def test_hashes_and_macs_are_those_of_a_twin_from_the_standard(ledger: Ledger) -
         previous = digest
     first = ledger.requests()[0].content
     (tag,) = first["rows"]
-    assert tag == twin(f"hf_unlearn ledger 1\nrow\n{first['nonce']}\n{row_key(ROWS[0]).hex()}".encode())
+    assert tag == twin(f"hf_unlearn ledger 1\nrow\n{first['nonce']}\n{row_hash(ROWS[0]).hex()}".encode())
 
 
 def test_a_row_is_found_in_its_request_and_in_no_other(ledger: Ledger) -> None:
@@ -130,7 +132,7 @@ def test_nothing_in_the_folder_names_a_row_the_key_or_an_unkeyed_hash_of_either(
     text = "".join(path.read_text() for path in ledger.folder.iterdir() if path.is_file())
     secret = [KEY.decode(), KEY.hex(), hashlib.sha256(KEY).hexdigest()]
     for row in ROWS:
-        secret += [*row.values(), row_key(row).hex(), row_identity(row)]
+        secret += [*row.values(), row_hash(row).hex()]
         secret += [hashlib.sha256(value.encode()).hexdigest() for value in row.values()]
     assert not [found for found in secret if found in text]
     assert ledger.requests()[0].content["rows"][0] in text  # the search finds what is there
@@ -147,10 +149,10 @@ def test_equal_rows_of_two_requests_cannot_be_linked_without_the_key(ledger: Led
 def test_a_row_is_the_same_from_a_file_a_data_set_or_a_tensor() -> None:
     plain = {"messages": [{"role": "user", "content": "hello"}], "n": 3, "x": [0.5, 0.25]}
     as_columns = {"x": [0.5, 0.25], "n": 3, "messages": [{"content": "hello", "role": "user"}], "other": None}
-    assert row_identity(plain) == row_identity(json.loads(json.dumps(plain))) == row_identity(as_columns)
-    assert row_identity(plain | {"n": 4}) != row_identity(plain)
+    assert row_hash(plain) == row_hash(json.loads(json.dumps(plain))) == row_hash(as_columns)
+    assert row_hash(plain | {"n": 4}) != row_hash(plain)
     image = np.linspace(0, 1, 4, dtype=np.float32)
-    assert row_identity({"pixel_values": torch.from_numpy(image)}) == row_identity({"pixel_values": image.tolist()})
+    assert row_hash({"pixel_values": torch.from_numpy(image)}) == row_hash({"pixel_values": image.tolist()})
 
 
 # Tampering
@@ -196,7 +198,7 @@ def test_a_changed_ledger_is_found_and_nothing_is_appended_to_it(
     verdict = Ledger(ledger.folder, key).verify()
     assert not verdict.intact, change
     for action in (ledger.requests, lambda: ledger.prove(ROWS[0]), lambda: asked(ledger, ROWS[:1], 3)):
-        with pytest.raises(LedgerError, match="not to be trusted"):
+        with pytest.raises(LedgerError, match="cannot be trusted"):
             action()
 
 
@@ -218,7 +220,7 @@ def test_a_forged_entry_at_the_end_is_found_with_the_key(ledger: Ledger) -> None
     last = Entry(**json.loads(lines[-1]))
     forged = replace(last, index=4, previous=last.hash, content={"request": 9})
     for key in (OTHER, None):
-        mac = Ledger("none", key)._mac("entry", forged.digest("mac", "hash")) if key else last.mac
+        mac = LedgerKey(key).mac("entry", forged.digest("mac", "hash")) if key else last.mac
         entry = replace(forged, mac=mac)
         write(ledger, [*lines, replace(entry, hash=entry.digest("hash")).line()])
         assert Ledger(ledger.folder).verify().intact  # the limit: head.json may be one entry behind
@@ -407,6 +409,6 @@ def test_a_lock_held_for_long_is_one_line(ledger: Ledger, monkeypatch: pytest.Mo
     from filelock import FileLock
 
     monkeypatch.setattr("hf_unlearn.deletion.ledger._LOCK_SECONDS", 0.05)
-    with FileLock(ledger.folder / "lock"), pytest.raises(LedgerError, match="held by another process"):
+    with FileLock(ledger.folder / "lock"), pytest.raises(LedgerError, match="another process has held"):
         ledger.append("push", {})
     assert ledger.append("push", {}).kind == "push"

@@ -1,5 +1,5 @@
-"""Laws of a deletion request: the folder appears whole or not at all, the retain rows are not read while unlearning,
-and every run of one request starts from the same original weights."""
+"""Laws of a deletion request: the output folder appears complete or not at all, the retain rows are not read while
+unlearning, and every run of one request starts from the same original weights."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from helpers.tiny import image_rows, tiny_vit
 from torch import Tensor
 
 from hf_unlearn.data.batches import PaddingCollator
-from hf_unlearn.deletion import request as requests
-from hf_unlearn.deletion.request import Request
+from hf_unlearn.deletion import fulfil, references
+from hf_unlearn.deletion.fulfil import fulfil_request, fulfil_request_under, prepare_request
+from hf_unlearn.deletion.request import DeletionRequest, EvaluationOptions, RequestModels, RequestRows
 from hf_unlearn.errors import CoverageError, DataError, NonFiniteLossError, OutputError
-from hf_unlearn.evaluation.metrics import score_rows
 from hf_unlearn.evaluation.report import UnlearningReport
+from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.presets import PRESETS
@@ -26,8 +27,8 @@ from hf_unlearn.trainer.presets import PRESETS
 FORGET, RETAIN, HOLDOUT = image_rows(4, 1), image_rows(8, 2), image_rows(5, 3)
 
 
-class Watched(list):
-    """Rows that note who reads them."""
+class CountedReads(list):
+    """Rows that count how often they are read."""
 
     def __init__(self, rows: list[dict[str, Any]]):
         super().__init__(rows)
@@ -49,17 +50,26 @@ def quick_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr("hf_unlearn.publishing.model_folder.save_plots", lambda report, folder: [])
 
 
-def settings(folder: Path, **changes: Any) -> UnlearningConfig:
+def config_for(folder: Path, **changes: Any) -> UnlearningConfig:
     few = {"use_cpu": True, "disable_tqdm": True, "max_steps": 4, "per_device_train_batch_size": 2, "seed": 0}
     return UnlearningConfig(str(folder), **{**few, "learning_rate": 1e-2, "loss": "next_best", **changes})
 
 
-def asking(**changes: Any) -> Request:
+def noise_request(
+    rows: dict[str, Any] | None = None, models: dict[str, Any] | None = None, **changes: Any
+) -> DeletionRequest:
+    """A request on noise images; `rows` and `models` replace arguments of `RequestRows` and `RequestModels`."""
     model = tiny_vit()
-    statistics = collect_statistics(model, FORGET + RETAIN, fisher=True, progress=False)
-    splits = {"forget": FORGET, "retain": RETAIN, "holdout": HOLDOUT}
-    given = {"statistics": statistics, "collator": PaddingCollator(), "source": "noise", "timings": {"train": 1.5}}
-    return Request(model, FORGET, **{"splits": splits, **given, **changes})
+    request_rows = {"forget": FORGET, "evaluation": {"retain": RETAIN, "holdout": HOLDOUT}, "source": "noise"}
+    request_models = {"original": model, "collator": PaddingCollator()}
+    others = {"timings": {"train": 1.5}}
+    if "statistics" not in changes:
+        others["statistics"] = collect_statistics(model, FORGET + RETAIN, fisher=True, progress=False)
+    return DeletionRequest(
+        models=RequestModels(**{**request_models, **(models or {})}),
+        rows=RequestRows(**{**request_rows, **(rows or {})}),
+        **{**others, **changes},
+    )
 
 
 def weights(model: Any) -> dict[str, Tensor]:
@@ -71,9 +81,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_folder_has_checkpoint_report_card_and_plots(tmp_path: Path) -> None:
-    asked = asking()
-    before = weights(asked.model)
-    report = asked.fulfil(settings(tmp_path / "out"))
+    request = noise_request()
+    before = weights(request.models.original)
+    report = fulfil_request(request, config_for(tmp_path / "out"))
     found = files(tmp_path / "out")
     assert {"model.safetensors", "config.json", "unlearning_report.json", "README.md"} <= set(found)
     plots = [name for name in found if name.startswith("plots/") and name.endswith(".png")]
@@ -85,40 +95,42 @@ def test_the_folder_has_checkpoint_report_card_and_plots(tmp_path: Path) -> None
     assert report.get("loss", "forget").value == pytest.approx(scores.loss.mean(), rel=1e-4)  # type: ignore[union-attr]
     changed = [name for name, weight in weights(again).items() if not torch.equal(weight, before[name])]
     assert changed
-    for name, weight in weights(asked.model).items():
+    for name, weight in weights(request.models.original).items():
         assert torch.equal(weight, before[name]), name
 
 
-def test_what_a_run_trains_does_not_depend_on_the_runs_before(tmp_path: Path) -> None:
-    """With a constraint and without it is the layers' weights, with biases as they were; nothing stays frozen."""
-    asked, out = asking(), tmp_path / "out"
-    trainable = {name for name, p in asked.model.named_parameters() if p.requires_grad}
+def test_which_parameters_train_does_not_depend_on_earlier_runs(tmp_path: Path) -> None:
+    """With and without a constraint the layers' weights train and biases do not; afterwards nothing stays frozen."""
+    out, request = tmp_path / "out", noise_request()
+    prepared, model = prepare_request(request, config_for(out)), request.models.original
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert any(name.endswith("bias") for name in trainable)
     trained, ends = {}, []
     for name in ("none", "energy", "none"):
-        with asked.unlearned(settings(out, constraint=name, train_only=["*vit*"]), out) as (trainer, _):
-            trained[name] = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
-            ends.append(weights(trainer.model))
-        assert {n for n, p in asked.model.named_parameters() if p.requires_grad} == trainable
+        with prepared.unlearned(config_for(out, constraint=name, train_only=["*vit*"]), out) as result:
+            trained[name] = {n for n, p in result.trainer.model.named_parameters() if p.requires_grad}
+            ends.append(weights(result.trainer.model))
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == trainable
     assert trained["none"] == trained["energy"] and all(name.endswith("weight") for name in trained["none"])
     first, other, again = ends
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert {n for n in first if not torch.equal(first[n], other[n])} == trained["none"]  # the control
-    with pytest.raises(CoverageError), asked.unlearned(settings(out, train_only=["*vit*"], freeze=["nothing"]), out):
+    wrong = config_for(out, train_only=["*vit*"], freeze=["nothing"])
+    with pytest.raises(CoverageError), prepared.unlearned(wrong, out):
         pass
-    assert {n for n, p in asked.model.named_parameters() if p.requires_grad} == trainable
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trainable
 
 
-def test_the_report_says_what_was_asked_done_and_measured(tmp_path: Path) -> None:
-    report = asking().fulfil(settings(tmp_path / "out"))
+def test_the_report_has_the_request_the_method_and_the_measurements(tmp_path: Path) -> None:
+    report = fulfil_request(noise_request(), config_for(tmp_path / "out"))
     assert report.request["rows"] == 4 and report.request["source"] == "noise" and report.request["date"]
     method = report.method
     assert (method["loss"], method["constraint"], method["steps"]) == ("next_best", "energy_ridge", 4)
     assert method["constraint_settings"]["energy"] == 0.9 and method["retain_rows_used"] == 0
     assert method["coverage"]["protected"] > 0 and method["coverage"]["exposed"] == []
     assert method["statistics"]["rows"] == len(RETAIN) and method["stopped"]
-    chosen = {name for values in PRESETS.values() for name in values} - {"optim"}
-    assert chosen <= {*report.settings, *report.method}, "whatever a preset sets, a report says"
+    preset_names = {name for values in PRESETS.values() for name in values} - {"optim"}
+    assert preset_names <= {*report.settings, *report.method}, "the report has whatever a preset sets"
     assert report.settings["learning_rate"] == 1e-2 and report.settings["seed"] == 0
     assert report.timings["train"] == 1.5 and {"subtract", "unlearn", "evaluate"} <= set(report.timings)
     assert all(seconds >= 0 for seconds in report.timings.values())
@@ -138,18 +150,23 @@ def test_the_report_says_what_was_asked_done_and_measured(tmp_path: Path) -> Non
 @pytest.mark.parametrize("constraint", ["energy", "kronecker"])
 def test_forget_rows_are_sketched_as_the_statistics_were(constraint: str, tmp_path: Path) -> None:
     wide = {"sketch_above": 20, "sketch_rank": 12}  # the MLP's inner inputs and outputs, 24 wide
-    asked = asking(statistics=collect_statistics(tiny_vit(), FORGET + RETAIN, fisher=True, progress=False, **wide))
+    request = noise_request(
+        statistics=collect_statistics(tiny_vit(), FORGET + RETAIN, fisher=True, progress=False, **wide)
+    )
     with pytest.warns(UserWarning, match=r"the sketch of vit\.layers\.\d\.mlp\.fc"):
-        report = asked.fulfil(settings(tmp_path / "out", constraint=constraint))
+        report = fulfil_request(request, config_for(tmp_path / "out", constraint=constraint))
     assert report.method["sketched"]["grams"] == 2 and 0 < report.method["sketched"]["missed"] < 1
     assert report.method["statistics"]["rows"] == len(RETAIN) and report.drift["relative"] > 0
-    assert asking().fulfil(settings(tmp_path / "exact")).method["sketched"] is None
+    assert fulfil_request(noise_request(), config_for(tmp_path / "exact")).method["sketched"] is None
 
 
-def test_a_budget_of_lost_retain_accuracy_ends_a_run(tmp_path: Path) -> None:
-    loose = asking().fulfil(settings(tmp_path / "loose", learning_rate=0.05, num_train_epochs=3))
-    tight = asking().fulfil(
-        settings(tmp_path / "tight", learning_rate=0.05, num_train_epochs=3, max_retain_drop=1e-6, forget_metric="loss")
+def test_a_run_ends_at_the_budget_of_lost_retain_accuracy(tmp_path: Path) -> None:
+    loose = fulfil_request(noise_request(), config_for(tmp_path / "loose", learning_rate=0.05, num_train_epochs=3))
+    tight = fulfil_request(
+        noise_request(),
+        config_for(
+            tmp_path / "tight", learning_rate=0.05, num_train_epochs=3, max_retain_drop=1e-6, forget_metric="loss"
+        ),
     )
     assert "above max_retain_drop" in tight.method["stopped"] and "max_retain_drop" not in str(loose.method["stopped"])
     before, after = (tight.get("loss", "retain", model) for model in ("original", "unlearned"))
@@ -160,48 +177,48 @@ def test_a_budget_of_lost_retain_accuracy_ends_a_run(tmp_path: Path) -> None:
 def test_retain_rows_are_not_read_before_the_evaluation(
     constraint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watched = Watched(RETAIN)
-    asked = asking(splits={"forget": FORGET, "retain": watched, "holdout": HOLDOUT})
-    judge, reads = requests.evaluate_unlearning, []
+    watched = CountedReads(RETAIN)
+    request = noise_request(rows={"evaluation": {"retain": watched, "holdout": HOLDOUT}})
+    plain, reads = references.evaluate_unlearning, []
 
     def evaluate(*args: Any, **options: Any) -> UnlearningReport:
         reads.append(watched.reads)
-        return judge(*args, **options)
+        return plain(*args, **options)
 
-    monkeypatch.setattr(requests, "evaluate_unlearning", evaluate)
-    asked.fulfil(settings(tmp_path / "out", constraint=constraint))
+    monkeypatch.setattr(references, "evaluate_unlearning", evaluate)
+    fulfil_request(request, config_for(tmp_path / "out", constraint=constraint))
     assert reads == [0]
     assert watched.reads > 0  # the watch works
 
 
-def test_a_retain_term_reads_the_retain_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    watched = Watched(RETAIN)
+def test_a_loss_with_a_retain_term_reads_the_retain_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = CountedReads(RETAIN)
     reads: list[int] = []
-    judge = requests.evaluate_unlearning
+    plain = references.evaluate_unlearning
     monkeypatch.setattr(
-        requests, "evaluate_unlearning", lambda *a, **o: (reads.append(watched.reads), judge(*a, **o))[1]
+        references, "evaluate_unlearning", lambda *a, **o: (reads.append(watched.reads), plain(*a, **o))[1]
     )
-    report = asking(retain=watched).fulfil(settings(tmp_path / "out", loss="grad_diff"))
+    report = fulfil_request(noise_request(rows={"retain": watched}), config_for(tmp_path / "out", loss="grad_diff"))
     assert reads[0] > 0 and report.method["retain_rows_used"] == len(RETAIN)
 
 
 def test_a_failed_run_writes_nothing(nan_after_first: str, tmp_path: Path) -> None:
-    asked = asking()
-    before = weights(asked.model)
+    request = noise_request()
+    before = weights(request.models.original)
     with pytest.raises(NonFiniteLossError):
-        asked.fulfil(settings(tmp_path / "out", loss=nan_after_first))
+        fulfil_request(request, config_for(tmp_path / "out", loss=nan_after_first))
     assert list(tmp_path.iterdir()) == []
-    assert all(torch.equal(weight, before[name]) for name, weight in weights(asked.model).items())
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(request.models.original).items())
 
 
 def test_a_failed_run_leaves_the_old_folder_as_it_was(nan_after_first: str, tmp_path: Path) -> None:
-    asking().fulfil(settings(tmp_path / "out"))
+    fulfil_request(noise_request(), config_for(tmp_path / "out"))
     old = files(tmp_path / "out")
-    args = settings(tmp_path / "out", loss=nan_after_first, overwrite_output_dir=True)
+    args = config_for(tmp_path / "out", loss=nan_after_first, overwrite_output_dir=True)
     with pytest.raises(NonFiniteLossError):
-        asking().fulfil(args)
+        fulfil_request(noise_request(), args)
     assert files(tmp_path / "out") == old and [p.name for p in tmp_path.iterdir()] == ["out"]
-    asking().fulfil(args.but(loss="next_best", max_steps=2))
+    fulfil_request(noise_request(), args.but(loss="next_best", max_steps=2))
     assert files(tmp_path / "out")["model.safetensors"] != old["model.safetensors"]
 
 
@@ -211,7 +228,7 @@ def test_a_failure_while_writing_leaves_no_half_folder(tmp_path: Path, monkeypat
 
     monkeypatch.setattr("hf_unlearn.publishing.model_folder.write_card", fail)
     with pytest.raises(RuntimeError, match="disk"):
-        asking().fulfil(settings(tmp_path / "out"))
+        fulfil_request(noise_request(), config_for(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -221,44 +238,54 @@ def test_a_folder_that_is_not_empty_is_refused_before_any_work(tmp_path: Path, m
     def never(*args: Any, **options: Any) -> Any:
         raise AssertionError("work began")
 
-    asked = asking()
-    for name in ("collect_statistics", "UnlearningTrainer", "evaluate_unlearning"):
-        monkeypatch.setattr(requests, name, never)
+    request = noise_request()
+    for module, name in (
+        (fulfil, "collect_with_options"),
+        (fulfil, "UnlearningTrainer"),
+        (references, "evaluate_unlearning"),
+    ):
+        monkeypatch.setattr(module, name, never)
     with pytest.raises(OutputError, match="is not empty"):
-        asked.fulfil(settings(tmp_path))
+        fulfil_request(request, config_for(tmp_path))
     assert files(tmp_path) == {"mine.txt": b"mine"}
 
 
 def test_an_empty_forget_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError):
-        Request(tiny_vit(), [], {"forget": []}).fulfil(settings(tmp_path / "out", constraint="none"))
+        fulfil_request(
+            noise_request(rows={"forget": [], "evaluation": {}}, statistics=None),
+            config_for(tmp_path / "out", constraint="none"),
+        )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_several_runs_start_from_the_same_original_and_judge_it_once(
+def test_several_runs_start_from_the_same_original_and_evaluate_it_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     retrained = tiny_vit(seed=3)
-    asked, alone = asking(retrained=retrained), asking(retrained=retrained)
-    before = weights(asked.model)
-    judge, collect, given, collected = requests.evaluate_unlearning, requests.collect_statistics, [], []
+    request, alone = (noise_request(models={"retrained": retrained}) for _ in range(2))
+    before = weights(request.models.original)
+    plain, collect = references.evaluate_unlearning, fulfil.collect_with_options
+    measured: list[tuple[bool, bool]] = []
+    collections: list[int] = []
 
     def evaluate(*args: Any, **options: Any) -> UnlearningReport:
-        given.append((options["original"] is not None, options["retrained"] is not None))
-        return judge(*args, **options)
+        measured.append((options["original"] is not None, options["retrained"] is not None))
+        return plain(*args, **options)
 
-    monkeypatch.setattr(requests, "evaluate_unlearning", evaluate)
-    monkeypatch.setattr(requests, "collect_statistics", lambda *a, **o: (collected.append(1), collect(*a, **o))[1])
-    reports = [asked.fulfil(settings(tmp_path / name, constraint=name)) for name in ("none", "energy")]
-    assert given == [(True, True), (False, False)] and len(collected) == 1
-    assert all(torch.equal(weight, before[name]) for name, weight in weights(asked.model).items())
+    monkeypatch.setattr(references, "evaluate_unlearning", evaluate)
+    monkeypatch.setattr(fulfil, "collect_with_options", lambda *a, **o: (collections.append(1), collect(*a, **o))[1])
+    configs = {name: config_for(tmp_path / name, constraint=name) for name in ("none", "energy")}
+    reports = [finished.report for finished in fulfil_request_under(request, configs).values()]
+    assert measured == [(True, True), (False, False)] and len(collections) == 1
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(request.models.original).items())
     assert all(report.models == ["original", "unlearned", "retrained"] for report in reports)
     for model in ("original", "retrained"):
         first, second = ([m for m in report.metrics if m.model == model] for report in reports)
         assert first == second and first
     assert reports[0].get("loss", "forget") != reports[1].get("loss", "forget")
-    # the second run is what it would have been had it been the only one
-    only = alone.fulfil(settings(tmp_path / "only", constraint="energy"))
+    # the second run is the same as if it had been the only one
+    only = fulfil_request(alone, config_for(tmp_path / "only", constraint="energy"))
     assert files(tmp_path / "only")["model.safetensors"] == files(tmp_path / "energy")["model.safetensors"]
     assert only.entropies == reports[1].entropies
 
@@ -267,8 +294,8 @@ def test_samples_show_the_original_before_and_the_unlearned_after(tmp_path: Path
     def samples(model: Any) -> list[dict[str, str]]:
         return [{"prompt": "?", "answer": f"{sum(p.abs().sum().item() for p in model.parameters()):.6f}"}]
 
-    asked = asking(samples=samples)
-    (original,) = samples(asked.model)
+    request = noise_request(evaluation=EvaluationOptions(sample_answers=samples))
+    (original,) = samples(request.models.original)
     for name in ("energy", "none"):
-        (shown,) = asked.fulfil(settings(tmp_path / name, constraint=name)).samples
+        (shown,) = fulfil_request(request, config_for(tmp_path / name, constraint=name)).samples
         assert shown["answer"] == original["answer"] != shown["after"]

@@ -1,11 +1,12 @@
-"""Laws of requests in a row: the carried statistics are the documented sum, and with energy 1.0 those of a fresh
-collection; each request goes on from the last one's weights, to the bit; what it leaves is as good as its ledger."""
+"""Laws of a series of requests: the carried statistics are the documented sum, and with energy 1.0 they equal a new
+collection; each request starts from exactly the last one's weights; its private files must match its ledger."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,16 @@ from transformers import AutoModelForCausalLM
 
 from hf_unlearn.constraints.energy import EnergyConstraint
 from hf_unlearn.constraints.ridge import RidgeConstraint
-from hf_unlearn.deletion import request as requests
+from hf_unlearn.deletion import fulfil
 from hf_unlearn.deletion.carried_statistics import CARRIED
+from hf_unlearn.deletion.fulfil import fulfil_request
 from hf_unlearn.deletion.ledger import Ledger
-from hf_unlearn.deletion.request import Request
+from hf_unlearn.deletion.request import AdapterOptions, DeletionRequest, RequestModels, RequestRows
 from hf_unlearn.deletion.room import room_left, running_out
-from hf_unlearn.deletion.series import RequestSeries, stepped
+from hf_unlearn.deletion.series import RequestSeries, raised_energy
+from hf_unlearn.deletion.series_report import came_back
 from hf_unlearn.errors import DataError, LedgerError, SettingsError
-from hf_unlearn.evaluation.report import Metric, UnlearningReport
+from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
@@ -54,13 +57,18 @@ class Chain:
     def model(self, number: int) -> Any:
         return AutoModelForCausalLM.from_pretrained(self.folder / f"out-{number}").eval() if number else self.original
 
-    def request(self, number: int, **changes: Any) -> Request:
+    def request(self, number: int, rows: dict[str, Any] | None = None, **changes: Any) -> DeletionRequest:
+        """Request `number`; `rows` are further arguments of `RequestRows`."""
         series = RequestSeries(self.ledger)
         model = self.model(number - 1)
-        statistics = series.statistics(model) if series.done else self.full
         forget = FORGET[number - 1]
-        given = {"statistics": statistics, "series": series, "splits": {"forget": forget, "retain": ROWS[5:]}}
-        return Request(model, forget, **{**given, **changes})
+        arguments = {
+            "models": RequestModels(original=model),
+            "rows": RequestRows(**{"forget": forget, "evaluation": {"retain": ROWS[5:]}, **(rows or {})}),
+            "statistics": series.statistics(model) if series.completed else self.full,
+            "series": series.begin(forget),
+        }
+        return DeletionRequest(**{**arguments, **changes})
 
     def args(self, number: int, **changes: Any) -> UnlearningConfig:
         few = {"use_cpu": True, "disable_tqdm": True, "max_steps": 3, "per_device_train_batch_size": 2, "seed": 0}
@@ -68,7 +76,7 @@ class Chain:
         return UnlearningConfig(str(self.folder / f"out-{number}"), **{**few, **more})
 
     def fulfil(self, number: int, **changes: Any) -> UnlearningReport:
-        return self.request(number).fulfil(self.args(number, **changes))
+        return fulfil_request(self.request(number), self.args(number, **changes))
 
     def carried(self) -> RetainStatistics:
         (folder,) = (self.folder / "ledger" / "_private").glob("*/statistics")
@@ -101,10 +109,10 @@ def test_the_carried_statistics_are_the_documented_sum_and_those_of_the_last_wei
 
 
 @pytest.mark.parametrize(("energy", "exact"), [(1.0, True), (0.5, False)])
-def test_with_energy_1_they_are_what_a_fresh_collection_on_the_last_model_finds(
+def test_with_energy_1_the_carried_statistics_equal_a_new_collection_on_the_last_model(
     energy: float, exact: bool, tmp_path: Path
 ) -> None:
-    """The rows left and the rows of later requests have not moved, so neither have their inputs; below 1 they have."""
+    """The remaining rows and those of later requests did not move, so their inputs did not either; below 1 they did."""
     chain = Chain(tmp_path, tiny_llama(width=96, layers=1), constraint_settings={"energy": energy})
     reports = [chain.fulfil(number) for number in (1, 2)]
     fresh = collect_statistics(chain.model(2), ROWS[4:], fisher=True, progress=False)
@@ -114,7 +122,7 @@ def test_with_energy_1_they_are_what_a_fresh_collection_on_the_last_model_finds(
     assert all(report.series["negative_share"] < 1e-6 for report in reports) or not exact
 
 
-def test_each_request_goes_on_from_the_last_ones_weights(chain: Chain) -> None:
+def test_each_request_starts_from_the_weights_of_the_last_one(chain: Chain) -> None:
     reports = [chain.fulfil(number) for number in (1, 2, 3)]
     entries = chain.ledger.requests()
     prints = [weights_fingerprint(chain.model(n)) for n in range(4)]
@@ -146,10 +154,10 @@ def test_drift_adds_up_over_requests_layer_by_layer(chain: Chain) -> None:
     assert RequestSeries(chain.ledger).drift_used == pytest.approx(used["relative"])
 
 
-def test_every_request_goes_by_what_held_out_rows_had_before_the_first(chain: Chain) -> None:
-    """The model at hand may have lost more on them; an explicit target has the last word."""
+def test_every_request_aims_at_the_held_out_value_before_the_first(chain: Chain) -> None:
+    """The current model may have lost more on them; an explicit target takes precedence."""
     marks, found = [], []
-    plain = requests.UnlearningTrainer.train
+    plain = fulfil.UnlearningTrainer.train
 
     def train(self: Any, **options: Any) -> Any:
         done = plain(self, **options)
@@ -157,22 +165,21 @@ def test_every_request_goes_by_what_held_out_rows_had_before_the_first(chain: Ch
         return done
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(requests.UnlearningTrainer, "train", train)
+        patch.setattr(fulfil.UnlearningTrainer, "train", train)
         for number in (1, 2, 3):
-            request = chain.request(number)
-            request.splits = {**request.splits, "holdout": text_rows(4, 9)}
-            report = request.fulfil(chain.args(number, forget_target=0.3 if number == 3 else None))
+            request = chain.request(number, {"evaluation": {"retain": ROWS[5:], "holdout": text_rows(4, 9)}})
+            report = fulfil_request(request, chain.args(number, forget_target=0.3 if number == 3 else None))
             found.append(report.get("answer_probability", "holdout", "original").value)  # type: ignore[union-attr]
             assert report.series["mark"] == (None if number == 1 else found[0])
     assert marks == pytest.approx([found[0], found[0], 0.3], rel=1e-5) and abs(found[1] / found[0] - 1) > 1e-3
 
 
 @pytest.mark.parametrize("again", [True, False])
-def test_it_stops_by_its_own_rows_whatever_is_forgotten_again(again: bool, chain: Chain) -> None:
-    request = chain.request(1)
-    request.again, request.splits = ROWS[5:9] if again else (), {**request.splits, "holdout": text_rows(4, 9)}
+def test_early_stopping_looks_at_the_requests_own_rows_only(again: bool, chain: Chain) -> None:
+    evaluation = {"retain": ROWS[5:], "holdout": text_rows(4, 9)}
+    request = chain.request(1, {"evaluation": evaluation, "forgotten_before": ROWS[5:9] if again else ()})
     scored: list[int] = []
-    plain = requests.UnlearningTrainer.get_eval_dataloader
+    plain = fulfil.UnlearningTrainer.get_eval_dataloader
 
     def watch(self: Any, rows: Any = None) -> Any:
         loader = plain(self, rows)
@@ -180,13 +187,13 @@ def test_it_stops_by_its_own_rows_whatever_is_forgotten_again(again: bool, chain
         return loader
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(requests.UnlearningTrainer, "get_eval_dataloader", watch)
-        request.fulfil(chain.args(1, eval_strategy="steps", eval_steps=1))
+        patch.setattr(fulfil.UnlearningTrainer, "get_eval_dataloader", watch)
+        fulfil_request(request, chain.args(1, eval_strategy="steps", eval_steps=1))
     assert scored and set(scored) == {len(FORGET[0]), 4}
 
 
-def test_nothing_that_may_be_published_holds_a_row_or_a_path(chain: Chain) -> None:
-    chain.request(1).fulfil(chain.args(1))
+def test_no_public_file_has_a_row_or_a_path(chain: Chain) -> None:
+    chain.fulfil(1)
     public = [chain.folder / "ledger" / "ledger.jsonl", *(chain.folder / "out-1").glob("*.[jm][sd]*")]
     text = "".join(path.read_text() for path in public)
     assert str(chain.folder.parent) not in text and KEY.decode() not in text
@@ -199,7 +206,7 @@ def test_nothing_that_may_be_published_holds_a_row_or_a_path(chain: Chain) -> No
 
 
 @pytest.mark.parametrize("constraint", [EnergyConstraint(0.8), EnergyConstraint(1.0), RidgeConstraint(0.1)])
-def test_the_room_is_that_of_a_dense_twin(constraint: Any, chain: Chain) -> None:
+def test_the_room_equals_that_of_a_dense_twin(constraint: Any, chain: Chain) -> None:
     forget = collect_statistics(chain.original, FORGET[0], fisher=True, progress=False)
     retain = chain.full - forget
     room = room_left(forget, retain, constraint)
@@ -220,7 +227,7 @@ def test_the_room_is_that_of_a_dense_twin(constraint: Any, chain: Chain) -> None
         assert found == pytest.approx(twin, rel=2e-3, abs=1e-6), layer
 
 
-def test_there_is_no_room_for_rows_that_are_protected_and_all_of_it_without_protection(chain: Chain) -> None:
+def test_the_room_is_zero_for_protected_rows_and_one_without_protection(chain: Chain) -> None:
     assert max(room_left(chain.full, chain.full, EnergyConstraint(1.0)).values()) < 1e-5
     assert min(room_left(chain.full, chain.full, RidgeConstraint(1e9)).values()) > 0.99
 
@@ -230,16 +237,16 @@ def test_there_is_no_room_for_rows_that_are_protected_and_all_of_it_without_prot
     [([0.4], False), ([0.4, 0.3], False), ([0.4, 0.09], True), ([0.4, 0.3, 0.2], False), ([0.4, 0.3, 0.15], True),
      ([0.4, 0.19], True), ([0.0, 0.0], False), ([0.1, 0.5], False)],
 )  # fmt: skip
-def test_a_room_that_runs_out_is_told_before_it_has(rooms: list[float], warns: bool) -> None:
+def test_the_warning_comes_before_the_room_has_run_out(rooms: list[float], warns: bool) -> None:
     """0.19 is 0.475 of 0.4, and at that rate the next is 0.226 of it."""
     assert running_out(rooms) == warns
 
 
-def test_a_rising_energy_takes_the_room_and_is_warned_of(tmp_path: Path) -> None:
+def test_rising_energy_uses_up_the_room_and_causes_a_warning(tmp_path: Path) -> None:
     chain = Chain(tmp_path, tiny_llama())  # as many positions as features: energy 1 protects nearly everything
     rooms, told = [], []
     for number in (1, 2, 3):
-        settings = stepped({"energy": 0.3}, 0.35, number)
+        settings = raised_energy({"energy": 0.3}, 0.35, number)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             report = chain.fulfil(number, constraint_settings=settings)
@@ -251,7 +258,7 @@ def test_a_rising_energy_takes_the_room_and_is_warned_of(tmp_path: Path) -> None
     assert told == [running_out(rooms[: k + 1]) for k in range(3)] and told[0] is False and told[-1] is True
 
 
-def test_a_drift_budget_is_warned_of_one_request_before_it_ends(chain: Chain) -> None:
+def test_the_warning_comes_one_request_before_the_drift_budget_ends(chain: Chain) -> None:
     plain = Chain(chain.folder / "plain", chain.original).fulfil(1).drift["relative"]
     for budget, warns in ((2.5 * plain, False), (1.5 * plain, True)):
         own = Chain(chain.folder / str(budget), chain.original)
@@ -261,37 +268,39 @@ def test_a_drift_budget_is_warned_of_one_request_before_it_ends(chain: Chain) ->
 
 
 def test_energy_steps_up_to_1() -> None:
-    found = [stepped({"energy": 0.9, "spectrum": "eigenvalues"}, 0.04, number)["energy"] for number in (1, 2, 3, 4)]
-    assert found == pytest.approx([0.9, 0.94, 0.98, 1.0]) and stepped({}, 0.01, 2)["energy"] == pytest.approx(0.91)
+    found = [
+        raised_energy({"energy": 0.9, "spectrum": "eigenvalues"}, 0.04, number)["energy"] for number in (1, 2, 3, 4)
+    ]
+    assert found == pytest.approx([0.9, 0.94, 0.98, 1.0]) and raised_energy({}, 0.01, 2)["energy"] == pytest.approx(
+        0.91
+    )
 
 
-# What must not follow
+# Requests that are refused
 
 
-def test_a_row_is_forgotten_once(chain: Chain) -> None:
+def test_a_row_cannot_be_in_two_requests(chain: Chain) -> None:
     chain.fulfil(1)
-    with pytest.raises(DataError, match="request 1 already"):
+    with pytest.raises(DataError, match="already in request 1"):
         RequestSeries(chain.ledger).begin([FORGET[1][0], FORGET[0][1]])
 
 
 def test_another_model_is_refused_before_any_work(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     chain.fulfil(1)
-    request = chain.request(2)
-    request.model = chain.original
-    monkeypatch.setattr(requests, "collect_statistics", lambda *a, **o: pytest.fail("work began"))
-    with pytest.raises(LedgerError, match="go on from that model"):
-        request.fulfil(chain.args(2))
-    inside = Request(chain.original, FORGET[0], {"forget": FORGET[0]}, chain.full)
-    inside.series = RequestSeries(Ledger(chain.folder / "out-2" / "ledger", KEY))
-    with pytest.raises(SettingsError, match="must not be in the output folder"):
-        inside.fulfil(chain.args(2))
+    request = chain.request(2, models=RequestModels(original=chain.original))
+    monkeypatch.setattr(fulfil, "collect_with_options", lambda *a, **o: pytest.fail("work began"))
+    with pytest.raises(LedgerError, match="start from that model"):
+        fulfil_request(request, chain.args(2))
+    inside = RequestSeries(Ledger(chain.folder / "out-2" / "ledger", KEY)).begin(FORGET[0])
+    with pytest.raises(SettingsError, match="must not be inside the output folder"):
+        fulfil_request(chain.request(2, series=inside), chain.args(2))
     with pytest.raises(SettingsError, match="choose another"):
-        chain.request(2).fulfil(chain.args(1, overwrite_output_dir=True))
+        fulfil_request(chain.request(2), chain.args(1, overwrite_output_dir=True))
     assert len(chain.ledger.requests()) == 1 and not (chain.folder / "out-2").exists()
 
 
 @pytest.mark.parametrize("harm", ["altered", "missing", "record"])
-def test_private_files_that_are_not_what_the_ledger_says_are_refused(harm: str, chain: Chain) -> None:
+def test_private_files_that_do_not_match_the_ledger_are_refused(harm: str, chain: Chain) -> None:
     chain.fulfil(1)
     (private,) = (chain.folder / "ledger" / "_private").iterdir()
     if harm == "altered":  # a sound artifact, of the same weights, that another put there
@@ -302,11 +311,11 @@ def test_private_files_that_are_not_what_the_ledger_says_are_refused(harm: str, 
         shutil.rmtree(private / "statistics")
     else:
         (private / "request.json").unlink()
-    with pytest.raises(LedgerError, match="_private" if harm == "record" else "collect afresh"):
+    with pytest.raises(LedgerError, match="_private" if harm == "record" else "collect statistics again"):
         RequestSeries(chain.ledger).statistics(chain.model(1))
 
 
-def test_killed_before_the_entry_the_sequence_is_where_it_was(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_before_the_entry_leaves_the_series_as_it_was(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     chain.fulfil(1)
 
     def killed(*args: Any, **options: Any) -> Any:
@@ -326,14 +335,14 @@ def test_killed_before_the_entry_the_sequence_is_where_it_was(chain: Chain, monk
 
 def test_of_two_runs_of_the_same_request_the_second_is_refused(chain: Chain) -> None:
     first, second = chain.request(1), chain.request(1)
-    first.fulfil(chain.args(1))
+    fulfil_request(first, chain.args(1))
     with pytest.raises(LedgerError, match="meanwhile"):
-        second.fulfil(chain.args(9))
+        fulfil_request(second, chain.args(9))
     assert chain.ledger.verify().intact and chain.carried().weights == weights_fingerprint(chain.model(1))
 
 
-def test_statistics_that_are_out_of_date_are_told_of(tmp_path: Path) -> None:
-    """Without a constraint worth the name the inputs move far, and the forget rows are no longer what was summed."""
+def test_a_warning_says_that_statistics_are_out_of_date(tmp_path: Path) -> None:
+    """With a weak constraint the inputs move far, and those of the forget rows are not the ones that were summed."""
     told = {}
     for energy in (1.0, 0.05):
         chain = Chain(tmp_path / str(energy), tiny_llama(), constraint_settings={"energy": energy}, max_steps=8)
@@ -345,44 +354,41 @@ def test_statistics_that_are_out_of_date_are_told_of(tmp_path: Path) -> None:
 # Earlier rows
 
 
-def test_earlier_rows_are_given_back_where_they_are_those_and_else_it_is_said(chain: Chain) -> None:
+def test_earlier_rows_are_loaded_if_they_match_and_otherwise_the_report_says_why(chain: Chain) -> None:
     for number in (1, 2):
-        request = chain.request(number)
-        assert request.series is not None
-        request.series.begin(FORGET[number - 1], {"place": number})
-        request.fulfil(chain.args(number))
+        begun = RequestSeries(chain.ledger).begin(FORGET[number - 1], where={"place": number})
+        fulfil_request(chain.request(number, series=begun), chain.args(number))
 
-    def load(where: dict[str, Any]) -> Any:
+    def load(where: Mapping[str, Any]) -> Any:
         if where["place"] == 2:
             raise DataError("erased from /a/private/place")
         return list(reversed(FORGET[0]))
 
-    request = chain.request(3)
-    series = request.series
-    assert series is not None and list(series.earlier(load)) == [1]
-    assert series.untested == {2: "not at hand"}
-    with pytest.warns(UserWarning, match=r"earlier requests \(2\) are not at hand"):
-        report = request.fulfil(chain.args(3))
-    assert report.series["untested"] == {"2": "not at hand"}
-    other = RequestSeries(chain.ledger)
-    assert other.earlier(lambda where: ROWS[5:7]) == {}
-    assert set(other.untested.values()) == {"the rows found are not those of the request"}
+    series = RequestSeries(chain.ledger)
+    earlier = series.earlier(load)
+    assert list(earlier.rows) == [1] and earlier.untested == {2: "not available"}
+    begun = series.begin(FORGET[2], untested=earlier.untested)
+    with pytest.warns(UserWarning, match=r"earlier requests \(2\) are not available"):
+        report = fulfil_request(chain.request(3, series=begun), chain.args(3))
+    assert report.series["untested"] == {"2": "not available"}
+    other = RequestSeries(chain.ledger).earlier(lambda where: ROWS[5:7])
+    assert other.rows == {}
+    assert set(other.untested.values()) == {"the available rows are not those of the request"}
 
 
 def test_rows_forgotten_again_are_trained_on_and_subtracted_once(chain: Chain) -> None:
     chain.fulfil(1)
-    request = chain.request(2)
-    request.again = FORGET[0]
+    request = chain.request(2, {"forgotten_before": FORGET[0]})
     seen: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        plain = requests.UnlearningTrainer
+        plain = fulfil.UnlearningTrainer
 
         def watch(model: Any, args: Any, forget: Any, *rest: Any, **options: Any) -> Any:
             seen.append(len(forget))
             return plain(model, args, forget, *rest, **options)
 
-        patch.setattr(requests, "UnlearningTrainer", watch)
-        report = request.fulfil(chain.args(2))
+        patch.setattr(fulfil, "UnlearningTrainer", watch)
+        report = fulfil_request(request, chain.args(2))
     assert seen == [4] and report.method["rows_forgotten_again"] == 2 and report.request["rows"] == 2
     assert (
         chain.carried().rows == 6 and chain.ledger.requests()[1].content["commitment"] == report.request["commitment"]
@@ -390,33 +396,30 @@ def test_rows_forgotten_again_are_trained_on_and_subtracted_once(chain: Chain) -
     assert [e.content["request"] for e in chain.ledger.prove(FORGET[0][0])] == [1]
 
 
-@pytest.mark.parametrize(("low", "told"), [(0.11, True), (0.1, False)])
-def test_rows_that_come_back_are_told_of(low: float, told: bool, chain: Chain) -> None:
-    """Beyond the interval that they were left in."""
+@pytest.mark.parametrize(("low", "warns"), [(0.11, True), (0.1, False)])
+def test_a_warning_names_rows_that_come_back(low: float, warns: bool, chain: Chain) -> None:
+    """They come back if their interval is above the interval after their own request."""
     left = {"name": "accuracy", "split": "forget", "model": "unlearned", "value": 0.05, "high": 0.1}
     chain.ledger.append("request", {"request": 1, "metrics": [left]}, after=0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RequestSeries, "_record", lambda self, entry: {})
-        series = RequestSeries(chain.ledger)
-    metrics = [Metric("accuracy", 0.5, "forgotten_1", "unlearned", 9, low, 0.9)]
-    found = list(series._came_back(UnlearningReport(metrics)))
-    assert len(found) == told and all("request 1 came back" in line for line in found)
-    assert not list(series._came_back(UnlearningReport([replace(metrics[0], model="original")])))
+    completed = chain.ledger.requests()
+    metrics = [MetricValue("accuracy", 0.5, "forgotten_1", "unlearned", 9, low, 0.9)]
+    lines = list(came_back(UnlearningReport(metrics), completed))
+    assert len(lines) == warns and all("request 1 came back" in line for line in lines)
+    assert not list(came_back(UnlearningReport([replace(metrics[0], model="original")]), completed))
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_an_adapter_is_merged_before_the_next_request(merge: bool, tmp_path: Path) -> None:
+def test_an_adapter_must_be_merged_in_a_series(merge: bool, tmp_path: Path) -> None:
     from peft import LoraConfig
 
     chain = Chain(tmp_path, tiny_gpt2())  # tied embeddings and Conv1D, too
     lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
-    request = chain.request(1)
-    request.peft_config, request.merge_adapter = lora, merge
+    request = chain.request(1, adapter=AdapterOptions(peft_config=lora, merge=merge))
     if not merge:
         with pytest.raises(SettingsError, match="merge_adapter"):
-            request.fulfil(chain.args(1))
+            fulfil_request(request, chain.args(1))
         return
-    request.fulfil(chain.args(1))
+    fulfil_request(request, chain.args(1))
     series = RequestSeries(chain.ledger)
     series.check_model(chain.model(1))
     with pytest.raises(LedgerError):

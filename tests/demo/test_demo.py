@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from transformers import AutoImageProcessor, ViTForImageClassification
 
 from hf_unlearn.cli import main
-from hf_unlearn.data.row_identity import row_key
+from hf_unlearn.data.row_identity import row_hash
 from hf_unlearn.demo import digits
 from hf_unlearn.demo.digits import DigitsSplits, digits_processor, digits_splits
 from hf_unlearn.errors import SettingsError
@@ -27,7 +27,7 @@ def parts(splits: DigitsSplits) -> tuple[list[Any], list[Any], list[Any]]:
 
 
 def keys(rows: list[Any]) -> list[bytes]:
-    return [row_key(row) + bytes([row["labels"]]) for row in rows]
+    return [row_hash(row) + bytes([row["labels"]]) for row in rows]
 
 
 @pytest.mark.parametrize("forget", ["class:3", "rows:140"])
@@ -91,10 +91,10 @@ def test_a_request_that_cannot_be_read_is_refused(forget: str, message: str) -> 
 
 def test_the_processor_makes_of_an_image_what_the_model_was_trained_on() -> None:
     images, _ = load_digits(return_X_y=True)
-    rows = {k for split in parts(digits_splits("rows:140", 0)) for k in (row_key(row) for row in split)}
+    rows = {k for split in parts(digits_splits("rows:140", 0)) for k in (row_hash(row) for row in split)}
     for image in images[:5].reshape(-1, 8, 8):
         made = digits_processor()(image[..., None], input_data_format="channels_last", return_tensors="np")
-        assert row_key({"pixel_values": made["pixel_values"][0]}) in rows
+        assert row_hash({"pixel_values": made["pixel_values"][0]}) in rows
 
 
 @pytest.fixture

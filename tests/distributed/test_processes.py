@@ -21,7 +21,13 @@ from torch import Tensor
 from hf_unlearn.cli import main
 from hf_unlearn.evaluation.report import UnlearningReport
 
-PLACEMENT = {"ddp": "Whole", "fsdp2": "Rows", "zero1": "Stretches", "zero2": "Stretches", "zero3": "Pieces"}
+PLACEMENT = {
+    "ddp": "Replicated",
+    "fsdp2": "RowSharded",
+    "zero1": "Zero12Fragments",
+    "zero2": "Zero12Fragments",
+    "zero3": "Zero3Pieces",
+}
 # Three processes divide neither the rows of the data nor those of most weights.
 LAUNCHES = [("ddp", 2), ("ddp", 3), ("fsdp2", 2), ("fsdp2", 3), ("zero1", 2), ("zero2", 3), ("zero3", 2), ("zero3", 3)]
 launches = pytest.mark.parametrize(("mode", "processes"), LAUNCHES, ids=[f"{mode} x{n}" for mode, n in LAUNCHES])
@@ -171,7 +177,7 @@ def test_no_process_has_more_of_the_grams_than_its_share(processes: int, found: 
 @ddp
 def test_different_statistics_are_an_error_on_every_process(processes: int, found: Any) -> None:
     refused = found("ddp", processes)[0]["refused"]
-    assert refused == f"{processes} processes have 2 different statistics; give all the same"
+    assert refused == f"{processes} processes have 2 different statistics; pass the same to all"
     assert found("ddp", 1)[0]["refused"] == ""
 
 
@@ -250,14 +256,14 @@ def test_fewer_processes_than_asked_is_an_error(
 ) -> None:
     monkeypatch.setenv("HF_UNLEARN_PROCESSES", "2")
     assert main(["run"]) == 2
-    assert "2 processes were asked for and 1 started" in capsys.readouterr().err
+    assert "2 processes were requested and 1 started" in capsys.readouterr().err
 
 
 def test_a_silent_single_process_of_accelerate_is_an_error() -> None:
     """`accelerate launch --cpu` starts one process, whatever number it is given."""
     line = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "-m", "hf_unlearn", "run"]
     done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode != 0 and "2 processes were asked for and 1 started" in done.stderr
+    assert done.returncode != 0 and "2 processes were requested and 1 started" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_another_number_of_processes_or_sharding_is_refused(mode: str, resumed: 
     checkpoint = resumed[0] / mode / "adamw" / "checkpoint-3"
     with pytest.raises(SettingsError, match="with processes 2, this one has 1") as raised:
         trainer.train(resume_from_checkpoint=str(checkpoint))
-    assert "\n" not in str(raised.value) and "start anew" in str(raised.value)
+    assert "\n" not in str(raised.value) and "start again" in str(raised.value)
     seal = checkpoint / "unlearning_state.json"
     content = json.loads(seal.read_text())
     content["run"]["processes"] = 1

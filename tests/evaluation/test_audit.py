@@ -17,7 +17,7 @@ from torch import nn
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.errors import DataError, SettingsError
-from hf_unlearn.evaluation.attacks.audit import ALIKE, ALL, AuditSettings, Shadow, audit, verdict
+from hf_unlearn.evaluation.attacks.auditing import ALIKE, ATTACKS, AuditSettings, Shadow, audit, verdict
 from hf_unlearn.evaluation.attacks.inputs import few_shot_prompts, hidden_means, linear_probe, paraphrased_prompts
 from hf_unlearn.evaluation.attacks.subject import NotRun, Subject
 from hf_unlearn.evaluation.attacks.weights import (
@@ -30,9 +30,9 @@ from hf_unlearn.evaluation.attacks.weights import (
     rounded,
     train,
 )
-from hf_unlearn.evaluation.measurements import Tools
-from hf_unlearn.evaluation.metrics import score_rows
-from hf_unlearn.evaluation.report import Metric, UnlearningReport
+from hf_unlearn.evaluation.measurements import MeasurementTools
+from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
+from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.models.layers import find_layers
 from hf_unlearn.models.modes import restored
 
@@ -51,7 +51,7 @@ class Normed(nn.Module):
 
 
 def subject(model: nn.Module, rows: Any = TEXTS, original: Any = None, **settings: Any) -> Subject:
-    return Subject(model, rows, Tools(PaddingCollator(), None, 3), AuditSettings(**settings), original)
+    return Subject(model, rows, MeasurementTools(PaddingCollator(), None, 3), AuditSettings(**settings), original)
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -65,7 +65,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 # Putting back
 
 
-def test_everything_is_put_back_also_after_an_error() -> None:
+def test_a_model_is_restored_even_after_an_error() -> None:
     model = Normed().train()
     model.first.weight.requires_grad_(False)
     model.second.weight.grad = torch.ones_like(model.second.weight)
@@ -83,7 +83,7 @@ def test_everything_is_put_back_also_after_an_error() -> None:
 
 
 @pytest.mark.parametrize("case", ["llama", "gpt2", "vit", "mlp"])
-def test_a_whole_audit_leaves_the_model_as_it_was(case: str) -> None:
+def test_an_audit_restores_both_models(case: str) -> None:
     make, rows = CASES[case]
     splits = {name: rows(8, seed) for seed, name in enumerate(("forget", "retain", "holdout"))}
     model, retrained = make(0).train(), make(1)
@@ -123,7 +123,7 @@ def memorised(rows: list, steps: int = 60) -> nn.Module:
     return model
 
 
-def test_what_is_only_hidden_comes_back_in_fewer_steps_than_what_was_never_known() -> None:
+def test_rows_that_are_only_hidden_are_relearned_in_fewer_steps_than_unknown_rows() -> None:
     """The hidden model knows the rows but for a scaled-down output; the other never saw them."""
     answer = [7, 8, 9]
     alike = [
@@ -138,18 +138,18 @@ def test_what_is_only_hidden_comes_back_in_fewer_steps_than_what_was_never_known
     before = subject(original, {"forget": alike}).score(alike)
     steps = {}
     for name, model in (("hidden", hidden), ("never", tiny_llama(4))):
-        found = list(relearning(subject(model, {"forget": alike}, before, **settings)))
-        assert [o.name for o in found] == ["relearned_probability", "relearned_steps"] and found[0].estimate.n == 4
-        steps[name] = np.nan_to_num(found[1].estimate.value, nan=np.inf)
+        result = list(relearning(subject(model, {"forget": alike}, before, **settings)))
+        assert [o.name for o in result] == ["relearned_probability", "relearned_steps"] and result[0].estimate.n == 4
+        steps[name] = np.nan_to_num(result[1].estimate.value, nan=np.inf)
     assert steps["hidden"] < steps["never"] and steps["hidden"] > 0
 
 
-def test_relearning_judges_only_rows_it_was_not_trained_on_and_needs_two() -> None:
-    with pytest.raises(NotRun, match="two forget rows at least"):
+def test_relearning_scores_only_rows_it_was_not_trained_on_and_needs_two() -> None:
+    with pytest.raises(NotRun, match="at least two forget rows"):
         list(relearning(subject(tiny_llama(), {"forget": TEXTS["forget"][:1]})))
-    found = list(relearning(subject(tiny_llama(), {"forget": TEXTS["forget"][:3]})))
-    assert found[0].estimate.n == 2
-    assert math.isnan(found[1].estimate.value) and "no original model" in found[1].estimate.reason  # type: ignore
+    result = list(relearning(subject(tiny_llama(), {"forget": TEXTS["forget"][:3]})))
+    assert result[0].estimate.n == 2
+    assert math.isnan(result[1].estimate.value) and "no original model" in result[1].estimate.reason  # type: ignore
     with pytest.raises(NotRun, match="a split holdout or test or retain"):
         list(relearning_on_other_data(subject(tiny_llama(), {"forget": TEXTS["forget"]})))
 
@@ -158,8 +158,8 @@ def test_relearning_judges_only_rows_it_was_not_trained_on_and_needs_two() -> No
 @pytest.mark.parametrize("bits", [8, 4])
 def test_rounding_equals_its_twin(shape: tuple[int, int], bits: int) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = rounded(weight, bits).double().numpy()
-    for row, values in zip(found, weight.double().numpy(), strict=True):
+    result = rounded(weight, bits).double().numpy()
+    for row, values in zip(result, weight.double().numpy(), strict=True):
         block = len(values) if bits == 8 else 64
         for start in range(0, len(values), block):
             part = values[start : start + block]
@@ -187,11 +187,13 @@ def test_quantisation_rounds_the_linear_layers_and_nothing_else(make: Any) -> No
 
 def test_quantisation_reports_both_widths_for_forget_and_retain_rows() -> None:
     model = tiny_llama()
-    found = {(o.name, o.split): o.estimate.value for o in quantisation(subject(model))}
-    assert set(found) == {(f"quantised_{b}_bit_probability", s) for b in (8, 4) for s in ("forget", "retain")}
+    result = {(o.name, o.split): o.estimate.value for o in quantisation(subject(model))}
+    assert set(result) == {(f"quantised_{b}_bit_probability", s) for b in (8, 4) for s in ("forget", "retain")}
     quantise(model, 4)
-    assert found["quantised_4_bit_probability", "forget"] == pytest.approx(subject(model).score(TEXTS["forget"]).mean())
-    assert found["quantised_4_bit_probability", "forget"] != found["quantised_8_bit_probability", "forget"]
+    assert result["quantised_4_bit_probability", "forget"] == pytest.approx(
+        subject(model).score(TEXTS["forget"]).mean()
+    )
+    assert result["quantised_4_bit_probability", "forget"] != result["quantised_8_bit_probability", "forget"]
 
 
 def test_recalibration_takes_the_statistics_of_the_rows() -> None:
@@ -199,15 +201,15 @@ def test_recalibration_takes_the_statistics_of_the_rows() -> None:
     with torch.no_grad():
         model.norm.running_mean.fill_(5.0)
     rows = {"forget": vector_rows(5), "retain": vector_rows(9, 1)}
-    made = Subject(model, rows, Tools(PaddingCollator(), None, 3), AuditSettings())
+    made = Subject(model, rows, MeasurementTools(PaddingCollator(), None, 3), AuditSettings())
     stale = made.score(rows["forget"]).mean()
-    (found,) = recalibration(made)
-    assert model.norm.running_mean[0] == 5 and found.name == "recalibrated_accuracy" and found.estimate.n == 5
+    (result,) = recalibration(made)
+    assert model.norm.running_mean[0] == 5 and result.name == "recalibrated_accuracy" and result.estimate.n == 5
     recalibrate(made, [model.norm], rows["retain"])
     with torch.no_grad():
         inputs = model.first(torch.stack([row["pixel_values"] for row in rows["retain"]]))
     torch.testing.assert_close(model.norm.running_mean, inputs.mean(0))
-    assert found.estimate.value == made.score(rows["forget"]).mean() and model.norm.momentum == 0.1
+    assert result.estimate.value == made.score(rows["forget"]).mean() and model.norm.momentum == 0.1
     assert stale is not None and not model.norm.training
     with pytest.raises(NotRun, match="no batch norm"):
         list(recalibration(subject(tiny_llama())))
@@ -218,47 +220,45 @@ def test_recalibration_takes_the_statistics_of_the_rows() -> None:
 
 def test_few_shot_prompts_put_other_rows_before_the_row() -> None:
     model = tiny_llama()
-    (found,) = few_shot_prompts(subject(model, shots=2))
+    (result,) = few_shot_prompts(subject(model, shots=2))
     shown = [token for row in TEXTS["retain"][:2] for token in row["input_ids"]]
-    rows = [
-        {"input_ids": shown + r["input_ids"], "labels": [-100] * len(shown) + r["labels"]} for r in TEXTS["forget"]
-    ]  # fmt: skip
-    assert found.estimate.value == pytest.approx(score_rows(model, rows, PaddingCollator()).probability.mean())
-    assert found.estimate.value != pytest.approx(subject(model).score(TEXTS["forget"]).mean(), rel=1e-3)
+    rows = [{"input_ids": shown + r["input_ids"], "labels": [-100] * len(shown) + r["labels"]} for r in TEXTS["forget"]]
+    assert result.estimate.value == pytest.approx(score_rows(model, rows, PaddingCollator()).probability.mean())
+    assert result.estimate.value != pytest.approx(subject(model).score(TEXTS["forget"]).mean(), rel=1e-3)
     with pytest.raises(NotRun, match=r"a row has \d+ tokens, the context is 64"):
         list(few_shot_prompts(subject(model, shots=9)))
-    with pytest.raises(NotRun, match="no prompt before the rows of a classifier"):
+    with pytest.raises(NotRun, match="rows of a classifier have no prompt"):
         list(few_shot_prompts(subject(tiny_mlp(), {"forget": vector_rows(2)})))
 
 
 def test_paraphrased_prompts_ask_for_the_same_answer_with_another_question() -> None:
     raw = [row | {"paraphrased_question": "other"} for row in questions(4)]
     model, rows = tiny_llama(), encode_dataset(raw, Letters())
-    (found,) = paraphrased_prompts(subject(model, {"forget": rows}))
+    (result,) = paraphrased_prompts(subject(model, {"forget": rows}))
     twins = [{"prompt": "other", "completion": row["completion"]} for row in raw]
     expected = score_rows(model, encode_dataset(twins, Letters()), PaddingCollator()).probability.mean()
-    assert found.estimate.value == pytest.approx(expected)
+    assert result.estimate.value == pytest.approx(expected)
     with pytest.raises(NotRun, match="paraphrased_question"):
         list(paraphrased_prompts(subject(model)))
 
 
 def test_hidden_means_are_those_of_each_row_alone() -> None:
     model = tiny_llama()
-    found = hidden_means(subject(model), TEXTS["forget"])
+    result = hidden_means(subject(model), TEXTS["forget"])
     with torch.no_grad():
-        for row, means in zip(TEXTS["forget"], found, strict=True):
+        for row, means in zip(TEXTS["forget"], result, strict=True):
             states = model(torch.tensor([row["input_ids"]]), output_hidden_states=True).hidden_states
             np.testing.assert_allclose(means, [s[0].mean(0).numpy() for s in states], rtol=1e-4, atol=1e-4)
 
 
-def test_the_probe_finds_rows_that_are_of_another_kind_and_none_where_they_are_alike() -> None:
+def test_the_probe_tells_marked_rows_apart_and_similar_rows_not() -> None:
     marked = [row | {"input_ids": [5, 5, 5, *row["input_ids"][3:]]} for row in text_rows(20, 7)]
     model = tiny_llama()
-    found = {}
+    result = {}
     for name, forget in (("marked", marked), ("alike", text_rows(20, 8))):
         (outcome,) = linear_probe(subject(model, {"forget": forget, "holdout": text_rows(20, 9)}))
-        found[name] = outcome.estimate
-    assert found["marked"].value > 0.95 and found["marked"].value > found["alike"].value and found["alike"].n == 40
+        result[name] = outcome.estimate
+    assert result["marked"].value > 0.95 and result["marked"].value > result["alike"].value and result["alike"].n == 40
     with pytest.raises(NotRun, match="4 forget and 4 held-out rows"):
         list(linear_probe(subject(model, {"forget": marked[:1], "holdout": marked})))
     with pytest.raises(NotRun, match="does not give"):
@@ -282,14 +282,15 @@ def test_the_probe_finds_rows_that_are_of_another_kind_and_none_where_they_are_a
     ],
 )
 def test_the_verdict_follows_from_the_intervals(mine: Any, other: Any, memory: str, words: str) -> None:
-    def metric(numbers: Any, model: str) -> Metric:
+    def metric(numbers: Any, model: str) -> MetricValue:
         value, low, high = numbers
-        return Metric("probe_auc", value, "forget", model, 9, low, high, reason="because" if math.isnan(value) else "")
+        reason = "because" if math.isnan(value) else ""
+        return MetricValue("probe_auc", value, "forget", model, 9, low, high, reason=reason)
 
     assert verdict(metric(mine, "unlearned"), other and metric(other, "retrained"), memory) == words
 
 
-def test_an_original_model_posing_as_unlearned_is_found_out_and_the_retrained_one_is_not() -> None:
+def test_an_original_model_that_poses_as_unlearned_is_detected_and_the_retrained_one_is_not() -> None:
     known, unknown = text_rows(10), text_rows(10, 2)
     original = memorised(known, 80)
     splits = {"forget": known, "holdout": unknown, "retain": text_rows(6, 5)}
@@ -307,7 +308,7 @@ def test_an_original_model_posing_as_unlearned_is_found_out_and_the_retrained_on
     assert steps is not None and steps.value == 0
 
 
-def test_what_could_not_be_run_is_said_with_the_reason() -> None:
+def test_the_report_gives_the_reason_for_each_attack_that_did_not_run() -> None:
     report = audit(tiny_mlp(), {"forget": vector_rows(1)})
     assert set(report.audit["not_run"]) >= {"relearning", "recalibration", "linear_probe", "few_shot_prompts"}
     assert report.audit["not_run"]["membership_auc"] == "it needs a split test or holdout"
@@ -315,11 +316,9 @@ def test_what_could_not_be_run_is_said_with_the_reason() -> None:
     assert {m.name for m in report.metrics} == {"quantised_8_bit_accuracy", "quantised_4_bit_accuracy"}
     assert set(report.audit["verdicts"].values()) == {"unknown: no retrained model to compare with"}
     images = {name: image_rows(6, i) for i, name in enumerate(("forget", "retain", "holdout"))}
-    found = audit(tiny_vit(), images, attacks=["membership"])
-    assert found.audit["not_run"]["membership_auc_min_k"] == "it is an attack on texts"
-    assert {m.name for m in found.metrics} == {
-        "membership_auc", "membership_auc_gradient_norm", "membership_efficacy"
-    }  # fmt: skip
+    result = audit(tiny_vit(), images, attacks=["membership"])
+    assert result.audit["not_run"]["membership_auc_min_k"] == "it is an attack on texts"
+    assert {m.name for m in result.metrics} == {"membership_auc", "membership_auc_gradient_norm", "membership_efficacy"}
 
 
 def test_shadow_models_show_which_rows_a_classifier_was_trained_on() -> None:
@@ -347,8 +346,8 @@ def test_a_report_with_an_audit_survives_its_file(tmp_path: Any) -> None:
     assert UnlearningReport.load(tmp_path).audit == report.audit and report.audit["verdicts"]
 
 
-def test_wrong_input_is_one_line() -> None:
-    with pytest.raises(SettingsError, match=f"unknown attack 'magic'; choose from {', '.join(ALL)}"):
+def test_wrong_arguments_are_errors() -> None:
+    with pytest.raises(SettingsError, match=f"unknown attack 'magic'; choose from {', '.join(ATTACKS)}"):
         audit(tiny_mlp(), {"forget": vector_rows(2)}, attacks=["magic"])
     with pytest.raises(DataError, match="one must be named 'forget'"):
         audit(tiny_mlp(), {"holdout": vector_rows(2)})

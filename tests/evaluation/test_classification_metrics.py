@@ -49,8 +49,8 @@ def test_a_gap_counts_in_both_directions() -> None:
 
 def test_activation_distance_by_hand() -> None:
     """(1, 0) to (0, 1) is the root of two; equal outputs are at 0."""
-    found = ActivationDistance.estimate([[1, 0], [0.5, 0.5]], [[0, 1], [0.5, 0.5]])
-    assert found.value == pytest.approx(math.sqrt(2) / 2) and found.n == 2
+    result = ActivationDistance.estimate([[1, 0], [0.5, 0.5]], [[0, 1], [0.5, 0.5]])
+    assert result.value == pytest.approx(math.sqrt(2) / 2) and result.n == 2
 
 
 def test_js_divergence_by_hand() -> None:
@@ -77,9 +77,9 @@ def test_entropy_distance_by_hand_and_is_that_of_histograms_in_decades() -> None
     assert EntropyDistance.estimate([0.1, 0.01], [0.01, 0.1]).value == pytest.approx(0)
     assert EntropyDistance.estimate([0.0], [1e-7]).value == 0
     one, other = np.linspace(0.1, 1, 20), np.linspace(0.2, 1.5, 20)
-    found = EntropyDistance.estimate(one, other)
-    assert found.value == pytest.approx(entropy_distance(np.log10(one), np.log10(other)))
-    assert found.low is not None and found.high is not None and found.low <= found.value <= found.high
+    result = EntropyDistance.estimate(one, other)
+    assert result.value == pytest.approx(entropy_distance(np.log10(one), np.log10(other)))
+    assert result.low is not None and result.high is not None and result.low <= result.value <= result.high
 
 
 def test_relearn_steps_and_the_anamnesis_index_by_hand() -> None:
@@ -90,8 +90,8 @@ def test_relearn_steps_and_the_anamnesis_index_by_hand() -> None:
     assert AnamnesisIndex.estimate([3.0], [6.0]).value == 0.5
     assert AnamnesisIndex.estimate([3.0, 6.0], [6.0, 6.0]).value == pytest.approx(0.75)
     for steps, others in (([math.inf], [6.0]), ([3.0], [math.inf]), ([3.0], [0.0]), ([3.0], None)):
-        found = AnamnesisIndex.estimate(steps, others)
-        assert isinstance(found, Undefined) and math.isnan(found.value)
+        result = AnamnesisIndex.estimate(steps, others)
+        assert isinstance(result, Undefined) and math.isnan(result.value)
 
 
 @pytest.mark.parametrize(
@@ -105,12 +105,14 @@ def test_relearn_steps_and_the_anamnesis_index_by_hand() -> None:
     ],
 )
 def test_undefined_without_a_retrained_model(metric: Any, columns: tuple) -> None:
-    found = metric.estimate(*columns, None)
-    assert isinstance(found, Undefined) and found.reason == "no retrained model was given" and math.isnan(found.value)
+    result = metric.estimate(*columns, None)
+    assert (
+        isinstance(result, Undefined) and result.reason == "no retrained model was given" and math.isnan(result.value)
+    )
     assert math.isfinite(metric.estimate(*columns, columns[-1]).value)
 
 
 @pytest.mark.parametrize("metric", [ActivationDistance, JSDivergence, ZeroRetrainForgetting])
-def test_nan_outputs_make_no_number(metric: Any) -> None:
-    found = metric.estimate([[math.nan, 0.5], [0.5, 0.5]], [[0.5, 0.5], [0.1, 0.9]])
-    assert math.isnan(found.value)
+def test_nan_outputs_make_a_metric_undefined(metric: Any) -> None:
+    result = metric.estimate([[math.nan, 0.5], [0.5, 0.5]], [[0.5, 0.5], [0.1, 0.9]])
+    assert math.isnan(result.value)

@@ -67,16 +67,16 @@ def test_accuracy_is_what_the_logits_say(tasks: Path) -> None:
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     model.train()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    (found,) = harness_metrics(model, tokenizer, ["our_questions"], include_path=str(tasks), name="original")
-    assert (found.name, found.split, found.model, found.n) == ("our_questions_acc", "lm_eval", "original", 5)
+    (result,) = harness_metrics(model, tokenizer, ["our_questions"], include_path=str(tasks), name="original")
+    assert (result.name, result.split, result.model, result.n) == ("our_questions_acc", "lm_eval", "original", 5)
     assert model.training and all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert found.value == pytest.approx(by_hand(model.eval(), tokenizer)) and 0 < found.value < 1
-    assert found.low is not None and found.high is not None and found.low < found.value < found.high
+    assert result.value == pytest.approx(by_hand(model.eval(), tokenizer)) and 0 < result.value < 1
+    assert result.low is not None and result.high is not None and result.low < result.value < result.high
     (few,) = harness_metrics(model, tokenizer, ["our_questions"], include_path=str(tasks), limit=2)
     assert few.n == 2
 
 
-def test_what_cannot_be_judged_is_one_line(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_that_cannot_be_evaluated_is_an_error(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match="knows no task no_such_task"):
         harness_metrics(torch.nn.Linear(1, 1), None, ["no_such_task"], include_path=str(tasks))
     with monkeypatch.context() as patch, pytest.raises(SettingsError, match="on one process"):
@@ -99,6 +99,6 @@ def test_wmdp_from_local_folders(tasks: Path, tmp_path: Path, capsys: pytest.Cap
     line += ["--methods", "npo", "--constraints", "energy", "--seeds", "0", "--lm_eval_tasks", "our_questions"]
     line += ["--lm_eval_include_path", str(tasks), "--max_steps", "1", "--eval_strategy", "no", "--use_cpu", "True"]
     assert main(["benchmark", *line, "--output_dir", str(tmp_path / "out"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    judged = {m["model"] for m in found["cells"][0]["metrics"] if m["name"] == "our_questions_acc"}
-    assert judged == {"original", "unlearned"} and not found["failed"]
+    result = json.loads(capsys.readouterr().out)
+    evaluated = {m["model"] for m in result["cells"][0]["metrics"] if m["name"] == "our_questions_acc"}
+    assert evaluated == {"original", "unlearned"} and not result["failed"]

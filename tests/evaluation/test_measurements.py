@@ -32,19 +32,23 @@ from hf_unlearn.data.wrong_answers import ALTERNATIVES
 from hf_unlearn.errors import DataError, ModelError, SettingsError
 from hf_unlearn.evaluation import measurements as measures
 from hf_unlearn.evaluation.evaluate import evaluate_unlearning, random_twin
-from hf_unlearn.evaluation.measurements import Tools, measure, wrong_losses
-from hf_unlearn.evaluation.metrics import score_rows
-from hf_unlearn.evaluation.metrics.generation import generate_answers, true_answers
-from hf_unlearn.evaluation.metrics.registry import JUDGES, SUITES
+from hf_unlearn.evaluation.generation import generate_answers, true_answers
+from hf_unlearn.evaluation.measurements import MeasurementTools, measure, wrong_losses
+from hf_unlearn.evaluation.metrics.registry import METRICS, SUITES
+from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.models.fingerprint import model_fingerprint
 
-TOOLS = Tools(PaddingCollator(), None, 3)
+TOOLS = MeasurementTools(PaddingCollator(), None, 3)
+
+
+def cached(folder: Path) -> MeasurementTools:
+    return MeasurementTools(PaddingCollator(), None, 3, folder)
 
 
 # Other answers
 
 
-def test_other_answers_are_encoded_beside_the_answer_and_do_not_reach_the_model() -> None:
+def test_other_answers_are_encoded_next_to_the_answer_and_do_not_reach_the_model() -> None:
     raw = questions(2)
     rows = encode_dataset(raw, Letters())
     plain = encode_dataset([{k: r[k] for k in ("prompt", "completion")} for r in raw], Letters())
@@ -69,8 +73,8 @@ def test_a_row_whose_wrong_answers_are_missing_is_an_error_that_names_it(wrong: 
 def test_losses_of_other_answers_are_those_of_the_rows_alone() -> None:
     model, raw = tiny_llama(), questions(4)
     rows = encode_dataset(raw, Letters())
-    found = measure(["alternatives"], model, rows, TOOLS)
-    for row, losses, paraphrase in zip(raw, wrong_losses(found), found["paraphrase_loss"], strict=True):
+    result = measure(["alternatives"], model, rows, TOOLS)
+    for row, losses, paraphrase in zip(raw, wrong_losses(result), result["paraphrase_loss"], strict=True):
         own = [{"prompt": row["prompt"], "completion": answer} for answer in row["perturbed_answer"]]
         np.testing.assert_allclose(losses, alone(model, own), rtol=1e-4)
         other = [{"prompt": row["prompt"], "completion": row["paraphrased_answer"]}]
@@ -92,7 +96,7 @@ def alone(model: Any, raw: list[dict[str, Any]]) -> np.ndarray:
 def test_answers_are_the_most_probable_tokens_one_after_the_other_whatever_the_batch(make: Any) -> None:
     model, rows = make(), text_rows(5, prompt=3)
     rows[1] = rows[1] | {"labels": [-100, *rows[1]["input_ids"][1:]]}  # prompts of several lengths
-    found = generate_answers(model, rows, Letters(), 6, batch_size=5)
+    result = generate_answers(model, rows, Letters(), 6, batch_size=5)
     twins = []
     for row in rows:
         tokens = row["input_ids"][: row["labels"].count(-100)]
@@ -101,8 +105,8 @@ def test_answers_are_the_most_probable_tokens_one_after_the_other_whatever_the_b
             with torch.no_grad():
                 new.append(int(model(torch.tensor([tokens + new])).logits[0, -1].argmax()))
         twins += Letters().batch_decode([new])
-    assert found == [text.strip() for text in twins] == generate_answers(model, rows, Letters(), 6, batch_size=1)
-    assert len(set(found)) > 1
+    assert result == [text.strip() for text in twins] == generate_answers(model, rows, Letters(), 6, batch_size=1)
+    assert len(set(result)) > 1
 
 
 def test_generation_settings_of_the_model_change_nothing() -> None:
@@ -129,7 +133,7 @@ def test_an_answer_ends_with_the_context_and_a_prompt_that_fills_it_is_an_error(
         (tiny_llama(), text_rows(2, labels=False), Letters(), DataError, "no sequence of labels"),
     ],
 )
-def test_what_cannot_be_generated_is_one_line(
+def test_rows_and_models_that_allow_no_generation_are_errors(
     model: Any, rows: Any, tokenizer: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -148,18 +152,23 @@ def test_the_tofu_suite_equals_metrics_made_of_scores_computed_apart() -> None:
     models = {kind: tiny_llama(seed) for seed, kind in enumerate(("original", "unlearned", "retrained"))}
     raw = tofu_splits()
     report = evaluate_unlearning(
-        models["unlearned"], raw, original=models["original"], retrained=models["retrained"], metrics=["tofu"],
-        processing_class=Letters(), batch_size=4,
-    )  # fmt: skip
+        models["unlearned"],
+        raw,
+        original=models["original"],
+        retrained=models["retrained"],
+        metrics=["tofu"],
+        processing_class=Letters(),
+        batch_size=4,
+    )
     assert {m.name for m in report.metrics} == set(SUITES["tofu"])
 
     def ratios(kind: str) -> list[float]:
-        found = []
+        result = []
         for row in raw["forget"]:
             answers = [row["paraphrased_answer"], *row["perturbed_answer"]]
             losses = alone(models[kind], [{"prompt": row["prompt"], "completion": answer} for answer in answers])
-            found.append(reference.truth_ratio(losses[0], losses[1:]))
-        return found
+            result.append(reference.truth_ratio(losses[0], losses[1:]))
+        return result
 
     def value(name: str, split: str = "forget", kind: str = "unlearned") -> float:
         metric = report.get(name, split, kind)
@@ -207,9 +216,9 @@ def test_the_muse_suite_cuts_answers_where_muse_does(monkeypatch: pytest.MonkeyP
         tiny_llama(), splits, retrained=tiny_llama(1), metrics=["muse"], processing_class=Letters()
     )
     assert {m.name for m in report.metrics} == set(SUITES["muse"]) and sorted(set(asked)) == [32, 128]
-    found = {m.name: m.value for m in report.metrics if m.model == "unlearned"}
-    assert found["verbatim_memorisation"] == 1 and found["knowledge_utility"] == 1
-    assert found["knowledge_memorisation"] == pytest.approx(2 * 0.5 / 1.5)  # precision 1, recall 2 of 4
+    result = {m.name: m.value for m in report.metrics if m.model == "unlearned"}
+    assert result["verbatim_memorisation"] == 1 and result["knowledge_utility"] == 1
+    assert result["knowledge_memorisation"] == pytest.approx(2 * 0.5 / 1.5)  # precision 1, recall 2 of 4
 
 
 def test_the_classification_suite_compares_with_the_retrained_model() -> None:
@@ -227,9 +236,9 @@ def test_the_classification_suite_compares_with_the_retrained_model() -> None:
         assert report.get(name, "forget") != metric
 
 
-def test_without_a_retrained_model_what_compares_with_it_is_undefined_and_says_why() -> None:
+def test_metrics_against_the_retrained_model_are_undefined_without_one_and_give_the_reason() -> None:
     report = evaluate_unlearning(tiny_llama(), tofu_splits(), metrics=["tofu"], processing_class=Letters())
-    comparing = {name for name in SUITES["tofu"] if JUDGES[name].against_retrained}
+    comparing = {name for name in SUITES["tofu"] if METRICS[name].against_retrained}
     undefined = {m.name for m in report.metrics if math.isnan(m.value)}
     assert comparing == undefined == {"forget_quality", "priv_leak", "aggregate", "membership_auc_reference"}
     for metric in report.metrics:
@@ -237,7 +246,7 @@ def test_without_a_retrained_model_what_compares_with_it_is_undefined_and_says_w
     assert "forget_quality on forget is undefined: no retrained model was given" in report.table()
 
 
-def test_a_metric_of_wrong_answers_or_of_a_split_that_is_missing_is_an_error_before_anything_is_measured() -> None:
+def test_missing_wrong_answers_or_splits_are_errors_before_anything_is_measured() -> None:
     plain = {"forget": text_rows(3), "holdout": text_rows(3, 1)}
     for name, message in (
         ("truth_ratio", "'truth_ratio' needs wrong answers, and the split forget, holdout has none.*perturbed_answer"),
@@ -274,12 +283,12 @@ def test_a_random_twin_is_fresh_and_repeats_by_seed() -> None:
 # Cache
 
 
-def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_columns_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, splits = tiny_llama(), {"forget": text_rows(4), "holdout": text_rows(5, 1)}
     first = evaluate_unlearning(model, splits, original=tiny_llama(1), cache_dir=tmp_path)
     files = sorted(p.name for p in tmp_path.iterdir())
     assert len(files) == 4 and all(name.endswith(".safetensors") for name in files)
-    monkeypatch.setitem(measures.MEASURES, "rows", lambda *a: pytest.fail("measured again"))
+    monkeypatch.setattr(measures, "score_rows", lambda *a: pytest.fail("measured again"))
     again = evaluate_unlearning(tiny_llama(), splits, original=tiny_llama(1), cache_dir=tmp_path)
     assert again.metrics == first.metrics and sorted(p.name for p in tmp_path.iterdir()) == files
     with pytest.raises(pytest.fail.Exception):
@@ -292,9 +301,9 @@ def test_other_weights_rows_labels_or_precision_are_other_entries(tmp_path: Path
     cases = [(tiny_llama(), rows), (tiny_llama(1), rows), (tiny_llama(), rows[::-1]), (tiny_llama(), relabelled)]
     cases.append((tiny_llama().bfloat16(), rows))
     for count, (model, data) in enumerate(cases, 1):
-        measure(["rows"], model, data, TOOLS, tmp_path, model_fingerprint(model))
+        measure(["rows"], model, data, cached(tmp_path), model_fingerprint(model))
         assert len(list(tmp_path.iterdir())) == count
-    measure(["rows"], tiny_llama(), text_rows(3), TOOLS, tmp_path, model_fingerprint(tiny_llama()))
+    measure(["rows"], tiny_llama(), text_rows(3), cached(tmp_path), model_fingerprint(tiny_llama()))
     assert len(list(tmp_path.iterdir())) == len(cases)
 
 
@@ -310,7 +319,7 @@ def test_a_trained_adapter_is_another_model_and_other_wrong_answers_are_other_ro
     raw = questions(2)
     other = [raw[0] | {"perturbed_answer": ["other"]}, raw[1]]
     for count, data in enumerate((raw, other), 1):
-        measure(["alternatives"], plain, encode_dataset(data, Letters()), TOOLS, tmp_path, "key")
+        measure(["alternatives"], plain, encode_dataset(data, Letters()), cached(tmp_path), "key")
         assert len(list(tmp_path.iterdir())) == count
 
 
@@ -327,9 +336,12 @@ def test_tofus_perturbed_splits_give_every_metric_of_its_suite() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(stories)
     names = {
-        "forget": "forget01_perturbed", "retain": "retain_perturbed", "real_authors": "real_authors_perturbed",
-        "world_facts": "world_facts_perturbed", "holdout": "holdout10",
-    }  # fmt: skip
+        "forget": "forget01_perturbed",
+        "retain": "retain_perturbed",
+        "real_authors": "real_authors_perturbed",
+        "world_facts": "world_facts_perturbed",
+        "holdout": "holdout10",
+    }
     splits = {
         split: encode_dataset(load(name, 4), tokenizer, what=split, max_length=200) for split, name in names.items()
     }
@@ -337,9 +349,13 @@ def test_tofus_perturbed_splits_give_every_metric_of_its_suite() -> None:
     assert len(splits["real_authors"][0][ALTERNATIVES]["wrong"]) == 3
     models = [AutoModelForCausalLM.from_pretrained(stories) for _ in range(2)]
     report = evaluate_unlearning(
-        models[0], splits, retrained=models[1], metrics=["forget_quality", "truth_ratio", "membership_auc_zlib"],
-        processing_class=tokenizer, batch_size=8,
-    )  # fmt: skip
+        models[0],
+        splits,
+        retrained=models[1],
+        metrics=["forget_quality", "truth_ratio", "membership_auc_zlib"],
+        processing_class=tokenizer,
+        batch_size=8,
+    )
     quality = report.get("forget_quality", "forget")
     assert quality is not None and quality.value == 1 and quality.n == 4  # it is the same model
     assert {m.split for m in report.metrics if m.name == "truth_ratio"} == set(splits) - {"holdout"}

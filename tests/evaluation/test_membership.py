@@ -13,14 +13,14 @@ from helpers import reference_metrics as reference
 from helpers.tiny import CASES, collate, text_rows, tiny_gpt2, tiny_llama
 
 from hf_unlearn.data.batches import PaddingCollator
+from hf_unlearn.evaluation.gradient_norms import gradient_norms
+from hf_unlearn.evaluation.measurements import compressed_lengths
 from hf_unlearn.evaluation.metrics.intervals import Undefined
 from hf_unlearn.evaluation.metrics.membership import (
     MembershipAUC,
     MembershipEfficacy,
     PrivLeak,
     ShadowAttack,
-    compressed_lengths,
-    gradient_norms,
 )
 
 
@@ -37,15 +37,15 @@ def test_priv_leak_by_hand_and_by_twin() -> None:
     assert PrivLeak.estimate(member, retrained, score).value == pytest.approx(100)
     rng = np.random.default_rng(0)
     a, b, c, d = (rng.normal(shift, 1, n) for shift, n in ((0.5, 20), (0, 25), (0.1, 20), (0, 25)))
-    found = PrivLeak.estimate(np.repeat([1, 0], [20, 25]), np.r_[a, b], np.r_[c, d])
-    assert found.value == pytest.approx(reference.priv_leak(a, b, c, d)) and found.n == 45
-    assert found.low is not None and found.high is not None and found.low < found.value < found.high
+    result = PrivLeak.estimate(np.repeat([1, 0], [20, 25]), np.r_[a, b], np.r_[c, d])
+    assert result.value == pytest.approx(reference.priv_leak(a, b, c, d)) and result.n == 45
+    assert result.low is not None and result.high is not None and result.low < result.value < result.high
 
 
 def test_priv_leak_is_undefined_without_a_retrained_model_or_where_that_one_is_perfect() -> None:
     for retrained, reason in ((None, "no retrained model"), ([3, 2, 1, 0], "perfectly")):
-        found = PrivLeak.estimate([1, 1, 0, 0], [3, 1, 2, 0], retrained)
-        assert isinstance(found, Undefined) and reason in found.reason and math.isnan(found.value)
+        result = PrivLeak.estimate([1, 1, 0, 0], [3, 1, 2, 0], retrained)
+        assert isinstance(result, Undefined) and reason in result.reason and math.isnan(result.value)
 
 
 def efficacy(retain: Any, test: Any, forget: Any) -> Any:
@@ -55,8 +55,8 @@ def efficacy(retain: Any, test: Any, forget: Any) -> Any:
 
 def test_efficacy_is_the_share_of_forget_rows_on_the_side_of_the_test_rows() -> None:
     """Retain rows have confidence 0.9, test rows 0.1: the border is half way, three of four forget rows are below."""
-    found = efficacy([0.9] * 20, [0.1] * 20, [0.2, 0.3, 0.4, 0.8])
-    assert found.value == 0.75 and found.n == 4
+    result = efficacy([0.9] * 20, [0.1] * 20, [0.2, 0.3, 0.4, 0.8])
+    assert result.value == 0.75 and result.n == 4
     assert efficacy([0.1] * 20, [0.9] * 20, [0.2, 0.3, 0.4, 0.8]).value == 0.25
     assert efficacy([0.9] * 2000, [0.1] * 20, [0.4]).value == 1  # classes are balanced
 
@@ -79,8 +79,8 @@ def test_the_shadow_attack_finds_what_the_shadows_show() -> None:
     role, probabilities, label = shadow_rows(100, 0)
     forget = [[0.95, 0.05], [0.9, 0.1], [0.55, 0.45], [0.85, 0.15]]
     whole = [*role, *["forget"] * 4], [*probabilities, *forget], [*label, *[0] * 4]
-    found = ShadowAttack.estimate(*whole)
-    assert found.value == 0.25 and found.n == 4
+    result = ShadowAttack.estimate(*whole)
+    assert result.value == 0.25 and result.n == 4
     swapped = [{"shadow_member": "shadow_other", "shadow_other": "shadow_member"}.get(r, r) for r in whole[0]]
     assert ShadowAttack.estimate(swapped, *whole[1:]).value == 0.75
     assert isinstance(ShadowAttack.estimate(["forget"], [[0.5, 0.5]], [0]), Undefined)
@@ -96,8 +96,8 @@ def test_gradient_norms_equal_those_of_each_row_alone(case: str) -> None:
     make, rows = CASES[case]
     model, data = make().double(), rows(4)
     data = [{k: v.double() if getattr(v, "is_floating_point", bool)() else v for k, v in r.items()} for r in data]
-    found = gradient_norms(model, data, PaddingCollator())
-    for row, norm in zip(data, found, strict=True):
+    result = gradient_norms(model, data, PaddingCollator())
+    for row, norm in zip(data, result, strict=True):
         twin = make().double()
         inputs = collate([row])
         labels = inputs.pop("labels")
@@ -109,7 +109,7 @@ def test_gradient_norms_equal_those_of_each_row_alone(case: str) -> None:
         (-logits.log_softmax(-1)[range(len(labels)), labels]).mean().backward()
         squares = sum(float((p.grad**2).sum()) for p in twin.parameters() if p.grad is not None)
         assert norm == pytest.approx(math.sqrt(squares), rel=1e-5)
-    assert np.ptp(found) > 1e-3
+    assert np.ptp(result) > 1e-3
 
 
 def test_gradient_norms_leave_gradients_mode_and_frozen_weights_as_they_were() -> None:
@@ -124,5 +124,5 @@ def test_gradient_norms_leave_gradients_mode_and_frozen_weights_as_they_were() -
 
 
 def test_dropout_does_not_reach_gradient_norms() -> None:
-    found = [gradient_norms(tiny_gpt2(dropout=0.5).train(), text_rows(3), PaddingCollator()) for _ in range(2)]
-    assert np.array_equal(*found)
+    result = [gradient_norms(tiny_gpt2(dropout=0.5).train(), text_rows(3), PaddingCollator()) for _ in range(2)]
+    assert np.array_equal(*result)

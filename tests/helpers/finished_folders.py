@@ -7,7 +7,7 @@ from typing import Any
 
 from helpers.hub_client import Client
 from helpers.tiny import collate, text_rows, tiny_gpt2
-from hf_unlearn.evaluation.report import Metric, UnlearningReport
+from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.publishing.model_folder import complete_folder
 
 ROWS = text_rows(3)
@@ -19,7 +19,7 @@ result = push_unlearned_model(folder, folder, repo, **options).oid
 
 def report(**changes: Any) -> UnlearningReport:
     metrics = [
-        Metric("accuracy", value, "forget", model, 20, value - 0.05, value + 0.05)
+        MetricValue("accuracy", value, "forget", model, 20, value - 0.05, value + 0.05)
         for model, value in (("original", 0.98), ("unlearned", 0.05))
     ]
     request = {"rows": 2, "source": "invented", "date": "2025-05-01", "commitment": "ab12"}

@@ -135,7 +135,7 @@ def test_soft_constraints_on_sgd_equal_constrained_gradients(layer: str, constra
     before = {n: p.detach().clone() for n, p in trained.items()}
     predict(model, _labelled(FORGET)).nll_L.mean().backward()
     optimizer.step()
-    for part in optimizer.constrainer.parts:  # type: ignore[attr-defined]
+    for part in optimizer.constrainer.weights:  # type: ignore[attr-defined]
         name = part.owner
         gradient_OI = part.matrix(part.parameter.grad).double()
         wanted_OI = -lr * _dense(constraint, statistics.gram(name), statistics.fisher(name), gradient_OI)
@@ -169,12 +169,12 @@ def test_anchored_bf16_weights_do_not_drift_where_plain_rounding_does() -> None:
         model.bfloat16()
         freeze_unprotected(model, statistics.layers)
         constrainer = StepConstrainer(model, statistics, EnergyConstraint(1.0))
-        optimizer = torch.optim.SGD([p.parameter for p in constrainer.parts], lr=1e-2)
+        optimizer = torch.optim.SGD([p.parameter for p in constrainer.weights], lr=1e-2)
         if anchored:
             constrainer.attach(optimizer)
         generator = torch.Generator().manual_seed(0)
         for _ in range(200):
-            for part in constrainer.parts:
+            for part in constrainer.weights:
                 noise = torch.randn(part.parameter.shape, generator=generator).bfloat16()
                 part.parameter.grad = noise
             if not anchored:

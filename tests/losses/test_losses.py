@@ -27,23 +27,20 @@ from helpers.loss_batches import (
 from helpers.tiny import (
     CASES,
     collate,
-    image_rows,
     requires_asset,
     sharpen,
-    text_class_rows,
     text_rows,
     tiny_gpt2,
-    tiny_vit,
 )
 from torch import Tensor, nn
 
-from hf_unlearn.errors import DataError, SettingsError
-from hf_unlearn.losses import LOSSES, build_loss, register_loss
+from hf_unlearn.errors import SettingsError
+from hf_unlearn.losses import LOSSES, build_loss
 from hf_unlearn.losses.label_removal import without_label
 from hf_unlearn.models.forward import Predictions, output_logits, predict
 
 MODELS = ("gpt2", "llama", "bert", "vit")
-NAMES = tuple(reference.TWINS)  # those of single answers; the others are in tests/test_losses_pairs.py
+NAMES = tuple(reference.TWINS)  # losses of single answers; the others have test files of their own
 OTHERS = ("dpo", "altpo", "idk", "rmu", "random_label")
 # Settings without a default, or with one that leaves next to nothing to compare on models that hardly know the rows.
 NEEDED: dict[str, dict[str, Any]] = {
@@ -129,10 +126,16 @@ def test_npo_beta_reaches_the_formula(beta: float) -> None:
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("simnpo", {}), ("simnpo", {"beta": 0.5, "delta": 0.7}), ("undial", {}), ("undial", {"beta": 0.5}), ("wga", {}),
-        ("wga", {"beta": 3.0}), ("satimp", {}), ("satimp", {"beta1": 0.5, "beta2": 2.0}),
+        ("simnpo", {}),
+        ("simnpo", {"beta": 0.5, "delta": 0.7}),
+        ("undial", {}),
+        ("undial", {"beta": 0.5}),
+        ("wga", {}),
+        ("wga", {"beta": 3.0}),
+        ("satimp", {}),
+        ("satimp", {"beta1": 0.5, "beta2": 2.0}),
     ],
-)  # fmt: skip
+)
 def test_settings_reach_the_formula_and_defaults_are_those_of_the_twin(name: str, settings: dict[str, float]) -> None:
     model, original, batch = setup("llama")
     batch["forget"] = memorised(model, batch["forget"])
@@ -146,14 +149,14 @@ def test_settings_reach_the_formula_and_defaults_are_those_of_the_twin(name: str
 @pytest.mark.parametrize("name", ["wga", "satimp"])
 def test_weights_of_labels_carry_no_gradient(name: str) -> None:
     predictions = made_up()
-    found = torch.autograd.grad(LOSSES[name].term(predictions, None).sum(), predictions.logits_LV)[0]
+    result = torch.autograd.grad(LOSSES[name].term(predictions, None).sum(), predictions.logits_LV)[0]
     weights_L = (LOSSES[name].term(predictions, None) / predictions.nll_L).detach()
     expected = torch.autograd.grad((weights_L * predictions.nll_L).sum(), predictions.logits_LV)[0]
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(result, expected)
     p_L = probabilities(predictions)
     free = -p_L if name == "wga" else -(p_L**5) * (1 - p_L)
     through = torch.autograd.grad((free * predictions.nll_L).sum(), predictions.logits_LV)[0]
-    assert not torch.allclose(found, through, atol=1e-4)
+    assert not torch.allclose(result, through, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", MODELS)
@@ -255,7 +258,7 @@ def test_a_small_step_down_lowers_the_probability_of_a_real_story(name: str) -> 
 # pgu
 
 
-def test_pgu_pushes_no_further_below_its_offset() -> None:
+def test_pgu_has_no_gradient_below_its_offset() -> None:
     pgu = LOSSES["pgu"].term
     for p in (1e-6, 0.01, 0.049):
         predictions = with_probability(p)
@@ -340,20 +343,20 @@ def test_target_without_the_label_is_the_rest_renormalised() -> None:
 
 def test_ce_u_target_is_held_fixed() -> None:
     predictions = made_up()
-    found = torch.autograd.grad(LOSSES["ce_u"].term(predictions, None).sum(), predictions.logits_LV)[0]
+    result = torch.autograd.grad(LOSSES["ce_u"].term(predictions, None).sum(), predictions.logits_LV)[0]
     z = predictions.logits_LV
     target_LV = without_label(z, predictions.labels_L)
-    torch.testing.assert_close(found, (z.softmax(-1) - target_LV).detach())  # softmax minus target: no path through it
+    torch.testing.assert_close(result, (z.softmax(-1) - target_LV).detach())  # softmax minus target: no path through it
     free_LV = z.scatter(1, predictions.labels_L[:, None], -torch.inf).softmax(-1)
     through = torch.autograd.grad(-(free_LV * z.log_softmax(-1)).sum(), z)[0]
-    assert not torch.allclose(found, through, atol=1e-3)
+    assert not torch.allclose(result, through, atol=1e-3)
 
 
 def test_ce_u_skips_the_first_label_of_a_sequence_only() -> None:
     model, _, batch = setup("gpt2")
-    found = build_loss("ce_u")(model, batch).item()
-    assert found == pytest.approx(reference.ce_u(dense(model, batch["forget"], True), []), rel=1e-5)
-    assert abs(found - reference.ce_u(dense(model, batch["forget"], False), [])) > 1e-3
+    result = build_loss("ce_u")(model, batch).item()
+    assert result == pytest.approx(reference.ce_u(dense(model, batch["forget"], True), []), rel=1e-5)
+    assert abs(result - reference.ce_u(dense(model, batch["forget"], False), [])) > 1e-3
     model, _, batch = setup("vit")
     assert build_loss("ce_u")(model, batch).item() == pytest.approx(
         reference.ce_u(dense(model, batch["forget"]), []), rel=1e-5
@@ -366,16 +369,16 @@ def test_next_best_reads_the_original_model_and_not_the_current_one(case: str) -
     original, batch = sharpen(make(), 1.5), {"forget": collate(rows(4))}
     model = moved(original)
     now, then = dense(model, batch["forget"]), dense(original, batch["forget"])
-    found = build_loss("next_best")(model, batch, before(model, original)).item()
-    assert found == pytest.approx(reference.next_best(now, then), rel=1e-5)
-    assert abs(found - reference.next_best(now, now)) > 1e-3
+    result = build_loss("next_best")(model, batch, before(model, original)).item()
+    assert result == pytest.approx(reference.next_best(now, then), rel=1e-5)
+    assert abs(result - reference.next_best(now, now)) > 1e-3
 
 
 # The original model
 
 
 @pytest.mark.parametrize(("name", "settings"), [("npo", {}), ("next_best", {}), ("grad_diff", {"retain": "kl"})])
-def test_losses_that_read_the_original_model_say_so(name: str, settings: dict[str, Any]) -> None:
+def test_losses_that_read_the_original_model_declare_it(name: str, settings: dict[str, Any]) -> None:
     model, original, batch = setup("vit")
     loss = build_loss(name, settings)
     assert loss.needs_original
@@ -386,7 +389,7 @@ def test_losses_that_read_the_original_model_say_so(name: str, settings: dict[st
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_original_model_predicts_without_dropout_and_the_mode_comes_back(training: bool) -> None:
+def test_the_original_model_predicts_without_dropout_and_the_training_mode_is_restored(training: bool) -> None:
     model = tiny_gpt2(dropout=0.5).train(training)
     batch, seen = {"forget": collate(text_rows(4))}, []
 
@@ -404,7 +407,7 @@ def test_the_original_model_predicts_without_dropout_and_the_mode_comes_back(tra
     assert not torch.equal(*logits)  # dropout would show
 
 
-def test_the_mode_comes_back_when_the_original_model_fails() -> None:
+def test_the_training_mode_is_restored_when_the_original_model_fails() -> None:
     model = tiny_gpt2().train()
 
     @contextmanager
@@ -423,125 +426,3 @@ def test_no_gradient_flows_through_the_original_model(name: str) -> None:
     build_loss(name, NEEDED.get(name))(model, batch, before(model, original)).backward()
     assert all(p.grad is None for p in original.parameters())
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-
-
-# Accumulation
-
-
-@pytest.mark.parametrize("case", ["gpt2", "vit"])
-@pytest.mark.parametrize("name", NAMES)
-def test_micro_batches_with_counts_add_up_to_their_batch(name: str, case: str) -> None:
-    make, rows = CASES[case]
-    original = make()
-    model = moved(original)
-    forget, retain = rows(4, seed=1), rows(5, seed=2)
-    loss, scope = build_loss(name, NEEDED.get(name, {}) | {"alpha": 0.7, "retain": "kl"}), before(model, original)
-    whole = {"forget": collate(forget), "retain": collate(retain)}
-    parts = [  # unequal in rows and lengths
-        {"forget": collate(forget[:1]), "retain": collate(retain[:3])},
-        {"forget": collate(forget[1:]), "retain": collate(retain[3:])},
-    ]
-    counts = [loss.counts(model, part) for part in parts]
-    total = {term: sum(count[term] for count in counts) for term in counts[0]}
-    assert total == loss.counts(model, whole)
-    big = loss(model, whole, scope)
-    summed = sum(loss(model, part, scope, total) for part in parts)
-    torch.testing.assert_close(summed, big, rtol=1e-5, atol=1e-5)
-    g_big = gradients(big, model)
-    g_sum = sum(gradients(loss(model, part, scope, total), model) for part in parts)
-    assert (g_sum - g_big).norm() < 1e-4 * g_big.norm()
-    plain = sum(loss(model, part, scope) for part in parts) / len(parts)
-    assert abs(plain - big) > 1e-5  # a mean of means is another loss
-
-
-def test_counts_are_labels_or_rows() -> None:
-    model, batch = tiny_gpt2(), {"forget": collate(text_rows(4)), "retain": collate(text_rows(2))}
-    labels, retain = (sum(len(r["input_ids"]) - 2 for r in text_rows(n)) for n in (4, 2))
-    assert build_loss("pgu").counts(model, batch) == {"forget": labels}
-    assert build_loss("ce_u").counts(model, batch) == {"forget": labels - 4}
-    assert build_loss("npo").counts(model, batch) == {"forget": 4, "retain": retain}
-    images = {"forget": collate(image_rows(3))}
-    assert build_loss("ce_u").counts(tiny_vit(), images) == {"forget": 3}
-
-
-def test_padding_does_not_change_a_loss() -> None:
-    model, original, batch = setup("llama")
-    scope = before(model, original)
-    padded = {}
-    for part, inputs in batch.items():
-        fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-        padded[part] = {k: nn.functional.pad(v, (0, 3), value=fill[k]) for k, v in inputs.items()}
-    for name in NAMES:
-        loss = build_loss(name, NEEDED.get(name))
-        torch.testing.assert_close(loss(model, padded, scope), loss(model, batch, scope), rtol=1e-4, atol=1e-5)
-    unmasked = {"forget": {**padded["forget"], "labels": padded["forget"]["labels"].clamp(min=0)}}
-    ascent = build_loss("grad_ascent")
-    assert abs(ascent(model, unmasked) - ascent(model, batch)) > 1e-2
-
-
-# Registry and errors
-
-
-def test_unknown_loss_names_the_known_ones() -> None:
-    with pytest.raises(SettingsError, match=r"'gradascent'; did you mean 'grad_ascent'.*choose from .*grad_diff"):
-        build_loss("gradascent")
-
-
-def test_unknown_setting_names_the_known_ones() -> None:
-    with pytest.raises(SettingsError, match=r"loss 'npo' has no setting 'offset', only gamma, alpha, retain, beta"):
-        build_loss("npo", {"offset": 0.1})
-    assert build_loss("pgu", {"offset": 0.1}).settings == {"offset": 0.1}
-
-
-@pytest.mark.parametrize(
-    ("name", "given", "seen"),
-    [
-        ("npo", {"gamma": "a"}, "gamma of loss 'npo' must be a number, got 'a'"),
-        ("npo", {"beta": None}, "beta of loss 'npo' must be a number, got None"),
-        ("ce_u", {"alpha": True}, "alpha of loss 'ce_u' must be a number, got True"),
-        ("pdu", {"eps": "x"}, "eps of loss 'pdu' must be a number, got 'x'"),
-        ("pdu", {"eps": 0.2, "eta": [1]}, r"eta of loss 'pdu' must be a number, got \[1\]"),
-    ],
-)
-def test_a_setting_that_is_no_number_is_an_error(name: str, given: dict, seen: str) -> None:
-    with pytest.raises(SettingsError, match=seen):
-        build_loss(name, given)
-    build_loss("rmu", {"layer": "transformer.h.0"})  # names where names are meant
-    build_loss("pdu", {"eps": 1, "update_upon": "epoch"})
-
-
-def test_unknown_kind_of_retain_term_is_an_error() -> None:
-    with pytest.raises(SettingsError, match="retain must be 'nll', 'kl' or 'hidden', got 'mse'"):
-        build_loss("npo", {"retain": "mse"})
-
-
-def test_grad_diff_needs_retain_rows_and_npo_does_not() -> None:
-    model, original, batch = setup("vit", retain=False)
-    with pytest.raises(DataError, match="'grad_diff' needs retain rows; pass retain_dataset"):
-        build_loss("grad_diff")(model, batch)
-    assert torch.isfinite(build_loss("npo")(model, batch, before(model, original)))
-
-
-def test_a_new_loss_is_one_decorator() -> None:
-    name = "square_of_the_probability"
-    assert name not in LOSSES
-    try:
-
-        @register_loss(name, gamma=2.0)
-        def square(predictions: Predictions, original: None, *, weight: float = 1.0) -> Tensor:
-            return weight * (-2 * predictions.nll_L).exp()
-
-        model, batch = CASES["bert"][0](), {"forget": collate(text_class_rows(3))}
-        p = [reference.softmax(z)[y] for z, y in reference.pairs(dense(model, batch["forget"]))]
-        found = build_loss(name, NEEDED.get(name, {}) | {"weight": 0.5})(model, batch).item()
-        assert found == pytest.approx(2 * 0.5 * np.mean(np.square(p)), rel=1e-5)
-    finally:
-        LOSSES.remove(name)
-    with pytest.raises(SettingsError, match="unknown loss"):
-        build_loss(name)
-
-
-def test_building_a_loss_leaves_the_given_settings_as_they_were() -> None:
-    settings = {"gamma": 2.0, "beta": 0.3}
-    loss = build_loss("npo", settings)
-    assert settings == {"gamma": 2.0, "beta": 0.3} and loss.settings == {"beta": 0.3} and loss.gamma == 2.0

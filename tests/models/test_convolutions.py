@@ -80,11 +80,11 @@ def test_the_rows_times_the_matrix_are_the_output(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["plain", "groups", "all"])
 def test_fishers_equal_those_of_a_loop_over_labels(name: str) -> None:
-    from hf_unlearn.data.row_identity import row_hashes
+    from hf_unlearn.data.row_identity import batch_hashes
 
     model, rows = net(name)
     statistics = collect_statistics(model, rows, fisher=True, progress=False)
-    seeds = row_hashes({"pixel_values": torch.stack([row["pixel_values"] for row in rows])}, None)
+    seeds = batch_hashes({"pixel_values": torch.stack([row["pixel_values"] for row in rows])})
     total = sum(reference.fisher_sum(model, row, "conv", None, seed)[0] for row, seed in zip(rows, seeds, strict=True))
     groups, outputs = model.conv.groups, 8 // model.conv.groups
     blocks = [total[g * outputs :][:outputs, g * outputs :][:, :outputs] for g in range(groups)]  # type: ignore[index]

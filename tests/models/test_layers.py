@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,8 +13,15 @@ from helpers import dense_twin as reference
 from helpers import tiny as cases
 from torch import nn
 
-from hf_unlearn.errors import ModelError
-from hf_unlearn.models.layers import Layer, describe_layer, find_layers, register_layer, tied_parameters
+from hf_unlearn.errors import ModelError, SettingsError
+from hf_unlearn.models.layers import (
+    LAYER_TYPES,
+    Layer,
+    describe_layer,
+    find_layers,
+    register_layer,
+    tied_parameters,
+)
 
 TEXT = ("gpt2", "llama")
 
@@ -132,21 +140,65 @@ def test_a_model_without_linear_layers_is_an_error_that_says_what_it_has() -> No
 
 
 class MyLinear(nn.Module):
-    """A linear layer of a type that the package does not know."""
+    """A linear layer of a type that is not registered."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(3, 5))
 
 
-def test_a_new_layer_type_is_one_registration() -> None:
-    assert describe_layer(MyLinear()) is None
+def my_linear(module: MyLinear) -> Layer:
+    return Layer(outputs=3, inputs=5)
 
-    @register_layer(MyLinear)
-    def _(module: MyLinear) -> Layer:
-        return Layer(outputs=3, inputs=5)
 
-    assert list(find_layers(nn.Sequential(MyLinear()))) == ["0"]
+@pytest.fixture
+def registered() -> Iterator[None]:
+    register_layer(MyLinear)(my_linear)
+    yield
+    LAYER_TYPES.remove(MyLinear)
+
+
+def test_a_new_layer_type_is_one_registration(registered: None) -> None:
+    class Derived(MyLinear):
+        pass
+
+    assert list(find_layers(nn.Sequential(MyLinear(), Derived()))) == ["0", "1"]
+    LAYER_TYPES.remove(MyLinear)
+    assert describe_layer(MyLinear()) is None and describe_layer(Derived()) is None
+
+
+def test_the_closest_registered_type_counts(registered: None) -> None:
+    class Derived(MyLinear):
+        pass
+
+    @register_layer(Derived)
+    def derived(module: Derived) -> Layer:
+        return Layer(outputs=5, inputs=3, transposed=True)
+
+    layers = [describe_layer(module) for module in (MyLinear(), Derived())]
+    assert [layer is not None and layer.transposed for layer in layers] == [False, True]
+    LAYER_TYPES.remove(Derived)
+
+
+def test_a_layer_type_is_registered_once(registered: None) -> None:
+    register_layer(MyLinear)(my_linear)  # the same function again changes nothing
+    with pytest.raises(SettingsError, match="layer type MyLinear is registered already; remove it first"):
+        register_layer(MyLinear)(lambda module: None)
+    with pytest.raises(SettingsError, match="layer type Linear is registered already"):
+        register_layer(nn.Linear)(lambda module: None)
+    assert describe_layer(MyLinear()) == Layer(outputs=3, inputs=5)
+
+
+def test_a_built_in_type_clashes_before_any_look_up() -> None:
+    """In a fresh process, where no layer was looked up yet."""
+    code = (
+        "from torch import nn; from hf_unlearn.errors import SettingsError; "
+        "from hf_unlearn.models.layers import describe_layer, register_layer\n"
+        "try: register_layer(nn.Linear)(lambda module: None)\n"
+        "except SettingsError: assert describe_layer(nn.Linear(2, 3)).outputs == 3\n"
+        "else: raise SystemExit(1)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_conv1d_is_known_before_any_model_was_searched() -> None:

@@ -11,7 +11,6 @@ from torch import nn
 
 from hf_unlearn.errors import CoverageError
 from hf_unlearn.models.layers import find_layers
-from hf_unlearn.models.modes import hold_norm_statistics
 from hf_unlearn.models.trainable import check_covered, freeze_unprotected
 
 FROZEN_MATRICES = {
@@ -110,18 +109,6 @@ def test_an_optimizer_with_an_uncovered_parameter_is_refused() -> None:
     check_covered(model, trained, find_layers(model), ())
     with pytest.raises(CoverageError, match="a parameter of another model"):
         check_covered(model, [nn.Parameter(torch.ones(1))], find_layers(model), ())
-
-
-def test_batch_norms_are_held_and_nothing_else() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5), nn.LayerNorm(3)).train()
-    hold_norm_statistics(model)
-    assert [module.training for module in model] == [True, False, True, True]
-    before = model[1].running_mean.clone()
-    model(torch.randn(8, 3) + 5)
-    assert torch.equal(model[1].running_mean, before)
-    model.train()
-    model(torch.randn(8, 3) + 5)
-    assert not torch.equal(model[1].running_mean, before)
 
 
 def test_patterns_are_case_sensitive() -> None:

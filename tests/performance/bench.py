@@ -31,11 +31,11 @@ from hf_unlearn import (
     constrain_optimizer,
     freeze_unprotected,
 )
-from hf_unlearn.cli.common import hush
+from hf_unlearn.cli.setup import hush
 from hf_unlearn.constraints import CONSTRAINTS
 from hf_unlearn.core.provenance import hardware, package_versions
 from hf_unlearn.demo import run_digits
-from hf_unlearn.statistics.eigen import eigen
+from hf_unlearn.statistics import eigendecomposition
 
 HERE = Path(__file__).resolve().parent
 VOCABULARY, LENGTH = 2048, 256
@@ -208,10 +208,12 @@ def decomposing(rounds: int) -> list[Figure]:
     for width in (256, 512, 1024, 2048):
         rows = torch.randn(4 * width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         gram = rows.T @ rows
-        times = in_turn(lambda gram=gram: eigen(gram), lambda rows=rows: rows.T @ rows, rounds)
+        times = in_turn(lambda gram=gram: eigendecomposition(gram), lambda rows=rows: rows.T @ rows, rounds)
         figures.append(Figure("decomposition", f"eigh in float64, width {width}", "its product", *times))
         few = rows[: width // 4].T @ rows[: width // 4]
-        times = in_turn(lambda few=few: eigen(few, len(few) // 4), lambda few=few: eigen(few), rounds)
+        times = in_turn(
+            lambda few=few: eigendecomposition(few, len(few) // 4), lambda few=few: eigendecomposition(few), rounds
+        )
         figures.append(Figure("decomposition", f"of {width // 4} rows, width {width}", "eigh in float64", *times))
     return figures
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_unlearn import Constraint, EnergyConstraint, PaddingCollator, RidgeConstraint, collect_statistics
-from hf_unlearn.statistics import Eigen
+from hf_unlearn.statistics import Eigen, eigendecomposition
 from hf_unlearn.statistics.early_stop import lost_energy
-from hf_unlearn.statistics.eigen import add_products, eigen, mirror
 from hf_unlearn.statistics.sketch import add_sketch, sketch_of
+from hf_unlearn.statistics.sums import add_products, mirror
 
 SHARES = (16, 8, 4, 2)
 ENERGY = EnergyConstraint(0.9, "eigenvalues")
@@ -39,7 +39,7 @@ def drift(step_OI: Tensor, gram_II: Tensor) -> float:
 
 def compare(gram_II: Tensor, exact: Eigen, gradient_OI: Tensor, rank: int) -> dict[str, float]:
     """Compare one layer at one rank: energies, largest principal angle of the energy-0.9 basis, drift ratios."""
-    sketched_eigen = eigen(sketch_of(gram_II, rank))
+    sketched_eigen = eigendecomposition(sketch_of(gram_II, rank))
     needed, values_I = exact.rank(ENERGY.energy, ENERGY.spectrum), exact.values_I
     common = min(needed, rank)
     basis_IK = sketched_eigen.vectors_II[:, :common]
@@ -80,7 +80,7 @@ def errors(folder: Path, text: Path, layers: list[str], count: int) -> None:
     by_rank: dict[int, list[dict[str, float]]] = {}
     for name in statistics.layers:
         gram_II, gradient = statistics.gram(name), model.get_submodule(name).weight.grad.double()
-        exact = eigen(gram_II)
+        exact = eigendecomposition(gram_II)
         for share in SHARES:
             rank = len(gram_II) // share
             by_rank.setdefault(rank, []).append(compare(gram_II, exact, gradient, rank))
@@ -112,12 +112,12 @@ def times() -> None:
     sums_II = torch.zeros(WIDE, WIDE, dtype=torch.float64)
     took = seconds(lambda: add_products(sums_II, rows_NI))
     corner_II = sums_II[:EXACT, :EXACT] + sums_II[:EXACT, :EXACT].T
-    small = seconds(lambda: eigen(corner_II))
+    small = seconds(lambda: eigendecomposition(corner_II))
     cubed = small * (WIDE / EXACT) ** 3
     print(f"| exact | {8 * WIDE**2 / 1e9:.2f} GB | {took:.1f} | {cubed:.0f} ({small:.1f} at {EXACT}, cubed) |")
     mirror(sums_II)
     thin_eigen: list[Eigen] = []
-    thin = seconds(lambda: thin_eigen.append(eigen(sums_II, ROWS)))
+    thin = seconds(lambda: thin_eigen.append(eigendecomposition(sums_II, ROWS)))
     probe_I8 = torch.randn(WIDE, 8, dtype=torch.float64)
     seen, held = (
         sums_II @ probe_I8,
@@ -128,7 +128,7 @@ def times() -> None:
     for rank in (1024, 2048):
         sums_IS = torch.zeros(WIDE, rank + 1, dtype=torch.float64)
         took = seconds(lambda sums_IS=sums_IS: add_sketch(sums_IS, rows_NI))  # type: ignore[misc]
-        decomposed = seconds(lambda sums_IS=sums_IS: eigen(sums_IS))  # type: ignore[misc]
+        decomposed = seconds(lambda sums_IS=sums_IS: eigendecomposition(sums_IS))  # type: ignore[misc]
         print(f"| sketch of rank {rank} | {8 * sums_IS.numel() / 1e9:.2f} GB | {took:.1f} | {decomposed:.1f} |")
     print(f"\nIn the span: {len(thin_eigen[0].values_I)} vectors, product error {error:.0e}, peak memory {peak:.1f} GB")
 

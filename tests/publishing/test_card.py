@@ -17,8 +17,9 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.evaluation.report import Metric, UnlearningReport
-from hf_unlearn.publishing.card import default_template, is_hub_id, render_card, write_card
+from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
+from hf_unlearn.publishing.card import default_template, render_card, write_card
+from hf_unlearn.publishing.card_sections import is_hub_id
 from hf_unlearn.publishing.markdown import code, escape, text
 
 REVISION = "3f49326eb077187dfe1c2a2bb15fbd74e6ab91e3"
@@ -28,7 +29,7 @@ METADATA = "---\n{{ card_data }}\n---\n"
 def make_report() -> UnlearningReport:
     values = {"original": 0.981, "unlearned": 0.0612, "retrained": 0.0601}
     metrics = [
-        Metric(name, value + 0.0011 * i, split, model, 20 + i, value - 0.05, value + 0.05, seed=3)
+        MetricValue(name, value + 0.0011 * i, split, model, 20 + i, value - 0.05, value + 0.05, seed=3)
         for name in ("accuracy", "loss", "membership_auc")
         for i, split in enumerate(("forget", "retain", "holdout"))
         for model, value in values.items()
@@ -87,7 +88,7 @@ def metric_table(card: str) -> list[list[str]]:
 
 def test_every_metric_is_in_the_table_and_in_the_model_index() -> None:
     report = make_report()
-    report.metrics.append(Metric("relearned_probability", 0.4321, "forget", "unlearned after 8 steps", 15))
+    report.metrics.append(MetricValue("relearned_probability", 0.4321, "forget", "unlearned after 8 steps", 15))
     card = render_card(report, model_name="me/model")
     table = metric_table(card)
     index = {(r.dataset_split, r.metric_name): r.metric_value for r in ModelCard(card).data.eval_results or []}
@@ -105,9 +106,9 @@ def test_an_audits_verdicts_what_was_not_run_and_why_a_number_is_undefined_are_s
     report = make_report()
     before = render_card(report, model_name="m")
     attacks = ("membership_auc_zlib", "membership_auc_min_k")
-    report.metrics += [Metric(name, 0.7, "forget", "unlearned", 20) for name in attacks]
+    report.metrics += [MetricValue(name, 0.7, "forget", "unlearned", 20) for name in attacks]
     report.metrics.append(
-        Metric("forget_quality", math.nan, "forget", "unlearned", 20, reason="no retrained model | given")
+        MetricValue("forget_quality", math.nan, "forget", "unlearned", 20, reason="no retrained model | given")
     )
     verdict = "remembers more than the retrained model"
     report.audit = {"verdicts": {"relearning_steps": verdict}, "not_run": {"recalibration": "it has no batch norm"}}
@@ -178,8 +179,8 @@ def test_layers_are_named_by_pattern_and_retained_energy_as_it_came_out() -> Non
     report.drift["by_layer"] = {f"model.layers.{i}.mlp.{name}": 0.1 for i in range(12) for name in ("up", "down")}
     report.drift["by_layer"]["score"] = 0.1
     found = cells(render_card(report, model_name="m"))
-    assert found["layers touched"] == "25: `model.layers.*.mlp.up` x 12, `model.layers.*.mlp.down` x 12, `score`"
-    energy = "retained energy: what steps may not touch"
+    assert found["layers trained"] == "25: `model.layers.*.mlp.up` x 12, `model.layers.*.mlp.down` x 12, `score`"
+    energy = "retained energy: what steps may not change"
     assert found[energy] == "0.9 of the spectrum (singular values); as share of the energy: not recorded"
     report.method["retained"] = {"energy": 0.9931, "rank": 0.25, "layers": 25}
     expected = "0.9 of the spectrum (singular values): 99.3% of the energy of the inputs, in 25.0% of their dimensions"
@@ -240,8 +241,8 @@ def test_a_model_that_was_not_measured_reads_not_measured() -> None:
 def test_relearning_and_quantisation_are_shown_once_measured() -> None:
     report = make_report()
     report.metrics += [
-        Metric("relearned_probability", 0.4, "forget", "unlearned", 15),
-        Metric("answer_probability", 0.06, "forget", "unlearned, 4-bit", 20),
+        MetricValue("relearned_probability", 0.4, "forget", "unlearned", 15),
+        MetricValue("answer_probability", 0.06, "forget", "unlearned, 4-bit", 20),
     ]
     found = cells(render_card(report, model_name="m"))
     assert "0.400" in found["relearning from a few of the forgotten rows"]

@@ -18,8 +18,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hf_unlearn.evaluation.report import Metric, UnlearningReport
-from hf_unlearn.publishing import plots
+from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
+from hf_unlearn.publishing import layer_plot, plot_style, plots, series_plot
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -31,7 +31,7 @@ def entropies(seed: int, centre: float, n: int = 40) -> list[float]:
 def make_report(retrained: bool = True, layers: int = 12) -> UnlearningReport:
     models = {"original": 1.0, "unlearned": 0.87, **({"retrained": 0.88} if retrained else {})}
     metrics = [
-        Metric("accuracy", value - 0.01 * i, split, model, 50, value - 0.05, min(value + 0.05, 1))
+        MetricValue("accuracy", value - 0.01 * i, split, model, 50, value - 0.05, min(value + 0.05, 1))
         for model, value in models.items()
         for i, split in enumerate(("forget", "retain", "holdout"))
     ]
@@ -96,7 +96,7 @@ def test_settings_of_matplotlib_are_restored_and_pyplot_is_not_loaded(tmp_path: 
     before = dict(matplotlib.rcParams)
     plots.save_plots(replace(make_report(), drift={}, entropies={}, history=[]), tmp_path)
     assert dict(matplotlib.rcParams) == before
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(plot_style.STYLE):
         assert dict(matplotlib.rcParams) != before  # the style does differ from what is restored
     code = "import sys, hf_unlearn.publishing.plots; print('matplotlib.pyplot' in sys.modules, 'matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -121,7 +121,7 @@ def test_curves_start_at_the_original_model_and_end_at_the_last_evaluation() -> 
     figure = plots.metrics_by_step(make_report())
     assert figure is not None
     curves, drifts = figure.axes
-    forget = next(line for line in curves.lines if line.get_color() == plots.SPLIT_COLOURS["forget"])
+    forget = next(line for line in curves.lines if line.get_color() == plot_style.SPLIT_COLOURS["forget"])
     assert list(forget.get_xdata()) == [0, 1, 2, 3, 4]
     assert forget.get_ydata()[0] == 1.0 and forget.get_ydata()[-1] == pytest.approx(0.88)
     assert len(drifts.lines) == 2 and "2.0e-07" in drifts.get_title(loc="right")  # the leak is a note
@@ -136,20 +136,20 @@ def test_the_retrained_level_is_drawn_only_if_there_is_one(retrained: bool) -> N
 
 def test_labels_at_the_ends_of_curves_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     def overlaps() -> bool:
-        with matplotlib.rc_context(plots.STYLE):
+        with matplotlib.rc_context(plot_style.STYLE):
             boxes = [text.get_window_extent() for text in drawn(plots.metrics_by_step(make_report())).axes[0].texts]
         assert len(boxes) == 3
         return any(a.overlaps(b) for a, b in combinations(boxes, 2))
 
     assert not overlaps()
-    monkeypatch.setattr(plots, "_spread", lambda values, gap: values)
+    monkeypatch.setattr(plot_style, "spread_apart", lambda values, gap: values)
     assert overlaps()
 
 
 def test_spread_keeps_the_gap_the_order_and_the_top() -> None:
     values = [0.98, 0.97, 0.2, 0.21, 0.5]
     assert min(b - a for a, b in pairwise(sorted(values))) < 0.1
-    places = plots._spread(values, gap=0.1)
+    places = plot_style.spread_apart(values, gap=0.1)
     assert min(b - a for a, b in pairwise(sorted(places))) >= 0.1 - 1e-12
     assert np.argsort(places).tolist() == np.argsort(values).tolist()
     assert max(places) <= 1 and places[4] == 0.5
@@ -170,18 +170,18 @@ def test_many_layers_become_curves_by_kind(layers: int, bars: int) -> None:
 
 def test_experts_of_a_block_are_one_point_their_root_mean_square() -> None:
     drifts = {"h.0.experts.0.up": 3.0, "h.0.experts.1.up": 4.0, "h.1.experts.0.up": 1.0, "head": 2.0}
-    kinds, single = plots._kinds(drifts)
+    kinds, single = layer_plot._by_type_and_block(drifts)
     assert kinds == {"h.*.experts.*.up": {0: pytest.approx(math.sqrt(12.5)), 1: 1.0}}
     assert single == {"head": 2.0}
 
 
 def test_layer_names_are_shortened_but_never_made_equal() -> None:
     names = ["encoder.h.0.up", "encoder.h.1.up", "head"]
-    assert plots._without_prefix(names) == ["0.up", "1.up", "head"]
+    assert layer_plot._without_prefix(names) == ["0.up", "1.up", "head"]
     twins = ["encoder.h.0.up", "decoder.h.0.up"]
-    assert plots._without_prefix(twins) == twins
+    assert layer_plot._without_prefix(twins) == twins
     kinds = ["h.*.attention.output.dense", "h.*.output.dense", "h.*.attention.query"]
-    assert plots._shortest_endings(kinds) == ["attention.output.dense", "output.dense", "query"]
+    assert layer_plot._shortest_endings(kinds) == ["attention.output.dense", "output.dense", "query"]
 
 
 def test_the_bars_show_the_metric_that_early_stopping_goes_by() -> None:
@@ -203,18 +203,18 @@ def in_a_row(count: int, offset: float = 0.0) -> list[UnlearningReport]:
     """`count` reports: 10 rows forgotten at each, the earlier ones tested again."""
     reports = []
     for number in range(1, count + 1):
-        metrics = [Metric("accuracy", 0.9 + offset, "retain", "unlearned", 50)]
-        metrics += [Metric("accuracy", 0.8 + offset, "holdout", "unlearned", 50)]
-        metrics += [Metric("accuracy", 0.1 * number, "forget", "unlearned", 10)]
-        metrics += [Metric("accuracy", 0.3 + offset, f"forgotten_{k}", "unlearned", 30) for k in range(1, number)]
+        metrics = [MetricValue("accuracy", 0.9 + offset, "retain", "unlearned", 50)]
+        metrics += [MetricValue("accuracy", 0.8 + offset, "holdout", "unlearned", 50)]
+        metrics += [MetricValue("accuracy", 0.1 * number, "forget", "unlearned", 10)]
+        metrics += [MetricValue("accuracy", 0.3 + offset, f"forgotten_{k}", "unlearned", 30) for k in range(1, number)]
         reports.append(UnlearningReport(metrics, series={"drift_used": {"relative": 0.01 * number + offset}}))
     return reports
 
 
 def test_the_sequence_plot_draws_each_arm_over_the_requests(tmp_path: Path) -> None:
-    joint = UnlearningReport([Metric("accuracy", 0.25, "forget", "unlearned", 40)], drift={"relative": 0.05})
+    joint = UnlearningReport([MetricValue("accuracy", 0.25, "forget", "unlearned", 40)], drift={"relative": 0.05})
     arms = {"carried": in_a_row(3), "fresh": in_a_row(3, 0.01), "joint": [joint]}
-    upper, lower = plots.series_figure(arms, "accuracy").axes
+    upper, lower = series_plot.series_figure(arms, "accuracy").axes
     curves = [(list(line.get_xdata()), list(line.get_ydata())) for line in upper.get_lines()]
     assert ([1, 2, 3], pytest.approx([0.1, (2 + 9) / 40, (3 + 18) / 70])) in curves
     assert ([1, 2, 3], pytest.approx([0.91] * 3)) in curves and ([3], [0.25]) in curves
@@ -222,5 +222,5 @@ def test_the_sequence_plot_draws_each_arm_over_the_requests(tmp_path: Path) -> N
     assert drifts == [pytest.approx([0.01, 0.02, 0.03]), pytest.approx([0.02, 0.03, 0.04]), [0.05]]
     assert [text.get_text() for text in lower.get_legend().get_texts()] == list(arms)
     before = dict(matplotlib.rcParams)
-    assert plots.save_series_plot(arms, tmp_path / "s.png", "accuracy").read_bytes().startswith(PNG)
+    assert series_plot.save_series_plot(arms, tmp_path / "s.png", "accuracy").read_bytes().startswith(PNG)
     assert dict(matplotlib.rcParams) == before

@@ -209,7 +209,7 @@ except AttributeError as error:
         ("losses.npo", "from ..constraints import base"),
         ("losses.npo", "from hf_unlearn.evaluation.metrics.language import truth_ratio"),
         ("errors", "from .core import files"),
-        ("core.files", "from ..evaluation.report import Metric"),
+        ("core.files", "from ..evaluation.report import MetricValue"),
         ("trainer.trainer", "from ..cli import main"),
         ("trainer.trainer", "from hf_unlearn import UnlearningConfig"),
         ("trainer.trainer", "import hf_unlearn"),

@@ -31,7 +31,7 @@ def names_of(package: str) -> list[str]:
 
 @pytest.mark.parametrize("package", ["hf_unlearn", *(f"hf_unlearn.{room}" for room in ROOMS)])
 def test_the_public_names_are_those_of_the_snapshot(package: str) -> None:
-    assert names_of(package) == NAMES.get(package), f"update {SNAPSHOT.name} if this change is meant"
+    assert names_of(package) == NAMES.get(package), "if this change is meant, run tests/repo/snapshot_names.py"
 
 
 @pytest.mark.parametrize("package", ["hf_unlearn", *(f"hf_unlearn.{room}" for room in ROOMS)])

@@ -60,12 +60,34 @@ def test_examples_of_extensions_run() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_table_of_losses_has_all_of_them() -> None:
+def names_in_table(page: Path, header: str) -> list[str]:
+    """Return the code words in the first column of the table with this header, in alphabetical order."""
+    table = page.read_text(encoding="utf-8").partition(header)[2].partition("\n\n")[0]
+    first_cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    return sorted(re.findall(r"`(\w+)`", " ".join(first_cells)))
+
+
+def test_the_tables_have_every_loss_constraint_metric_and_attack() -> None:
+    from hf_unlearn.constraints import CONSTRAINTS
+    from hf_unlearn.evaluation import ATTACKS, METRICS
     from hf_unlearn.losses import LOSSES
 
-    table = README.read_text(encoding="utf-8").partition("| `loss` |")[2].partition("\n\n")[0]
-    first_cells = [line.split("|")[1] for line in table.splitlines()[2:]]
-    assert sorted(re.findall(r"`(\w+)`", " ".join(first_cells))) == sorted(LOSSES)
+    metrics = ROOT / "docs" / "metrics.md"
+    assert names_in_table(README, "| `loss` |") == sorted(LOSSES)
+    assert names_in_table(README, "| `constraint` |") == sorted(CONSTRAINTS)
+    assert names_in_table(metrics, "| metric |") == sorted(METRICS)
+    assert names_in_table(metrics, "| attack |") == sorted({*ATTACKS, "membership"})
+
+
+def test_contributing_has_the_rooms_and_the_number_of_arrows() -> None:
+    program = [sys.executable, str(ROOT / "tests" / "repo" / "import_arrows.py")]
+    printed = subprocess.run(program, capture_output=True, text=True, check=True).stdout
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for line in printed.splitlines()[:-2]:
+        floor, room, words = re.match(r" *(\d+)  (\S+) +(.*?) +-> ", line).groups()  # type: ignore[union-attr]
+        assert f"| {floor} | `{room}` | {words} |" in page
+    counts = re.match(r"(\d+) rooms on (\d+) floors, (\d+) arrows", printed.splitlines()[-2])
+    assert counts is not None and f"| version 0.2 | {counts[1]} | {counts[2]} | {counts[3]} |" in page
 
 
 def test_signature_block_holds() -> None:

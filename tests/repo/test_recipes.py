@@ -20,7 +20,7 @@ from hf_unlearn.core.files import read_yaml
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.data.splits import load_rows
 from hf_unlearn.deletion.arguments import BenchmarkArguments
-from hf_unlearn.deletion.request import Request
+from hf_unlearn.deletion.request import DeletionRequest, RequestModels, RequestRows
 from hf_unlearn.models.loading import load_model, load_processor
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.trainer.config import UnlearningConfig
@@ -204,7 +204,8 @@ def test_moments_are_those_of_single_rows_and_the_joint_map_is_the_minimum(tmp_p
     module, model, rows = recipe("two_sided"), cases.tiny_vit(), cases.image_rows(64)
     collator = PaddingCollator()
     statistics = collect_statistics(model, rows, collator=collator, fisher=True, progress=False)
-    request = Request(model, rows[:2], {"retain": rows}, statistics, collator=collator)
+    models = RequestModels(original=model, collator=collator)
+    request = DeletionRequest(models=models, rows=RequestRows(forget=rows[:2], evaluation={"retain": rows}))
     moments = module.moments(request, statistics, 16)
     name = "vit.layers.0.mlp.fc1" if "vit.layers.0.mlp.fc1" in moments else next(iter(moments))
     weight = model.get_submodule(name).weight
@@ -222,7 +223,7 @@ def test_moments_are_those_of_single_rows_and_the_joint_map_is_the_minimum(tmp_p
         model, UnlearningConfig(str(tmp_path), use_cpu=True), rows[:2], statistics=statistics, data_collator=collator
     )
     module.together(statistics, moments, False, False)(trainer)
-    (bound,) = (part.bound for part in trainer.constrainer.parts if part.owner == name and part.bound is not None)
+    (bound,) = (part.bound for part in trainer.constrainer.weights if part.owner == name and part.bound is not None)
     assert abs(bound.kept_OI.mean().item() - 0.7) < 1e-3
     step_OI = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     a_II, s_OO = statistics.gram(name), statistics.fisher(name)
@@ -242,15 +243,16 @@ def test_statistics_collected_again_are_those_of_the_current_weights(tmp_path: P
     config = UnlearningConfig(str(tmp_path), use_cpu=True, constraint="ridge")
     statistics = collect_statistics(model, rows, collator=collator, progress=False)
     trainer = UnlearningTrainer(model, config, rows[:2], statistics=statistics, data_collator=collator)
-    request = Request(model, rows[:2], {}, statistics, retain=rows, collator=collator)
-    before = [part.bound for part in trainer.constrainer.parts]
+    models = RequestModels(original=model, collator=collator)
+    request = DeletionRequest(models=models, rows=RequestRows(forget=rows[:2], retain=rows))
+    before = [part.bound for part in trainer.constrainer.weights]
     with torch.no_grad():
-        for part in trainer.constrainer.parts:
+        for part in trainer.constrainer.weights:
             part.parameter.mul_(1.5)
     recipe("retain_data").CollectAgain(request, trainer).on_epoch_end(config, None, None)
     now = bind_constraints(collect_statistics(model, rows, collator=collator, progress=False), RidgeConstraint())
     changed = []
-    for part, old in zip(trainer.constrainer.parts, before, strict=True):
+    for part, old in zip(trainer.constrainer.weights, before, strict=True):
         if part.bound is not None and old is not None:
             step_OI = torch.ones_like(part.original_OI)
             torch.testing.assert_close(part.bound(step_OI), now[part.owner](step_OI))

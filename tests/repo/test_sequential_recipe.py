@@ -16,7 +16,6 @@ import pytest
 from helpers.paths import RECIPES
 from helpers.tiny import requires_asset, sharpen
 
-from hf_unlearn.deletion import request as requests
 from hf_unlearn.deletion.ledger import Ledger
 from hf_unlearn.evaluation.report import UnlearningReport
 
@@ -50,7 +49,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         forget, remaining, holdout = plain(count, seed, classes)
         return [rows[:6] for rows in forget], remaining[:40], holdout[:20]
 
-    monkeypatch.setattr(module, "train_vit", small)
+    monkeypatch.setattr(module.digits_demo, "train_vit", small)
     monkeypatch.setattr(module, "digits_requests", few)
     monkeypatch.setattr("hf_unlearn.publishing.model_folder.save_plots", lambda report, folder: [])
     return module
@@ -93,16 +92,16 @@ def test_a_killed_run_resumes_and_does_nothing_twice(
     recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fulfilled: list[str] = []
-    plain = requests.Request.fulfil
+    plain = recipe.fulfil_request
 
-    def fulfil(self: Any, args: Any) -> Any:
+    def fulfil(request: Any, args: Any) -> Any:
         if len(fulfilled) == 2:
             raise KeyboardInterrupt
         fulfilled.append(Path(args.output_dir).parent.name + Path(args.output_dir).name)
-        return plain(self, args)
+        return plain(request, args)
 
     argv = ("digits", "--requests", 2, "--output_dir", tmp_path / "out")
-    monkeypatch.setattr(requests.Request, "fulfil", fulfil)
+    monkeypatch.setattr(recipe, "fulfil_request", fulfil)
     with pytest.raises(KeyboardInterrupt):
         start(recipe, monkeypatch, *argv)
     fulfilled[:] = ["two", "before", *fulfilled]

@@ -13,7 +13,7 @@ from helpers import tiny as cases
 from torch import Tensor, nn
 
 from hf_unlearn.data.batches import PaddingCollator
-from hf_unlearn.data.row_identity import row_hashes
+from hf_unlearn.data.row_identity import batch_hashes
 from hf_unlearn.errors import DataError, ModelError, SettingsError
 from hf_unlearn.models.layers import find_layers
 from hf_unlearn.statistics.collect import collect_statistics
@@ -67,7 +67,7 @@ def test_the_fishers_equal_autograd_label_by_label(kind: str) -> None:
         for row in rows:
             own = row["labels"]
             positions = None if isinstance(own, int) else [t - 1 for t in range(1, len(own)) if own[t] != -100]
-            seed = row_hashes(reference._alone(row), None)[0]
+            seed = batch_hashes(reference._alone(row))[0]
             one_OO, count = reference.fisher_sum(model, row, name, positions, seed)
             twin_OO, labels = twin_OO + one_OO, labels + count
             other_OO = other_OO + reference.fisher_sum(model, row, name, positions, seed + 1)[0]

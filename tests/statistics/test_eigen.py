@@ -13,13 +13,12 @@ from torch import Tensor
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.statistics.eigen import (
     Eigen,
-    add_products,
-    eigen,
+    eigendecomposition,
     leading_basis,
-    mirror,
     numerical_rank,
     rank_for_energy,
 )
+from hf_unlearn.statistics.sums import add_products, mirror
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(0, 2**20))
@@ -76,14 +75,14 @@ def test_the_two_spectra_differ_and_singular_values_keep_more() -> None:
 @quick
 @given(shapes, energies, energies, spectra)
 def test_the_rank_grows_with_the_energy(shape: tuple[int, int, int], a: float, b: float, spectrum: str) -> None:
-    values_I = eigen(gram_of(make_rows(*shape))).values_I
+    values_I = eigendecomposition(gram_of(make_rows(*shape))).values_I
     low, high = sorted((a, b))
     ranks = [rank_for_energy(values_I, energy, spectrum) for energy in (low, high, 1.0)]
     assert ranks == sorted(ranks)
 
 
 def test_the_rank_does_change_with_the_energy() -> None:
-    values_I = eigen(gram_of(make_rows(12, 9, 0))).values_I
+    values_I = eigendecomposition(gram_of(make_rows(12, 9, 0))).values_I
     assert rank_for_energy(values_I, 0.1) < rank_for_energy(values_I, 0.99) < rank_for_energy(values_I, 1)
 
 
@@ -93,19 +92,21 @@ def test_energy_one_keeps_the_numerical_rank(shape: tuple[int, int, int]) -> Non
     n, size, _ = shape
     gram_II = gram_of(make_rows(*shape))
     assert leading_basis(gram_II, 1.0).shape == (size, min(n, size))
-    assert numerical_rank(eigen(gram_II).values_I) == min(n, size)
+    assert numerical_rank(eigendecomposition(gram_II).values_I) == min(n, size)
 
 
 def test_rounding_noise_is_not_rank() -> None:
     rows_NI = make_rows(3, 8, 1)
     gram_II = gram_of(rows_NI)
     noise_II = 1e-17 * torch.randn(8, 8, dtype=torch.float64)
-    assert numerical_rank(eigen(gram_II + noise_II @ noise_II.T).values_I) == 3
-    assert numerical_rank(eigen(gram_II + 1e-6 * torch.eye(8)).values_I) == 8  # a real direction, however small, is
+    assert numerical_rank(eigendecomposition(gram_II + noise_II @ noise_II.T).values_I) == 3
+    assert (
+        numerical_rank(eigendecomposition(gram_II + 1e-6 * torch.eye(8)).values_I) == 8
+    )  # a real direction, however small, is
 
 
 def test_the_floor_lifts_the_rank_to_its_share_but_not_above_the_numerical_rank() -> None:
-    values_I = eigen(gram_of(make_rows(6, 8, 2))).values_I
+    values_I = eigendecomposition(gram_of(make_rows(6, 8, 2))).values_I
     free = rank_for_energy(values_I, 0.5)
     assert free < 4
     assert rank_for_energy(values_I, 0.5, min_rank_share=0.5) == 4
@@ -124,22 +125,22 @@ def test_a_zero_gram_has_an_empty_basis() -> None:
 def test_the_negative_share_is_that_of_the_absolute_eigenvalues(values: list[float], seed: int) -> None:
     size = len(values)
     rotation_II = torch.linalg.qr(make_rows(size, size, seed) + torch.eye(size)).Q
-    parts = eigen(rotation_II @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ rotation_II.T)
+    parts = eigendecomposition(rotation_II @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ rotation_II.T)
     share = sum(-v for v in values if v < 0) / sum(abs(v) for v in values)
     assert parts.negative_share == pytest.approx(share, abs=1e-12)
     assert (parts.values_I >= 0).all() and (parts.values_I.diff() <= 0).all()
 
 
 def test_a_gram_of_real_rows_has_no_negative_share_and_prints_as_plus_zero() -> None:
-    assert eigen(gram_of(make_rows(12, 6, 3))).negative_share < 1e-12
-    assert str(eigen(torch.eye(3)).negative_share) == "0.0"
-    assert eigen(-torch.eye(3)).negative_share == 1
-    assert eigen(torch.zeros(3, 3)).negative_share == 0
+    assert eigendecomposition(gram_of(make_rows(12, 6, 3))).negative_share < 1e-12
+    assert str(eigendecomposition(torch.eye(3)).negative_share) == "0.0"
+    assert eigendecomposition(-torch.eye(3)).negative_share == 1
+    assert eigendecomposition(torch.zeros(3, 3)).negative_share == 0
 
 
 def test_eigen_decomposes_in_float64_whatever_the_input() -> None:
     gram_II = gram_of(make_rows(12, 6, 4)).float()
-    parts = eigen(gram_II)
+    parts = eigendecomposition(gram_II)
     assert parts.values_I.dtype == parts.vectors_II.dtype == torch.float64
     rebuilt_II = parts.vectors_II @ torch.diag(parts.values_I) @ parts.vectors_II.T
     torch.testing.assert_close(rebuilt_II, gram_II.double(), atol=1e-12, rtol=0)
@@ -223,7 +224,7 @@ def test_a_gram_of_few_rows_is_decomposed_in_their_span(kind: str) -> None:
     """Twin: the same in full."""
     rows_NI, signs_N = few_rows(kind)
     gram_II = signed_gram(rows_NI, signs_N)
-    thin, full = eigen(gram_II, len(rows_NI)), eigen(gram_II)
+    thin, full = eigendecomposition(gram_II, len(rows_NI)), eigendecomposition(gram_II)
     assert thin.vectors_II.shape[1] <= len(rows_NI) and full.vectors_II.shape[1] == WIDE
     assert (thin.negative_share > 0.01) == (kind == "indefinite")
     assert_same(thin, full)
@@ -233,23 +234,23 @@ def test_a_gram_of_few_rows_is_decomposed_in_their_span(kind: str) -> None:
 @pytest.mark.parametrize("claimed", [1, 20, 39])
 def test_a_gram_of_more_rows_than_said_is_noticed(kind: str, claimed: int) -> None:
     gram_II = signed_gram(*few_rows(kind))
-    assert eigen(gram_II, claimed).missed is None  # in full
-    assert eigen(gram_II, 40).missed is not None
-    assert eigen(gram_II + 1e-9 * gram_II.trace() / WIDE * torch.eye(WIDE), 40).missed is None
+    assert eigendecomposition(gram_II, claimed).missed is None  # in full
+    assert eigendecomposition(gram_II, 40).missed is not None
+    assert eigendecomposition(gram_II + 1e-9 * gram_II.trace() / WIDE * torch.eye(WIDE), 40).missed is None
 
 
 def test_what_a_subtraction_leaves_is_decomposed_thin_and_one_of_foreign_rows_in_full() -> None:
     rows_NI, _ = few_rows("random", 80)
     kept, foreign = rows_NI[40:], make_rows(40, WIDE, 5)
     left_II = rows_NI.T @ rows_NI - rows_NI[:40].T @ rows_NI[:40]
-    thin = eigen(left_II, 40)
+    thin = eigendecomposition(left_II, 40)
     assert thin.missed is not None
-    assert_same(thin, eigen(kept.T @ kept))
-    odd = eigen(rows_NI.T @ rows_NI - foreign.T @ foreign, 40)
+    assert_same(thin, eigendecomposition(kept.T @ kept))
+    odd = eigendecomposition(rows_NI.T @ rows_NI - foreign.T @ foreign, 40)
     assert odd.missed is None and odd.negative_share > 1e-3
 
 
 def test_many_rows_and_small_grams_are_decomposed_in_full() -> None:
     gram_II = signed_gram(*few_rows("random"))
-    assert eigen(gram_II, WIDE // 2 + 1).missed is None
-    assert eigen(gram_II[:255, :255], 40).missed is None
+    assert eigendecomposition(gram_II, WIDE // 2 + 1).missed is None
+    assert eigendecomposition(gram_II[:255, :255], 40).missed is None

@@ -14,13 +14,15 @@ import torch
 from helpers import tiny as cases
 from torch import Tensor, nn
 
-from hf_unlearn.data.row_identity import row_hashes
+from hf_unlearn.data.row_identity import batch_hashes
 from hf_unlearn.errors import OutputError, StatisticsError
 from hf_unlearn.models.fingerprint import weights_fingerprint
-from hf_unlearn.statistics import retain_statistics as module
+from hf_unlearn.statistics import serialisation as module
 from hf_unlearn.statistics.collect import collect_statistics
-from hf_unlearn.statistics.eigen import eigen
-from hf_unlearn.statistics.retain_statistics import METADATA, TENSORS, LayerSums, RetainStatistics
+from hf_unlearn.statistics.decompositions import sent_by_owner
+from hf_unlearn.statistics.eigen import eigendecomposition
+from hf_unlearn.statistics.retain_statistics import LayerSums, RetainStatistics
+from hf_unlearn.statistics.serialisation import METADATA, TENSORS
 
 
 def collect(model: nn.Module, rows: Sequence[cases.Row], **settings: Any) -> RetainStatistics:
@@ -107,9 +109,10 @@ def test_the_data_fingerprint_has_no_order_and_adds_up(llama: nn.Module, full: R
 
 def test_row_hashes_read_the_unmasked_inputs_only() -> None:
     left, right = (cases.collate(cases.text_rows(3), side) for side in ("left", "right"))
-    hashes = [row_hashes(batch, batch["attention_mask"].bool()) for batch in (left, right)]
+    hashes = [batch_hashes(batch) for batch in (left, right)]
     assert hashes[0] == hashes[1] and len(set(hashes[0])) == 3
-    assert row_hashes(left, None) != row_hashes(right, None)
+    unmasked = [{"input_ids": batch["input_ids"]} for batch in (left, right)]
+    assert batch_hashes(unmasked[0]) != batch_hashes(unmasked[1])
 
 
 def test_the_weights_fingerprint_names_values_not_their_precision() -> None:
@@ -283,7 +286,7 @@ def test_only_statistics_of_the_same_kind_combine(mlp: RetainStatistics) -> None
     model = cases.tiny_mlp()
     with pytest.raises(StatisticsError, match="1 differ, first 'second'"):
         mlp - collect(model, rows, layers=["first"])
-    with pytest.raises(StatisticsError, match="different layers do not combine: 1 differ, first 'first'"):
+    with pytest.raises(StatisticsError, match="different layers cannot be combined: 1 differ, first 'first'"):
         mlp + collect(cases.tiny_mlp(width=9), rows)
     with pytest.raises(StatisticsError, match="different weights"):
         mlp - collect(cases.tiny_mlp(seed=1), rows)
@@ -332,20 +335,18 @@ def test_a_process_that_made_no_decomposition_has_room_for_the_one_that_it_is_se
         {"a": rows_NI.T @ rows_NI}, {}, {"a": LayerSums("a", 4, False)}, {"a": 9}, 9, 0, weights="0", data="0"
     )
     sent: list[Tensor] = []
-    own = eigen(statistics.gram("a"), 9).rounded()
-    monkeypatch.setattr("hf_unlearn.statistics.retain_statistics.world", lambda: (0, 2))
-    monkeypatch.setattr(
-        "hf_unlearn.statistics.retain_statistics.from_owner", lambda tensors, owner: sent.extend(tensors)
-    )
-    statistics._from_owner(("gram", "a"), own, 0)
+    own = eigendecomposition(statistics.gram("a"), 9).rounded()
+    monkeypatch.setattr("hf_unlearn.statistics.decompositions.world", lambda: (0, 2))
+    monkeypatch.setattr("hf_unlearn.statistics.decompositions.from_owner", lambda tensors, owner: sent.extend(tensors))
+    sent_by_owner(own, (wide, wide), 0)
 
     def receive(tensors: list[Tensor], owner: int) -> None:
         for tensor in tensors:
             assert tensor.shape == sent[0].shape and tensor.dtype == sent[0].dtype
             tensor.copy_(sent.pop(0))
 
-    monkeypatch.setattr("hf_unlearn.statistics.retain_statistics.from_owner", receive)
-    found = statistics._from_owner(("gram", "a"), None, 0)
+    monkeypatch.setattr("hf_unlearn.statistics.decompositions.from_owner", receive)
+    found = sent_by_owner(None, (wide, wide), 0)
     assert sent == []
     assert torch.equal(found.values_I, own.values_I) and torch.equal(found.vectors_II, own.vectors_II)
     assert (found.missed is None) == (own.missed is None) == (wide == 40)

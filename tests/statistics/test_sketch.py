@@ -28,9 +28,10 @@ from hf_unlearn.constraints.kronecker import KroneckerConstraint
 from hf_unlearn.constraints.ridge import RidgeConstraint
 from hf_unlearn.errors import ModelError, SettingsError, StatisticsError
 from hf_unlearn.statistics.collect import collect_statistics
-from hf_unlearn.statistics.early_stop import Convergence, lost_energy
-from hf_unlearn.statistics.eigen import Eigen, eigen, rank_for_energy
-from hf_unlearn.statistics.retain_statistics import METADATA, LayerSums, RetainStatistics
+from hf_unlearn.statistics.early_stop import EarlyStop, lost_energy
+from hf_unlearn.statistics.eigen import Eigen, eigendecomposition, rank_for_energy
+from hf_unlearn.statistics.retain_statistics import LayerSums, RetainStatistics
+from hf_unlearn.statistics.serialisation import METADATA
 from hf_unlearn.statistics.sketch import SIGNS, Sketching, add_sketch, image, is_sketch, sketch_map, sketch_of
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
@@ -108,7 +109,7 @@ def test_against_a_twin_with_the_matrices_written_out() -> None:
     gram_II = gram_of(make_rows(100)).numpy()
     map_IR = map_twin(SIZE, RANK)
     twin_II = gram_II @ map_IR @ np.linalg.pinv(map_IR.T @ gram_II @ map_IR) @ map_IR.T @ gram_II
-    parts = eigen(sketch_of(torch.from_numpy(gram_II), RANK))
+    parts = eigendecomposition(sketch_of(torch.from_numpy(gram_II), RANK))
     np.testing.assert_allclose(below(parts), twin_II, atol=1e-8 * np.trace(gram_II))
     assert parts.missed is not None and parts.values_I.dtype == torch.float64
     missed = np.trace(gram_II - twin_II)
@@ -123,7 +124,7 @@ def test_exact_up_to_the_rank_of_the_sketch_also_after_a_subtraction(seed: int, 
     rows_NI, gone_NI = make_rows(n, seed, 0.97), make_rows(m, seed + 1, 0.97)
     gram_II = gram_of(rows_NI)
     sketch_IS = sketch_of(gram_II + gram_of(gone_NI), RANK) - sketch_of(gram_of(gone_NI), RANK)
-    parts = eigen(sketch_IS)
+    parts = eigendecomposition(sketch_IS)
     assert (rebuilt(parts) - gram_II).norm() < 1e-6 * gram_II.trace() and parts.missed_share < 1e-6
     assert parts.negative_share < 1e-9
 
@@ -132,7 +133,7 @@ def test_exact_up_to_the_rank_of_the_sketch_also_after_a_subtraction(seed: int, 
 @given(seeds, st.integers(2 * RANK, 90), st.floats(0.7, 1.0))
 def test_it_lies_below_the_gram_and_what_it_misses_bounds_the_error(seed: int, n: int, fall: float) -> None:
     gram_II = gram_of(make_rows(n, seed, fall))
-    parts = eigen(sketch_of(gram_II, RANK))
+    parts = eigendecomposition(sketch_of(gram_II, RANK))
     error_II = gram_II - below(parts)
     assert torch.linalg.eigvalsh(error_II).min() > -1e-9 * gram_II.trace()
     bound = parts.missed_share * gram_II.trace()
@@ -154,29 +155,31 @@ def test_a_gaussian_map_misses_as_much(fall: float) -> None:
         map_IR = rng.normal(size=(SIZE, RANK))
         approximation_II = gram_II @ map_IR @ np.linalg.pinv(map_IR.T @ gram_II @ map_IR) @ map_IR.T @ gram_II
         missed.append(1 - np.trace(approximation_II) / np.trace(gram_II))
-    ours = eigen(sketch_of(torch.from_numpy(gram_II), RANK)).missed_share
+    ours = eigendecomposition(sketch_of(torch.from_numpy(gram_II), RANK)).missed_share
     assert ours == pytest.approx(np.mean(missed), rel=0.15)
-    few = eigen(sketch_of(torch.from_numpy(gram_II), RANK // 2)).missed_share  # a map of half the rank does miss more
+    few = eigendecomposition(
+        sketch_of(torch.from_numpy(gram_II), RANK // 2)
+    ).missed_share  # a map of half the rank does miss more
     assert few > 1.15 * np.mean(missed)
 
 
 def test_a_larger_rank_misses_less() -> None:
     gram_II = gram_of(make_rows(100))
-    shares = [eigen(sketch_of(gram_II, rank)).missed_share for rank in (6, 12, 24, 48)]
+    shares = [eigendecomposition(sketch_of(gram_II, rank)).missed_share for rank in (6, 12, 24, 48)]
     assert shares == sorted(shares, reverse=True) and shares[0] > 5 * shares[-1] > 0
 
 
 def test_a_subtraction_of_foreign_rows_is_seen() -> None:
     rows, foreign = make_rows(20), 3 * make_rows(20, 1)
-    parts = eigen(sketch_of(gram_of(rows) - gram_of(foreign), RANK))
+    parts = eigendecomposition(sketch_of(gram_of(rows) - gram_of(foreign), RANK))
     assert parts.negative_share > 0.1 and (parts.values_I >= 0).all() and parts.missed_share >= 0
-    assert eigen(torch.zeros(SIZE, RANK + 1)).values_I.tolist() == [0.0] * RANK
+    assert eigendecomposition(torch.zeros(SIZE, RANK + 1)).values_I.tolist() == [0.0] * RANK
 
 
 @pytest.mark.parametrize("spectrum", ["eigenvalues", "singular_values"])
 def test_the_rank_rule_counts_what_was_missed(spectrum: Any) -> None:
     gram_II = gram_of(make_rows(100))
-    exact, parts = eigen(gram_II), eigen(sketch_of(gram_II, RANK))
+    exact, parts = eigendecomposition(gram_II), eigendecomposition(sketch_of(gram_II, RANK))
     blind = rank_for_energy(parts.values_I, 0.8, spectrum)
     assert exact.rank(0.8, spectrum) <= parts.rank(0.8, spectrum) and blind < parts.rank(0.8, spectrum)
     assert parts.rank(0.999, spectrum) == RANK < rank_for_energy(parts.spectrum_I, 0.999, spectrum)
@@ -248,7 +251,9 @@ def test_what_is_missed_is_spread_evenly_and_not_let_through() -> None:
     even = bound(rows_NI, ridge)
     assert isinstance(even.right, ShrinkThin) and even.right.outside < 0.1
     free = BoundConstraint(replace(even.right, outside=1.0), None, False)
-    parts = eigen(sketch_of(gram_II, RANK))  # all of it outside: directions inside would seem weaker than they are
+    parts = eigendecomposition(
+        sketch_of(gram_II, RANK)
+    )  # all of it outside: directions inside would seem weaker than they are
     assert parts.missed is not None
     outside, scale = parts.missed * SIZE / (SIZE - RANK), 0.003 * gram_II.trace() / SIZE
     shrunk = (1 / (1 + (parts.values_I - parts.missed) / scale), 1 / (1 + outside.item() / scale.item()))
@@ -282,7 +287,7 @@ def test_a_sketch_that_misses_some_still_protects(constraint: Any) -> None:
 def test_the_drift_meters_root_has_the_right_square(missing: bool) -> None:
     """`|D root|^2 = tr(D gram D^T)`, of the whole Gram where it fits, of its trace anyway."""
     gram_II = gram_of(make_rows(100 if missing else 15))
-    parts = eigen(sketch_of(gram_II, RANK)).rounded()
+    parts = eigendecomposition(sketch_of(gram_II, RANK)).rounded()
     root_II = parts.times_root(torch.eye(SIZE)).double()
     model_II = rebuilt(parts) + parts.missed * (torch.eye(SIZE) - parts.vectors_II @ parts.vectors_II.T)
     if not missing:
@@ -297,7 +302,7 @@ def test_no_square_matrix_is_made() -> None:
     rows_NI = torch.randn(6, size)
     sums_IS = torch.zeros(size, 9, dtype=torch.float64)
     add_sketch(sums_IS, rows_NI.double())
-    parts = eigen(sums_IS).rounded()
+    parts = eigendecomposition(sums_IS).rounded()
     step_OI = torch.randn(2, size)
     for constraint in (EnergyConstraint(1.0), RidgeConstraint(1e-9)):
         allowed_OI = constraint.right(parts)(step_OI)
@@ -357,7 +362,7 @@ def test_statistics_with_sketches_subtract_save_and_load(llama: nn.Module, tmp_p
     loaded = RetainStatistics.from_pretrained(folder, model=llama)
     assert torch.equal(loaded.gram_sums[name], (full - forget).gram_sums[name])
     assert json.loads((folder / METADATA).read_text())["format_version"] == 2
-    assert loaded.same_kind == {"layers": None} | SKETCHED
+    assert loaded.matching_arguments == {"layers": None} | SKETCHED
     exact = collect(llama, rows).save_pretrained(tmp_path / "exact")
     assert json.loads((exact / METADATA).read_text())["format_version"] == 1  # older versions read it
     with pytest.raises(StatisticsError, match="belong to another model"):
@@ -375,7 +380,7 @@ def test_only_sketches_of_one_kind_combine(llama: nn.Module) -> None:
         one - collect(llama, rows[:1], fisher=True)
     with pytest.raises(StatisticsError, match="rank 20 here and a sketch of rank 10 there"):
         one + collect(llama, rows, **(SKETCHED | {"sketch_rank": 10}))
-    assert (one - collect(llama, rows[:1], **one.same_kind)).rows == 2
+    assert (one - collect(llama, rows[:1], **one.matching_arguments)).rows == 2
 
 
 def test_the_summary_says_what_was_missed(llama: nn.Module) -> None:
@@ -389,7 +394,7 @@ def test_the_summary_says_what_was_missed(llama: nn.Module) -> None:
 
 def test_blocks_are_sketched_one_by_one() -> None:
     blocks = [gram_of(make_rows(n, n)) for n in (10, 20)]
-    parts = eigen(torch.stack([sketch_of(block, RANK) for block in blocks]))
+    parts = eigendecomposition(torch.stack([sketch_of(block, RANK) for block in blocks]))
     assert parts.vectors_II.shape == (2, SIZE, RANK)
     for block, gram_II in zip(parts.blocks(), blocks, strict=True):
         assert (rebuilt(block) - gram_II).norm() < 1e-6 * gram_II.trace()
@@ -416,7 +421,7 @@ def test_wide_outputs_need_no_fisher_of_their_size() -> None:
 
 
 def test_lost_energy_is_zero_for_the_best_basis_and_that_of_the_rest_for_another() -> None:
-    parts = eigen(gram_of(make_rows(100)))
+    parts = eigendecomposition(gram_of(make_rows(100)))
     assert lost_energy(parts, parts.vectors_II[:, :5]) < 1e-12
     worst = parts.values_I[:5].sum() - parts.values_I[-5:].sum()
     assert lost_energy(parts, parts.vectors_II[:, -5:]) == pytest.approx((worst / parts.values_I.sum()).item())
@@ -442,8 +447,8 @@ def test_collecting_stops_once_the_directions_have_settled() -> None:
     assert "the last" in longer.summary()
     few = collect(model, rows[: stopped.rows], tolerance=0.9, batch_size=stopped.rows // 2)  # settled with the last row
     assert few.rows == stopped.rows and "sampled_from" not in few.settings and (few - few).rows == 0
-    everything = eigen(collect(model, rows).gram("first"))
-    basis_IK = eigen(stopped.gram("first")).vectors_II[:, : everything.rank(0.9)]
+    everything = eigendecomposition(collect(model, rows).gram("first"))
+    basis_IK = eigendecomposition(stopped.gram("first")).vectors_II[:, : everything.rank(0.9)]
     assert lost_energy(everything, basis_IK) < 0.04  # what the change promised
 
 
@@ -451,10 +456,12 @@ def test_sorted_rows_do_not_fool_it() -> None:
     """The first half in three directions, the second in all others: in their own order the first would seem enough."""
     model = cases.tiny_mlp(inputs=16)
     rows = vectors(256, 3) + vectors(256, 16, 1)
-    everything = eigen(collect(model, rows).gram("first"))
+    everything = eigendecomposition(collect(model, rows).gram("first"))
 
     def lost(statistics: RetainStatistics) -> float:
-        return lost_energy(everything, eigen(statistics.gram("first")).vectors_II[:, : everything.rank(0.9)])
+        return lost_energy(
+            everything, eigendecomposition(statistics.gram("first")).vectors_II[:, : everything.rank(0.9)]
+        )
 
     assert lost(collect(model, rows, tolerance=0.02, batch_size=4)) < 0.05
     assert lost(collect(model, rows, max_rows=64)) > 0.2
@@ -476,4 +483,4 @@ def test_a_sample_does_not_subtract() -> None:
 def test_a_tolerance_that_cannot_be_is_refused(options: dict[str, Any], seen: str) -> None:
     with pytest.raises(SettingsError, match=seen):
         collect(cases.tiny_mlp(inputs=16), vectors(8, 3), **options)
-    assert Convergence(0.1).change is None
+    assert EarlyStop(0.1).change is None

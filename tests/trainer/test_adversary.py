@@ -17,9 +17,9 @@ from hf_unlearn.constraints.step_constrainer import StepConstrainer
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.data.pairs import PairedCollator, attackers_rows
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.evaluation.attacks.audit import AuditSettings, audit
+from hf_unlearn.evaluation.attacks.auditing import AuditSettings, audit
 from hf_unlearn.statistics.collect import collect_statistics
-from hf_unlearn.trainer.adversary import relearned
+from hf_unlearn.trainer.adversary import relearned_weights
 from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.trainer import UnlearningTrainer
 
@@ -43,7 +43,7 @@ def test_relearned_weights_are_those_of_sign_steps_and_go_with_the_context(doubl
         parameter.grad = torch.ones_like(parameter)
     before = trained(model)
     attacked_twin(twin, FORGET, 3)
-    with relearned(model, constrainer, collate(FORGET), 3, RATE):
+    with relearned_weights(model, constrainer, collate(FORGET), 3, RATE):
         for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
             assert torch.allclose(parameter, other, atol=1e-12), name
         assert (trained(model)["lm_head.weight"] != before["lm_head.weight"]).any()  # the control: they have moved
@@ -55,7 +55,7 @@ def test_weights_are_back_after_an_error() -> None:
     model = tiny_gpt2()
     before = trained(model)
     with pytest.raises(RuntimeError, match="within"):
-        with relearned(model, StepConstrainer(model, None, None), collate(FORGET), 2, RATE):
+        with relearned_weights(model, StepConstrainer(model, None, None), collate(FORGET), 2, RATE):
             raise RuntimeError("within")
     assert all(torch.equal(value, before[name]) for name, value in trained(model).items())
 
@@ -147,7 +147,7 @@ def test_a_run_against_an_attacker_ends_where_rows_are_neither_above_nor_far_bel
         args = attacked(tmp_path, max_steps=80, eval_strategy="steps", eval_steps=1, momentum=0.0, **how)
         statistics = collect_statistics(model, RETAIN, progress=False)
         trainer = UnlearningTrainer(model, args, MEMORISED, statistics=statistics, holdout_dataset=HOLDOUT)
-        trainer.stop_by(MEMORISED, 0.2)
+        trainer.set_stopping_rows(MEMORISED, 0.2)
         trainer.train()
         names = ("eval_forget_probability", "eval_forget_relearned_probability")
         logs = [tuple(log[name] for name in names) for log in trainer.state.log_history if names[1] in log]
@@ -166,8 +166,8 @@ def test_held_out_probability_is_the_level_whatever_the_metric(tmp_path: Path) -
         trainer = UnlearningTrainer(tiny_gpt2(), args, FORGET, RETAIN, holdout_dataset=HOLDOUT)
         trainer.train()
         stopping = trainer._stopping_callback()
-        assert stopping is not None and stopping.band is not None
-        found[metric] = (stopping.band.lowest, stopping.band.mark)
+        assert stopping is not None and stopping.row_stopping is not None
+        found[metric] = (stopping.row_stopping.lowest, stopping.row_stopping.mark)
     assert found["accuracy"] == found["loss"] == found["probability"]
 
 

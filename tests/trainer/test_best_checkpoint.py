@@ -12,8 +12,8 @@ from helpers.tiny import text_rows, tiny_llama
 
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.errors import DataError, SettingsError
-from hf_unlearn.evaluation.evaluate import evaluate_unlearning, training_judge
-from hf_unlearn.evaluation.metrics import score_rows
+from hf_unlearn.evaluation.evaluate import evaluate_unlearning, training_metrics
+from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.trainer import UnlearningTrainer
 
@@ -77,9 +77,9 @@ def test_a_floor_needs_a_choice_among_checkpoints_and_a_metric_that_is_there(tmp
 
 def test_forget_quality_during_training_is_that_of_the_report_and_chooses_the_checkpoint(tmp_path: Path) -> None:
     raw, retrained = tofu_splits(), tiny_llama(1)
-    judge = training_judge(raw, ["forget_quality", "truth_ratio"], retrained=retrained, processing_class=Letters())
+    judge = training_metrics(raw, ["forget_quality", "truth_ratio"], retrained=retrained, processing_class=Letters())
     args = best(tmp_path, metric_for_best_model="forget_truth_ratio", greater_is_better=True)
-    trainer = run(args, judge=judge)
+    trainer = run(args, extra_metrics=judge)
     ratios, qualities = (evaluations(trainer, f"forget_{name}") for name in ("truth_ratio", "forget_quality"))
     assert len(ratios) == len(qualities) == 6 and len(set(ratios)) == 6
     assert trainer.state.best_global_step == 1 + ratios.index(max(ratios))
@@ -92,7 +92,7 @@ def test_forget_quality_during_training_is_that_of_the_report_and_chooses_the_ch
 
 
 def test_a_judge_without_a_retrained_model_gives_no_number_and_without_wrong_answers_is_an_error() -> None:
-    judge = training_judge(tofu_splits(), ["forget_quality"], processing_class=Letters())
+    judge = training_metrics(tofu_splits(), ["forget_quality"], processing_class=Letters())
     assert math.isnan(judge(tiny_llama())["forget_forget_quality"])
     with pytest.raises(DataError, match="needs wrong answers"):
-        training_judge({"forget": FORGET}, ["truth_ratio"])
+        training_metrics({"forget": FORGET}, ["truth_ratio"])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_unlearn.constraints.registry import CONSTRAINTS
 from hf_unlearn.data.batches import PaddingCollator
-from hf_unlearn.data.row_identity import batch_keys
+from hf_unlearn.data.row_identity import labelled_batch_hashes
 from hf_unlearn.errors import CoverageError, DataError, OutputError, SettingsError
 from hf_unlearn.losses import LOSSES, build_loss
 from hf_unlearn.losses import original_outputs as on_disk
@@ -214,7 +214,7 @@ def test_damaged_outputs_are_refused_and_a_failed_pass_leaves_none(
     (file,) = folder.glob("*.safetensors")
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(SettingsError, match=r"outputs is damaged .*remove it, and it is made anew"):
+    with pytest.raises(SettingsError, match=r"outputs is damaged .*remove it, and it is computed again"):
         make(tmp_path / "run", "npo", original_logprobs=str(folder))
     file.write_bytes(whole)
     (folder / INDEX).write_text("{")
@@ -238,11 +238,12 @@ def test_a_row_that_is_not_on_disk_is_an_error(tmp_path: Path) -> None:
 
 def test_keys_are_those_of_the_row_whatever_the_batch() -> None:
     rows = text_rows(4)
-    keys = batch_keys(collate(rows))
-    assert batch_keys(collate(rows[2:])) == keys[2:] and batch_keys(collate(rows, side="left")) == keys
+    keys = labelled_batch_hashes(collate(rows))
+    assert labelled_batch_hashes(collate(rows[2:])) == keys[2:]
+    assert labelled_batch_hashes(collate(rows, side="left")) == keys
     assert len(set(keys)) == 4
     changed = [{**rows[0], "labels": [-100] * 4 + rows[0]["labels"][4:]}]
-    assert batch_keys(collate(changed))[0] != keys[0]
+    assert labelled_batch_hashes(collate(changed))[0] != keys[0]
 
 
 def test_contradicting_sources_are_errors(tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ def test_contradicting_sources_are_errors(tmp_path: Path) -> None:
         ({"original_model": model}, {}),
         ({"original_model": tiny_llama()}, {"original_logprobs": str(tmp_path / "outputs")}),
     ):
-        with pytest.raises(SettingsError, match="original_model must be a copy of its own; pass either it or"):
+        with pytest.raises(SettingsError, match="original_model must be a separate copy; pass either it or"):
             make(tmp_path, "npo", model=model, options=options, **changes)
     copied = tiny_llama().train()
     make(tmp_path, "npo", model=model, options={"original_model": copied})

@@ -59,7 +59,7 @@ def test_defaults_yield_to_the_preset_it_to_the_file_and_that_to_flags(
         seen.append(config)
         raise Stop
 
-    monkeypatch.setattr(runs, "run", spy)
+    monkeypatch.setattr(runs, "run_request", spy)
     file = tmp_path / "run.yaml"
     file.write_text("preset: paper\nlearning_rate: 0.5\nuse_cpu: true\n")
     calls = (

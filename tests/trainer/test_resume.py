@@ -104,7 +104,7 @@ def test_an_incomplete_checkpoint_is_never_taken_for_whole(tmp_path: Path) -> No
         kept = (newest / damage).read_bytes()
         (newest / damage).write_bytes(kept[: len(kept) // 2])
         assert read_seal(newest) is None and find_checkpoint(True, tmp_path) == tmp_path / "checkpoint-6"
-        with pytest.raises(SettingsError, match="no complete checkpoint"):
+        with pytest.raises(SettingsError, match="not a complete checkpoint"):
             find_checkpoint(str(newest), tmp_path)
         (newest / damage).write_bytes(kept)
     (newest / SEAL).unlink()
@@ -131,7 +131,7 @@ def test_another_run_is_refused_in_one_line(changes: dict[str, Any], message: st
     make(tmp_path, "energy, sgd", max_steps=3).train()
     with pytest.raises(SettingsError, match=message) as raised:
         make(tmp_path, "energy, sgd", **changes).train(resume_from_checkpoint=True)
-    assert "\n" not in str(raised.value) and "start anew" in str(raised.value)
+    assert "\n" not in str(raised.value) and "start again" in str(raised.value)
 
 
 @pytest.mark.parametrize("changed", ["statistics", "processes"])

@@ -15,10 +15,10 @@ from helpers.tiny import collate, text_rows, tiny_llama
 from helpers.training import FORGET, HOLDOUT, RETAIN, settings, trained
 
 from hf_unlearn.constraints.step_constrainer import StepConstrainer
-from hf_unlearn.evaluation.metrics import score_rows
+from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.trainer.presets import preset
-from hf_unlearn.trainer.row_stopping import Band
+from hf_unlearn.trainer.row_stopping import RowStopping
 from hf_unlearn.trainer.trainer import UnlearningTrainer
 
 
@@ -29,19 +29,19 @@ def test_the_band_adds_a_pull_in_the_ratio_of_the_rows_that_ask(pushed: bool, do
     nll_B = torch.tensor([mean_nll(model, [row]).item() for row in rows])
     order = nll_B.argsort()
     low = [rows[i] for i in order[4:]]  # the two least probable ones
-    band = Band(
+    band = RowStopping(
         StepConstrainer(model, None, None), "probability", 0.0, lowest=math.exp(-nll_B[order[3:5]].mean().item())
     )
-    band.pull(model, collate(rows))
+    band.accumulate_pull(model, collate(rows))
     twin_loss = mean_nll(twin, low) * _labels(low) / _labels(rows)
     pull = torch.autograd.grad(twin_loss, list(twin.parameters()))
     band.mark = math.exp(-nll_B[order[2:4]].mean().item()) if pushed else 1.0  # three rows are above it, or none
-    inputs, found = band.to_push(model, {"forget": collate(rows), "alternate": collate(rows)})
+    inputs, found = band.select_pushed(model, {"forget": collate(rows), "alternate": collate(rows)})
     assert found == pushed and all(len(part["labels"]) == (3 if pushed else 6) for part in inputs.values())
     push = [torch.randn_like(p) if pushed else torch.zeros_like(p) for p in twin.parameters()]
     for parameter, gradient in zip(model.parameters(), push, strict=True):
         parameter.grad = gradient.clone()
-    band.combine()
+    band.add_pull()
     norm_push, norm_pull = (torch.cat([g.flatten() for g in part]).norm() for part in (push, pull))
     scale = (2 / 6) / (3 / 6) * norm_push / norm_pull if pushed else 1.0
     for (name, parameter), one, other in zip(model.named_parameters(), push, pull, strict=True):
@@ -61,7 +61,7 @@ def test_rows_within_the_band_do_not_move_the_weights(share: float, moves: bool,
     level = math.exp(-mean_nll(model, rows).item()) / share
     args = settings(tmp_path, max_steps=3, adversary_steps=1, adversary_learning_rate=1e-8, loss="ce_u", momentum=0.9)
     trainer = UnlearningTrainer(model, args, rows, RETAIN, holdout_dataset=HOLDOUT)
-    trainer.stop_by(rows, level)
+    trainer.set_stopping_rows(rows, level)
     before = trained(model)
     trainer.train()
     assert any(not torch.equal(value, before[name]) for name, value in trained(model).items()) == moves
@@ -88,7 +88,7 @@ def test_a_step_has_the_gradient_of_the_rows_that_have_not_reached_the_mark(
         row_stopping=by_row,
     )  # fmt: skip
     trainer = UnlearningTrainer(model, args, rows, holdout_dataset=HOLDOUT)
-    trainer.stop_by(rows, mark)
+    trainer.set_stopping_rows(rows, mark)
     before = trained(model)
     trainer.train()
     pushed = asks if by_row else rows
@@ -110,7 +110,7 @@ def test_where_every_row_has_reached_the_mark_nothing_moves(
     model = tiny_llama()
     args = settings(tmp_path, max_steps=3, optim=optim, momentum=0.9, weight_decay=0.1, row_stopping=True)
     trainer = UnlearningTrainer(model, args, FORGET, RETAIN, holdout_dataset=HOLDOUT)
-    trainer.stop_by(FORGET, mark)
+    trainer.set_stopping_rows(FORGET, mark)
     before = trained(model)
     trainer.train()
     assert any(not torch.equal(value, before[name]) for name, value in trained(model).items()) == moves
@@ -137,9 +137,9 @@ def test_rows_end_just_beyond_the_mark(tmp_path: Path) -> None:
 def test_retain_rows_of_a_batch_are_whole_and_other_columns_stay() -> None:
     model, rows = tiny_llama(), text_rows(4, seed=5)
     middle = sorted(scores(model, rows, "probability"))[1]
-    band = Band(StepConstrainer(model, None, None), "probability", middle)
+    band = RowStopping(StepConstrainer(model, None, None), "probability", middle)
     parts = {"forget": {**collate(rows), "name": "forget"}, "retain": collate(rows), "alternate": collate(rows)}
-    found, pushes = band.to_push(model, parts)
+    found, pushes = band.select_pushed(model, parts)
     assert pushes
     assert {name: len(part["labels"]) for name, part in found.items()} == {"forget": 2, "retain": 4, "alternate": 2}
     assert found["forget"]["name"] == "forget"
@@ -149,11 +149,11 @@ def test_retain_rows_of_a_batch_are_whole_and_other_columns_stay() -> None:
 def test_a_row_without_a_number_is_not_left_alone(metric: str) -> None:
     """Or a broken model would go on with the other rows; where all have reached the mark, the control, none is left."""
     model, rows = tiny_llama(), text_rows(3, seed=5)
-    band = Band(StepConstrainer(model, None, None), metric, 0.0 if metric == "loss" else 1.0)
-    assert band.to_push(model, {"forget": collate(rows)})[1] is False
+    band = RowStopping(StepConstrainer(model, None, None), metric, 0.0 if metric == "loss" else 1.0)
+    assert band.select_pushed(model, {"forget": collate(rows)})[1] is False
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
-    inputs, pushes = band.to_push(model, {"forget": collate(rows)})
+    inputs, pushes = band.select_pushed(model, {"forget": collate(rows)})
     assert pushes and len(inputs["forget"]["labels"]) == 3
 
 

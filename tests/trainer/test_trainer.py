@@ -19,7 +19,7 @@ from transformers import TrainerControl
 
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.errors import DataError, NonFiniteLossError, SettingsError, StatisticsError
-from hf_unlearn.evaluation.metrics import score_rows
+from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.stopping import OverUnlearningCallback
@@ -173,7 +173,7 @@ class Line:
     def __init__(self, forget: Callable[[float], float], holdout: float = 0.3) -> None:
         self.weight, self.forget, self.holdout, self.scored = torch.zeros(()), forget, holdout, 0
 
-    def weights(self) -> list[Tensor]:
+    def copy_weights(self) -> list[Tensor]:
         return [self.weight.clone()]
 
     def restore(self, weights: list[Tensor]) -> None:

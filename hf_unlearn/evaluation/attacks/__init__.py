@@ -1,1 +1,1 @@
-"""Attacks on an unlearned model: can what was forgotten be brought back, or told from what was never seen?"""
+"""Attacks on an unlearned model: can forgotten rows be recovered, or told apart from rows that were never seen?"""

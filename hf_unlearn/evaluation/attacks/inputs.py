@@ -1,8 +1,9 @@
-"""Attacks that leave the weights alone: other prompts, hidden states, membership. Shapes: B rows, T positions, D
-features of a hidden state, N rows."""
+"""Attacks that leave the weights alone: other prompts, and a probe of the hidden states.
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+Shapes: B rows, T positions, D features of a hidden state, N rows.
+"""
+
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,103 +15,86 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from hf_unlearn.data.wrong_answers import ALTERNATIVES
+from hf_unlearn.evaluation.attacks.registry import register_attack
 from hf_unlearn.evaluation.attacks.subject import NotRun, Outcome, Subject
-from hf_unlearn.evaluation.metrics import bootstrap_auc, bootstrap_mean, map_rows, score_classes, undefined
-from hf_unlearn.evaluation.metrics.intervals import auc
-from hf_unlearn.evaluation.metrics.membership import ShadowAttack
+from hf_unlearn.evaluation.metrics.intervals import auc, bootstrap_auc, bootstrap_mean, undefined
+from hf_unlearn.evaluation.row_scores import Row, Rows, map_rows
 from hf_unlearn.models.tasks import IGNORED, context_length
 
-FOLDS, FEWEST = 5, 4
+FOLDS = 5
+FEWEST_ROWS = 4  # of either kind, for the probe
 
 
+@register_attack("paraphrased_prompts")
 def paraphrased_prompts(subject: Subject) -> Iterator[Outcome]:
-    """Ask for the same answers in other words (TOFU's `paraphrased_question`)."""
-    rows = [_other_question(row) for row in _all(subject.rows["forget"])]
-    if not rows or None in rows:
-        raise NotRun("the forget rows have no other wording; give raw rows with a column 'paraphrased_question'")
-    yield Outcome(
-        f"paraphrased_prompt_{subject.measure}", "forget", bootstrap_mean(subject.score(rows), subject.settings.seed)
-    )
+    """Ask for the same answers with paraphrased questions (TOFU's `paraphrased_question`)."""
+    questions = [(row.get(ALTERNATIVES) or {}).get("question") for row in _as_list(subject.rows["forget"])]
+    rows = [row for row in questions if row is not None]
+    if not rows or len(rows) < len(questions):
+        raise NotRun("the forget rows have no paraphrased question; give raw rows with a column 'paraphrased_question'")
+    estimate = bootstrap_mean(subject.score(rows), subject.settings.seed)
+    yield Outcome(f"paraphrased_prompt_{subject.score_name}", "forget", estimate)
 
 
-def _other_question(row: Mapping[str, Any]) -> Any:
-    return (row.get(ALTERNATIVES) or {}).get("question")
-
-
+@register_attack("few_shot_prompts")
 def few_shot_prompts(subject: Subject) -> Iterator[Outcome]:
     """Show other rows with their answers before each forget row."""
-    if subject.measure != "probability":
-        raise NotRun("there is no prompt before the rows of a classifier")
-    examples = _all(subject.split("retain", "holdout"))[: subject.settings.shots]
+    if subject.score_name != "probability":
+        raise NotRun("rows of a classifier have no prompt")
+    examples = _as_list(subject.split("retain", "holdout"))[: subject.settings.shots]
     shown = [int(token) for row in examples for token in row["input_ids"]]
-    rows = [_after(shown, row) for row in _all(subject.rows["forget"])]
+    rows = [_after(shown, row) for row in _as_list(subject.rows["forget"])]
     longest = max(len(row["input_ids"]) for row in rows)
     context = context_length(subject.model)
     if context is not None and longest > context:
         raise NotRun(f"with {len(examples)} rows before it a row has {longest} tokens, the context is {context}")
-    yield Outcome(
-        f"few_shot_prompt_{subject.measure}", "forget", bootstrap_mean(subject.score(rows), subject.settings.seed)
-    )
+    estimate = bootstrap_mean(subject.score(rows), subject.settings.seed)
+    yield Outcome(f"few_shot_prompt_{subject.score_name}", "forget", estimate)
 
 
-def _after(shown: Sequence[int], row: Mapping[str, Any]) -> dict[str, list[int]]:
+def _after(shown: Sequence[int], row: Row) -> dict[str, list[int]]:
+    """Put the tokens `shown` before a row; they are not labels."""
     tokens, labels = [*shown, *row["input_ids"]], [IGNORED] * len(shown) + list(row["labels"])
     return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
 
 
+@register_attack("linear_probe")
 def linear_probe(subject: Subject) -> Iterator[Outcome]:
-    """Can a linear classifier tell forget from held-out rows by the hidden states?
+    """Tell forget from held-out rows by a linear classifier of the hidden states.
 
-    Logistic regression on each layer's mean state, judged on rows that it was not fitted on (five folds); the highest
-    AUC of all layers counts. Forget and held-out rows may differ in what they are about: only the comparison with the
-    retrained model says something.
+    Logistic regression on each layer's mean state, evaluated on rows that it was not fitted on (five folds). The
+    highest AUC of all layers counts. Forget and held-out rows may differ in topic, so only the comparison with the
+    retrained model is meaningful.
     """
-    parts = [subject.rows["forget"], subject.split("holdout", "test")]
-    if min(map(len, parts)) < FEWEST:
-        raise NotRun(f"it needs {FEWEST} forget and {FEWEST} held-out rows")
-    states = [hidden_means(subject, rows) for rows in parts]
-    member = np.repeat([1, 0], [len(part) for part in parts])
-    folds = StratifiedKFold(min(FOLDS, *map(len, parts)), shuffle=True, random_state=subject.settings.seed)
+    forget, heldout = subject.rows["forget"], subject.split("holdout", "test")
+    if min(len(forget), len(heldout)) < FEWEST_ROWS:
+        raise NotRun(f"it needs {FEWEST_ROWS} forget and {FEWEST_ROWS} held-out rows")
+    states_NLD = np.concatenate([hidden_means(subject, rows) for rows in (forget, heldout)])
+    if not np.isfinite(states_NLD).all():
+        yield Outcome("probe_auc", "forget", undefined("a hidden state is not finite", len(states_NLD)))
+        return
+    member_N = np.repeat([1, 0], [len(forget), len(heldout)])
+    folds = StratifiedKFold(min(FOLDS, len(forget), len(heldout)), shuffle=True, random_state=subject.settings.seed)
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    best: tuple[float, NDArray] | None = None
-    for layer in range(states[0].shape[1]):
-        features_ND = np.concatenate([part[:, layer] for part in states])
-        if not np.isfinite(features_ND).all():
-            yield Outcome("probe_auc", "forget", undefined("a hidden state is not finite", len(member)))
-            return
-        score = cross_val_predict(probe, features_ND, member, cv=folds, method="decision_function")
-        area = float(auc(score[member == 1], score[member == 0]))
-        best = max(best or (area, score), (area, score), key=lambda pair: pair[0])
-    assert best is not None
-    score = best[1]
-    yield Outcome("probe_auc", "forget", bootstrap_auc(score[member == 1], score[member == 0], subject.settings.seed))
+    scores_by_layer = [
+        cross_val_predict(probe, states_NLD[:, layer], member_N, cv=folds, method="decision_function")
+        for layer in range(states_NLD.shape[1])
+    ]
+    best_N = max(scores_by_layer, key=lambda score_N: float(auc(score_N[member_N == 1], score_N[member_N == 0])))
+    estimate = bootstrap_auc(best_N[member_N == 1], best_N[member_N == 0], subject.settings.seed)
+    yield Outcome("probe_auc", "forget", estimate)
 
 
-def shadow_models(subject: Subject) -> Iterator[Outcome]:
-    """Membership by what shadow models' outputs show (PGU, WACV 2024, section 4); see `ShadowAttack`."""
-    if not subject.shadows:
-        raise NotRun("no shadow models were given")
-    if subject.measure != "accuracy":
-        raise NotRun("it is an attack on classifiers")
-    parts = [("forget", subject.model, subject.rows["forget"])]
-    for shadow in subject.shadows:
-        parts += [("shadow_member", shadow.model, shadow.members), ("shadow_other", shadow.model, shadow.others)]
-    role: list[str] = []
-    outputs, labels = [], []
-    for name, model, rows in parts:
-        outputs.append(score_classes(model, rows, subject.tools.collator, subject.tools.batch_size)[1])
-        labels += [int(row.get("labels", row.get("label"))) for row in _all(rows)]
-        role += [name] * len(rows)
-    estimate = ShadowAttack.estimate(role, np.concatenate(outputs), labels, subject.settings.seed)
-    yield Outcome("membership_shadow_models", "forget", estimate, "either")
+def hidden_means(subject: Subject, rows: Rows) -> NDArray:
+    """Return the hidden states after each layer, averaged over each row's unmasked positions: `[N, layers, D]`.
 
-
-def hidden_means(subject: Subject, rows: Any) -> NDArray:
-    """`[N, layers, D]`: the hidden states after each layer, averaged over each row's unmasked positions."""
+    Raises:
+        NotRun: The model does not return hidden states.
+    """
     device = next(subject.model.parameters()).device
 
-    def means(part: Sequence[Any]) -> list[NDArray]:
-        batch = {key: value.to(device) for key, value in subject.tools.collator(part).items() if key != "labels"}
+    def means(batch_rows: Sequence[Row]) -> list[NDArray]:
+        batch = {key: value.to(device) for key, value in subject.tools.collator(batch_rows).items() if key != "labels"}
         try:
             outputs = subject.model(**batch, output_hidden_states=True)
         except TypeError as error:
@@ -119,10 +103,11 @@ def hidden_means(subject: Subject, rows: Any) -> NDArray:
         if not states or len({state.shape for state in states}) > 1 or states[0].ndim != 3:
             raise NotRun("the model does not give hidden states of one shape, positions by features")
         mask_BT = batch.get("attention_mask", torch.ones(states[0].shape[:2], device=device))
-        return [_mean(torch.stack([state[row] for state in states]), mask_BT[row]) for row in range(len(part))]
+        return [_mean(torch.stack([state[row] for state in states]), mask_BT[row]) for row in range(len(batch_rows))]
 
     with torch.no_grad():
-        return np.stack(map_rows(means, subject.model, rows, subject.tools.batch_size))
+        means_by_row: list[NDArray] = map_rows(means, subject.model, rows, subject.tools.batch_size)
+    return np.stack(means_by_row)
 
 
 def _mean(states_LTD: Tensor, mask_T: Tensor) -> NDArray:
@@ -130,5 +115,5 @@ def _mean(states_LTD: Tensor, mask_T: Tensor) -> NDArray:
     return ((states_LTD * weights_T[:, None]).sum(1) / weights_T.sum()).double().cpu().numpy()
 
 
-def _all(rows: Any) -> list[Any]:
+def _as_list(rows: Rows) -> list[Row]:
     return [rows[i] for i in range(len(rows))]

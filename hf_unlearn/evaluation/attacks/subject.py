@@ -1,34 +1,38 @@
-"""What every attack gets: a model with the rows to judge it on, and how it is put back afterwards."""
+"""What an attack receives (`Subject`) and what it yields (`Outcome`, `Skipped`)."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from hf_unlearn.evaluation.measurements import Tools
-from hf_unlearn.evaluation.metrics import Estimate, score_rows
+from hf_unlearn.evaluation.measurements import Columns, MeasurementTools, measure
+from hf_unlearn.evaluation.metrics.intervals import Estimate
+from hf_unlearn.evaluation.row_scores import Rows, score_rows
 
-Memory = Literal["more", "less", "either", "none"]
+Memory = Literal["more", "less", "either", "chance", "none"]
 
 
 class NotRun(Exception):
-    """An attack that this model or these rows do not allow; the message says why, and it is reported."""
+    """Raised by an attack that the model or the rows do not allow; the message is the reason in the report."""
 
 
 @dataclass(frozen=True)
 class AuditSettings:
-    """How hard to attack.
+    """Strength of the attacks.
+
+    >>> AuditSettings(relearn_steps=20).relearn_rows
+    5
 
     Attributes:
-        relearn_rows: Forget rows that the attacker has, at most half of them.
-        relearn_steps: Steps of relearning, each on all those rows.
-        relearn_learning_rate: Of AdamW; 2e-5 is OpenUnlearning's.
-        margin: Relearnt is what is back within this share of the original model's score.
-        shots: Other rows shown before each forget row.
-        seed: Of the choice of rows, the probe's folds and the bootstrap.
+        relearn_rows: Number of forget rows that the attacker has, at most half of them.
+        relearn_steps: Steps of relearning, each on all of those rows.
+        relearn_learning_rate: Learning rate of AdamW; 2e-5 is OpenUnlearning's.
+        margin: A model has relearned once its score is within this share of the original model's score.
+        shots: Number of other rows shown before each forget row.
+        seed: Seed of the choice of rows, of the probe's folds and of the bootstrap.
     """
 
     relearn_rows: int = 5
@@ -41,11 +45,11 @@ class AuditSettings:
 
 @dataclass(frozen=True)
 class Shadow:
-    """A classifier that the attacker trained on `members`, and not on `others`, to see how the two differ."""
+    """A classifier that the attacker trained on `members` and not on `others`, to learn how the two differ."""
 
     model: nn.Module
-    members: Any
-    others: Any
+    members: Rows
+    others: Rows
 
 
 @dataclass(frozen=True)
@@ -53,54 +57,78 @@ class Subject:
     """A model under attack.
 
     Attributes:
-        model: Put back into its state after each attack.
+        model: The model. An attack restores whatever it changes (see `models.modes.restored`).
         rows: Encoded rows by split; at least `forget`.
-        tools: Collator, tokenizer, batch size.
-        settings: How hard to attack.
-        original: The original model's score of forget rows, by the same measure, if there is one.
+        tools: Collator, tokenizer and batch size.
+        settings: Strength of the attacks.
+        original: The original model's score of each forget row (see `score`), if there is an original model.
         shadows: Shadow models, if the attacker has any.
+        name: `unlearned` or `retrained`.
+        retrained: The retrained model, for attacks that use it as a reference; None for the retrained model itself.
     """
 
     model: nn.Module
-    rows: Mapping[str, Any]
-    tools: Tools
+    rows: Mapping[str, Rows]
+    tools: MeasurementTools
     settings: AuditSettings
     original: NDArray | None = None
     shadows: Sequence[Shadow] = ()
+    name: str = "unlearned"
+    retrained: "Subject | None" = None
+    _columns: dict[tuple[str, str], Columns] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
-    def measure(self) -> str:
-        """What tells memory: accuracy of a classifier, probability of an answer."""
+    def score_name(self) -> str:
+        """The score that shows memory: `accuracy` of a classifier, `probability` of an answer."""
         row = self.rows["forget"][0]
         return "probability" if np.ndim(row.get("labels", row.get("label"))) else "accuracy"
 
-    def score(self, rows: Any) -> NDArray:
-        """The measure of each row under the model as it is."""
-        return getattr(score_rows(self.model, rows, self.tools.collator, self.tools.batch_size), self.measure)
+    def score(self, rows: Rows) -> NDArray:
+        """Return the score (see `score_name`) of each row under the model's current weights: `[N]`."""
+        return getattr(score_rows(self.model, rows, self.tools.collator, self.tools.batch_size), self.score_name)
 
-    def split(self, *names: str) -> Any:
-        """Rows of the first of these splits that there is; `NotRun` without any."""
+    def split(self, *names: str) -> Rows:
+        """Return the rows of the first of these splits that is given; raise `NotRun` if none is."""
         for name in names:
             if name in self.rows:
                 return self.rows[name]
         raise NotRun(f"it needs a split {' or '.join(names)}")
 
+    def columns(self, wanted: Mapping[str, Iterable[str]]) -> dict[str, Columns]:
+        """Return the columns of the wanted measurements by split, under the unchanged weights; each is taken once."""
+        by_split: dict[str, Columns] = {}
+        for split, names in wanted.items():
+            for name in sorted(names):
+                if (split, name) not in self._columns:
+                    self._columns[split, name] = measure([name], self.model, self.rows[split], self.tools)
+                by_split[split] = {**by_split.get(split, {}), **self._columns[split, name]}
+        return by_split
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """A number that an attack came to.
+    """A number that results from an attack.
 
     Attributes:
-        name, split: As in the report.
+        name, split: Name and split in the report.
         estimate: The number.
-        memory: Whether more or less of it than in the retrained model tells of memory, either does, or none (it
-            describes the attack's side effects).
+        memory: What the number says about memory, for the verdict. `more` or `less`: more or less of it than in the
+            retrained model means that the model remembers; `either`: any difference does; `chance`: a value other
+            than 0.5 does, without a comparison; `none`: it describes side effects of the attack.
+        anamnesis_index: If the number counts steps of relearning: the name under which its ratio to the retrained
+            model's number is reported.
     """
 
     name: str
     split: str
     estimate: Estimate
     memory: Memory = "more"
+    anamnesis_index: str = ""
 
 
-Attack = Callable[[Subject], Iterator[Outcome]]
+@dataclass(frozen=True)
+class Skipped:
+    """A number that an attack cannot give for this model or these rows, and the reason; the rest of the attack runs."""
+
+    name: str
+    reason: str

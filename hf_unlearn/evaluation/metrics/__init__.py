@@ -1,25 +1,5 @@
-"""Scores of single rows and the numbers made of them, each with its n and interval."""
+"""Metrics: how each is made of measured columns, and the registry of all."""
 
-from hf_unlearn.evaluation.metrics.intervals import (
-    Estimate,
-    Undefined,
-    bootstrap,
-    bootstrap_auc,
-    bootstrap_mean,
-    undefined,
-)
-from hf_unlearn.evaluation.metrics.rows import RowScores, map_rows, row_scores, score_classes, score_rows
+import lazy_loader
 
-__all__ = [
-    "Estimate",
-    "RowScores",
-    "Undefined",
-    "bootstrap",
-    "bootstrap_auc",
-    "bootstrap_mean",
-    "map_rows",
-    "row_scores",
-    "score_classes",
-    "score_rows",
-    "undefined",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,78 +1,84 @@
-"""Metrics of language models: TOFU (Maini et al., COLM 2024), MUSE (Shi et al., ICLR 2025) and OpenUnlearning's
-aggregate (Dorna et al., 2025, arXiv 2506.12618).
+"""Metrics of answers: TOFU (Maini et al., COLM 2024) and MUSE (Shi et al., ICLR 2025).
 
 Shapes: N rows. Losses are means over a row's label tokens, in nats, as `RowScores.loss`.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from rouge_score import rouge_scorer
 from scipy.special import logsumexp
 from scipy.stats import ks_2samp
 
 from hf_unlearn.errors import DataError
-from hf_unlearn.evaluation.metrics.base import NUMBER, NUMBERS, TEXT, UnlearningMetric
-from hf_unlearn.evaluation.metrics.intervals import Estimate, bootstrap, bootstrap_mean, undefined
-
-UTILITY_SPLITS = ("retain", "real_authors", "world_facts")
-UTILITY_PARTS = tuple(
-    f"{split}/{part}" for split in UTILITY_SPLITS for part in ("probability", "rouge_l", "truth_ratio")
+from hf_unlearn.evaluation.generation import rouge_l
+from hf_unlearn.evaluation.measurements import Columns, wrong_losses
+from hf_unlearn.evaluation.metrics.base import (
+    EACH_SPLIT,
+    NUMBER,
+    NUMBERS,
+    RETRAINED,
+    TEXT,
+    MeasuredColumns,
+    UnlearningMetric,
 )
-FEWEST_ROWS = 4  # two samples of three cannot differ at 5%: the test could only ever say that nothing is wrong
+from hf_unlearn.evaluation.metrics.intervals import NO_RETRAINED, Estimate, bootstrap_mean, undefined
+from hf_unlearn.evaluation.metrics.registry import register_metric
+
+FEWEST_ROWS = 4  # two samples of three cannot differ at 5%, so the test could never reject
 
 
-class RowMean(UnlearningMetric):
-    """Mean over rows of one score of `RowScores`, such as `accuracy` (exact memorisation) or `extraction_strength`."""
-
-    inputs = {"scores": NUMBER}
-
-    @staticmethod
-    def estimate(scores: ArrayLike, seed: int = 0) -> Estimate:
-        return bootstrap_mean(scores, seed)
-
-
-class Probability(UnlearningMetric):
-    """Length-normalised probability of the answer, `exp(-loss)` (TOFU, 2.2)."""
-
-    inputs = {"loss": NUMBER}
-
-    @staticmethod
-    def estimate(loss: ArrayLike, seed: int = 0) -> Estimate:
-        return bootstrap_mean(np.exp(-np.asarray(loss, dtype=np.float64)), seed)
-
-
+@register_metric("multiple_choice_probability")
 class MultipleChoiceProbability(UnlearningMetric):
-    """Length-normalised probability of the right answer among all given ones, `p / (p + sum p_wrong)` (TOFU, 2.2)."""
+    """Length-normalised probability of the right answer among all given ones, `p / (p + sum p_wrong)` (TOFU, 2.2).
+
+    >>> round(MultipleChoiceProbability.estimate([0.0], [[0.0, 0.0]]).value, 3)
+    0.333
+    """
 
     inputs = {"loss": NUMBER, "wrong_losses": NUMBERS}
+    needs = {EACH_SPLIT: ("rows", "alternatives")}
 
     @staticmethod
     def estimate(loss: ArrayLike, wrong_losses: Sequence[ArrayLike], seed: int = 0) -> Estimate:
         return bootstrap_mean(choice_probabilities(loss, wrong_losses), seed)
 
+    @classmethod
+    def from_columns(cls, measured: MeasuredColumns, model: str, split: str) -> Estimate:
+        columns = measured.of(model, split)
+        return cls.estimate(columns["loss"], wrong_losses(columns), measured.seed)
+
 
 def choice_probabilities(loss: ArrayLike, wrong_losses: Sequence[ArrayLike]) -> NDArray:
-    """`[N]`: share of the right answer in the probabilities of all; from the losses, so that none underflows."""
+    """Return the share of the right answer in the probabilities of all answers: `[N]`.
+
+    It is computed from the losses, so that no probability underflows.
+    """
     loss_N, wrong = _checked(loss, wrong_losses)
     return np.array(
         [np.exp(-right - logsumexp([-right, *-losses])) for right, losses in zip(loss_N, wrong, strict=True)]
     )
 
 
+@register_metric("truth_ratio")
+@register_metric("truth_ratio_arithmetic", arithmetic=True)
 class TruthRatio(UnlearningMetric):
-    """Truth ratio (TOFU, 2.2): probability of wrong answers over that of a paraphrase of the right one.
+    """Truth ratio (TOFU, 2.2): probability of wrong answers over the probability of a paraphrase of the right one.
 
-    `ratio = exp(-mean_j loss(wrong_j)) / exp(-loss(paraphrase))`: the geometric mean over wrong answers, which
-    OpenUnlearning computes; `arithmetic=True` takes the paper's arithmetic mean of `exp(-loss(wrong_j))`. Reported is
-    the mean of `min(ratio, 1 / ratio)` for forget rows (1: right and wrong are equally likely) and of
-    `max(0, 1 - ratio)` for others with `forget=False` (1: wrong answers are impossible). It is computed from losses;
-    OpenUnlearning adds 1e-10 to each denominator, which drives ratios of answers below that probability to 0.
+    `ratio = exp(-mean_j loss(wrong_j)) / exp(-loss(paraphrase))`: the geometric mean over wrong answers, as in
+    OpenUnlearning; `arithmetic=True` takes the paper's arithmetic mean of `exp(-loss(wrong_j))`. The value is the mean
+    of `min(ratio, 1 / ratio)` for forget rows (1: right and wrong are equally likely) and the mean of
+    `max(0, 1 - ratio)` for other rows with `forget=False` (1: wrong answers are impossible). Ratios are computed from
+    losses; OpenUnlearning adds 1e-10 to each denominator, which drives ratios of answers below that probability to 0.
+
+    >>> TruthRatio.estimate([1.0, 2.0], [[1.0], [2.0]]).value
+    1.0
     """
 
     inputs = {"paraphrase_loss": NUMBER, "wrong_losses": NUMBERS}
+    needs = {EACH_SPLIT: ("alternatives",)}
+    arithmetic: ClassVar[bool] = False
 
     @staticmethod
     def estimate(
@@ -85,54 +91,74 @@ class TruthRatio(UnlearningMetric):
         log_N = log_truth_ratios(paraphrase_loss, wrong_losses, arithmetic)
         return bootstrap_mean(truth_scores(log_N, forget), seed)
 
+    @classmethod
+    def from_columns(cls, measured: MeasuredColumns, model: str, split: str) -> Estimate:
+        columns, forget = measured.of(model, split), split.startswith("forget")
+        return cls.estimate(
+            columns["paraphrase_loss"], wrong_losses(columns), forget, cls.arithmetic, seed=measured.seed
+        )
+
 
 def log_truth_ratios(
     paraphrase_loss: ArrayLike, wrong_losses: Sequence[ArrayLike], arithmetic: bool = False
 ) -> NDArray:
-    """`[N]`: natural logarithm of each row's truth ratio.
+    """Return the natural logarithm of each row's truth ratio: `[N]`.
 
     Raises:
-        DataError: A row without a wrong answer, or columns of different lengths.
+        DataError: A row has no wrong answer, or the columns have different lengths.
     """
     loss_N, wrong = _checked(paraphrase_loss, wrong_losses)
-    mean = _log_mean_exp if arithmetic else np.mean
+    mean: Callable[[NDArray], float] = _log_mean_exp if arithmetic else np.mean
     return np.array([mean(-losses) for losses in wrong], dtype=np.float64) + loss_N
 
 
+def measured_log_truth_ratios(columns: Columns) -> NDArray:
+    """Return `log_truth_ratios` of the columns of the measurement `alternatives`: `[N]`."""
+    return log_truth_ratios(columns["paraphrase_loss"], wrong_losses(columns))
+
+
 def truth_scores(log_ratio_N: NDArray, forget: bool) -> NDArray:
-    """`[N]`: `min(ratio, 1 / ratio)` of forget rows, `max(0, 1 - ratio)` of others."""
+    """Return `min(ratio, 1 / ratio)` for forget rows and `max(0, 1 - ratio)` for others: `[N]`."""
     return np.exp(-np.abs(log_ratio_N)) if forget else np.maximum(0, -np.expm1(np.minimum(log_ratio_N, 0)))
 
 
-def _log_mean_exp(values: NDArray) -> Any:
-    return logsumexp(values) - np.log(len(values))
+def _log_mean_exp(values: NDArray) -> float:
+    return float(logsumexp(values) - np.log(len(values)))
 
 
 def _checked(loss: ArrayLike, wrong_losses: Sequence[ArrayLike]) -> tuple[NDArray, list[NDArray]]:
     loss_N, wrong = np.asarray(loss, dtype=np.float64), [np.asarray(w, dtype=np.float64) for w in wrong_losses]
     if len(loss_N) != len(wrong):
-        raise DataError(f"{len(loss_N)} right answers come with wrong ones for {len(wrong)} rows; give one list a row")
+        raise DataError(
+            f"{len(loss_N)} right answers come with wrong answers for {len(wrong)} rows; give one list per row"
+        )
     for row, losses in enumerate(wrong):
         if not losses.size:
-            raise DataError(f"row {row} has no wrong answer to compare with; leave it out, or give it one")
+            raise DataError(f"row {row} has no wrong answer to compare with; add one, or leave the row out")
     return loss_N, wrong
 
 
+@register_metric("forget_quality")
 class ForgetQuality(UnlearningMetric):
     """P-value of the two-sided two-sample Kolmogorov-Smirnov test between the truth ratios of the unlearned and of the
     retrained model on the forget rows (TOFU, 2.2): near 1 they cannot be told apart, below 0.05 they differ.
 
-    Any increasing function of the ratios gives the same value. Undefined without a retrained model, and on fewer than
-    4 rows, where no difference could show. A p-value has no bootstrap interval: a resample repeats rows.
+    Any increasing function of the ratios gives the same value. It is undefined without a retrained model, and on fewer
+    than 4 rows, where the test could not reject. A p-value has no bootstrap interval, because a resample repeats rows.
+
+    >>> ForgetQuality.estimate([1, 2, 3, 4], [1, 2, 3, 4]).value
+    1.0
     """
 
     inputs = {"truth_ratio": NUMBER, "retrained_truth_ratio": NUMBER}
+    needs = {"forget": ("alternatives",)}
+    against_retrained = True
 
     @staticmethod
     def estimate(truth_ratio: ArrayLike, retrained_truth_ratio: ArrayLike | None, seed: int = 0) -> Estimate:
         ratio_N = np.asarray(truth_ratio, dtype=np.float64)
         if retrained_truth_ratio is None:
-            return undefined("no retrained model was given", len(ratio_N))
+            return undefined(NO_RETRAINED, len(ratio_N))
         retrained_N = np.asarray(retrained_truth_ratio, dtype=np.float64)
         n = min(len(ratio_N), len(retrained_N))
         if n < FEWEST_ROWS:
@@ -141,52 +167,33 @@ class ForgetQuality(UnlearningMetric):
             return undefined("a truth ratio is not a number", n)
         return Estimate(float(ks_2samp(ratio_N, retrained_N).pvalue), None, None, n)
 
-
-class HarmonicMean(UnlearningMetric):
-    """Harmonic mean over groups of the mean score of each group's rows; 0 where one of them is 0."""
-
-    inputs = {"group": TEXT, "score": NUMBER}
-
-    @staticmethod
-    def estimate(group: Sequence[str], score: ArrayLike, seed: int = 0) -> Estimate:
-        score_N, names = np.asarray(score, dtype=np.float64), np.asarray(group)
-        return harmonic_mean({str(name): score_N[names == name] for name in dict.fromkeys(names)}, seed)
+    @classmethod
+    def from_columns(cls, measured: MeasuredColumns, model: str, split: str) -> Estimate:
+        retrained = measured_log_truth_ratios(measured.of(RETRAINED, split)) if measured.has_retrained else None
+        return cls.estimate(measured_log_truth_ratios(measured.of(model, split)), retrained, measured.seed)
 
 
-class ModelUtility(HarmonicMean):
-    """Harmonic mean of nine (TOFU, 2.2): probability, ROUGE-L recall and truth ratio on the retain set, on real authors
-    and on world facts; probability is among the multiple choices on the latter two.
-
-    The column `group` holds `UTILITY_PARTS`: `retain/probability`, ...; all nine are needed.
-    """
-
-    @staticmethod
-    def estimate(group: Sequence[str], score: ArrayLike, seed: int = 0) -> Estimate:
-        if wrong := sorted(set(UTILITY_PARTS) ^ set(group)):
-            raise DataError(f"model utility is made of nine parts; missing or unknown: {', '.join(wrong)}")
-        return HarmonicMean.estimate(group, score, seed)
-
-
-def harmonic_mean(groups: Mapping[str, ArrayLike], seed: int = 0) -> Estimate:
-    """Harmonic mean of the groups' means, each group resampled on its own."""
-    return bootstrap(list(groups.values()), lambda *means, axis: harmonic(*(m.mean(axis=axis) for m in means)), seed)
-
-
-def harmonic(*values: ArrayLike) -> Any:
-    """Harmonic mean of non-negative values, element by element; 0 where one is 0."""
-    stacked = np.stack([np.asarray(value, dtype=np.float64) for value in values])
-    with np.errstate(divide="ignore"):
-        return len(stacked) / (1 / stacked).sum(axis=0)
-
-
+@register_metric("rouge_l")
+@register_metric(
+    "verbatim_memorisation", column="rouge_l_fmeasure_128", needs={"forget_verbmem|forget": ("continuations",)}
+)
+@register_metric(
+    "knowledge_memorisation", column="rouge_l_fmeasure_32", needs={"forget_knowmem|forget": ("short_answers",)}
+)
+@register_metric("knowledge_utility", column="rouge_l_fmeasure_32", needs={"retain_knowmem|retain": ("short_answers",)})
 class RougeL(UnlearningMetric):
     """ROUGE-L recall of generated answers against true ones, with Porter's stemmer (TOFU, 2.2).
 
     `measure="fmeasure"` gives the F1 that MUSE's code reports as verbatim memorisation (a continuation of 128 tokens)
-    and knowledge memorisation (an answer of 32 tokens), there with `stemmer=False`.
+    and knowledge memorisation (an answer of 32 tokens), both with `stemmer=False`.
+
+    >>> RougeL.estimate(["he is a baker"], ["he is a painter"]).value
+    0.75
     """
 
     inputs = {"predictions": TEXT, "references": TEXT}
+    needs = {EACH_SPLIT: ("answers",)}
+    column: ClassVar[str] = "rouge_l_recall_200"
 
     @staticmethod
     def estimate(
@@ -198,11 +205,6 @@ class RougeL(UnlearningMetric):
     ) -> Estimate:
         return bootstrap_mean(rouge_l(predictions, references, measure, stemmer), seed)
 
-
-def rouge_l(
-    predictions: Sequence[str], references: Sequence[str], measure: str = "recall", stemmer: bool = True
-) -> NDArray:
-    """`[N]`: ROUGE-L `recall`, `precision` or `fmeasure` of each row."""
-    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=stemmer)
-    pairs = zip(predictions, references, strict=True)
-    return np.array([getattr(scorer.score(true, found)["rougeL"], measure) for found, true in pairs], dtype=np.float64)
+    @classmethod
+    def from_columns(cls, measured: MeasuredColumns, model: str, split: str) -> Estimate:
+        return bootstrap_mean(measured.of(model, split)[cls.column], measured.seed)

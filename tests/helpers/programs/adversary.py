@@ -10,7 +10,7 @@ from helpers.tiny import text_rows, tiny_llama
 from hf_unlearn.core.processes import gather, leave
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.evaluation.metrics import score_rows
+from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
@@ -44,7 +44,7 @@ def main(folder: Path) -> None:
     args = UnlearningConfig(str(folder / "run"), **held, per_device_train_batch_size=3, gradient_accumulation_steps=2)
     rows, holdout = text_rows(12, seed=2), text_rows(4, seed=3)
     trainer = UnlearningTrainer(model, args, rows, statistics=statistics, holdout_dataset=holdout)
-    trainer.stop_by(rows, 0.9)  # all rows are below the band: they are pulled up, and nothing is pushed
+    trainer.set_stopping_rows(rows, 0.9)  # all rows are below the band: they are pulled up, and nothing is pushed
     trainer.train()
     logs = [log["eval_forget_probability"] for log in trainer.state.log_history if "eval_forget_probability" in log]
     found |= {"held": gather(weights_fingerprint(model)), "pulled": logs} | by_row(folder, statistics, holdout)
@@ -72,7 +72,7 @@ def by_row(folder: Path, statistics: RetainStatistics, holdout: list[dict[str, A
             ddp_timeout=60,
         )
         trainer = UnlearningTrainer(model, args, rows, statistics=statistics, holdout_dataset=holdout)
-        trainer.stop_by(rows, mark)
+        trainer.set_stopping_rows(rows, mark)
         trainer.train()
         found[name] = gather(weights_fingerprint(model))
     return found

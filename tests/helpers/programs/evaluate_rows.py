@@ -17,7 +17,7 @@ from helpers.tiny import tiny_llama
 from hf_unlearn.core.processes import leave
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.errors import ModelError
-from hf_unlearn.evaluation.attacks.audit import AuditSettings, audit
+from hf_unlearn.evaluation.attacks.auditing import AuditSettings, audit
 from hf_unlearn.evaluation.evaluate import evaluate_unlearning
 
 FORGET, HOLDOUT = encode_dataset(questions(7), Letters()), encode_dataset(questions(5, 1), Letters())

@@ -43,7 +43,7 @@ def make(folder: Path, mode: str, processes: int, case: str) -> UnlearningTraine
 
 
 def weights(trainer: UnlearningTrainer) -> list[torch.Tensor]:
-    return trainer.constrainer.weights()
+    return trainer.constrainer.copy_weights()
 
 
 def compare(folder: Path, mode: str, processes: int, case: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from hf_unlearn.core.processes import gather, leave, wait_for_all
 from hf_unlearn.core.sharding import local_part, whole
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.errors import StatisticsError
-from hf_unlearn.evaluation.metrics import score_rows
+from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.trainer.config import UnlearningConfig
@@ -116,9 +116,9 @@ def unlearn(name: str, folder: Path, mode: str, processes: int) -> tuple[dict[st
         "kl": trainer.constrainer.drift().kl,
         "leak": trainer.constrainer.leak,
         "evaluation": [line["eval_rows_loss"] for line in lines if "eval_rows_loss" in line][-1:],
-        "placements": sorted({type(part.place).__name__ for part in trainer.constrainer.parts}),
+        "placements": sorted({type(part.layout).__name__ for part in trainer.constrainer.weights}),
         "dtensors": all(isinstance(p, DTensor) for p in trained),
-        "held": sum(part.anchor.numel() for part in trainer.constrainer.parts) / sum(map(_size, trained)),
+        "held": sum(part.anchor.numel() for part in trainer.constrainer.weights) / sum(map(_size, trained)),
     }
     state = trainer.whole_state_dict() or trainer.model.state_dict()
     moved = {k: v for k, v in state.items() if "lm_head" not in k and ("lora_" in k or peft is None)}

@@ -1,0 +1,99 @@
+"""What a command answers, and how the answer is printed."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_unlearn.errors import UnlearningError
+
+if TYPE_CHECKING:
+    from hf_unlearn.evaluation.report import UnlearningReport
+
+WRONG_INPUT = 2
+"""Exit code of a command that was refused because of its input."""
+NO = 3
+"""Exit code of a question whose answer is no."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The result of a command. Progress goes to standard error or nowhere.
+
+    Attributes:
+        text: Text for standard output; None if the answer was printed already.
+        content: The same as data for `--json`.
+        code: Exit code.
+    """
+
+    text: str | None
+    content: Mapping[str, object] | None
+    code: int = 0
+
+
+def run_and_print(command: Callable[[], Answer], as_json: bool, debug: bool) -> int:
+    """Run a command, print its answer as text or JSON, and return the exit code.
+
+    An `UnlearningError` is printed as one line, and the exit code is 2; with `debug` it is raised. Of several processes
+    only the first prints.
+    """
+    prints = os.environ.get("RANK", "0") == "0"
+    try:
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():  # libraries print, too
+            answer = command()
+        if prints and answer.text is not None:
+            print(json.dumps(answer.content, allow_nan=False) if as_json else answer.text, flush=True)
+        if "RANK" in os.environ:
+            from hf_unlearn.core.processes import leave
+
+            leave()
+    except UnlearningError as error:
+        if debug:
+            raise
+        if prints:
+            print(f"hf-unlearn: {error}", file=sys.stderr)
+            if as_json:
+                print(json.dumps({"error": str(error)}))
+        return WRONG_INPUT
+    return answer.code
+
+
+def reports_answer(reports: "Mapping[str, UnlearningReport]", output_dir: str, metric: str) -> Answer:
+    """Return one table, the samples side by side, and where the files are.
+
+    Args:
+        reports: Reports by name of the constraint.
+        output_dir: The output folder.
+        metric: Name of the metric in the table.
+    """
+    from hf_unlearn.evaluation.tables import side_by_side
+
+    first = next(iter(reports.values()))
+    lines = [f"\n{metric} by split (forgotten: {first.request['rows']} rows of {first.request['source']})\n"]
+    lines.append(side_by_side(dict(reports), metric))
+    for name, report in reports.items():
+        lines.append(f"\n{name}: {report.method['stopped']}")
+        for sample in report.samples:
+            lines.append(f"  Q      {sample['prompt']}\n  before {sample['answer']}\n  after  {sample['after']}\n")
+    lines += _series_lines(first)
+    lines.append("\ntime: " + ", ".join(f"{phase} {value:.1f} s" for phase, value in first.timings.items()))
+    several = "/<constraint>" if len(reports) > 1 else ""
+    lines.append(f"checkpoint, report, card and plots: {output_dir}{several}")
+    content = {"output_dir": output_dir, "reports": {name: report.content() for name, report in reports.items()}}
+    return Answer("\n".join(lines), content)
+
+
+def _series_lines(report: "UnlearningReport") -> list[str]:
+    """Return what a series of requests has used and has left, and its warnings."""
+    series = report.series
+    if not series:
+        return []
+    room = f"room {series['room']['mean']:.2%}" if series["room"] else "room not measured"
+    drift = series["drift_used"]
+    budget = f" of {drift['budget']:.4f}" if drift["budget"] is not None else ""
+    used = f"drift used by all requests {drift['relative']:.4f}{budget}"
+    lines = [f"\nrequest {series['requests']} of its ledger: {room}, {used}, commitment {report.request['commitment']}"]
+    return lines + [f"warning: {line}" for line in series["warnings"]]
