@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_unlearn.benchmark.cell import Cell
 from hf_unlearn.constraints.registry import needs_fisher
+from hf_unlearn.data.formats import rows_of
 from hf_unlearn.data.row_identity import row_hash
 from hf_unlearn.deletion.build import build_request
 from hf_unlearn.deletion.fulfil import PreparedRequest, UnlearnedModel, prepare_request
@@ -73,7 +74,7 @@ def run_group(
     prepared = prepare_request(request, first.config)
     provenance = {
         "weights": weights_fingerprint(request.models.original),
-        "forget_rows": sha256(b"".join(sorted(row_hash(row) for row in request.rows.forget))).hexdigest(),
+        "forget_rows": sha256(b"".join(sorted(row_hash(row) for row in rows_of(request.rows.forget)))).hexdigest(),
     }
     references: GroupReferences | None = None
     for cell in unfinished:

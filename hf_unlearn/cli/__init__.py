@@ -42,11 +42,12 @@ _FOOTER = f"""hf-unlearn COMMAND --help lists the options. Every command takes:
   --plugin MODULE_OR_FILE.py
              import this Python module or file first, which registers your own constraints, losses, metrics, attacks
              or layers; repeatable, and the key `plugin` of a settings file
-{", ".join(LAUNCHED)} can also start on several processes: --accelerate_config ddp | fsdp2 | zero2 | zero3 |
-FILE [--num_processes N] [--num_machines M --machine_rank I --main_process_ip ADDRESS --main_process_port PORT].
+{", ".join(LAUNCHED)} can also start on several processes:
+  --accelerate_config ddp | fsdp2 | zero2 | zero3 | FILE [--num_processes N]
+  [--num_machines M --machine_rank I --main_process_ip ADDRESS --main_process_port PORT]
 
-exit codes: 0 done; {WRONG_INPUT} a wrong input, with one line on standard error; {NO} the answer is no (ledger verify:
-damaged, ledger prove: not in it); 1 anything else"""
+exit codes: 0 done; {WRONG_INPUT} a wrong input, with one line on standard error;
+{NO} the answer is no (ledger verify: damaged, ledger prove: not in it); 1 anything else"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

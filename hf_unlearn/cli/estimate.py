@@ -14,9 +14,8 @@ from hf_unlearn.core.settings import setting
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.estimate.fit import candidates, fastest_fit
 from hf_unlearn.estimate.memory import Memory, estimate_memory
-from hf_unlearn.estimate.sizes import OPTIMIZERS, EstimateSettings
+from hf_unlearn.estimate.sizes import OPTIMIZERS, EstimateSettings, Trace
 from hf_unlearn.estimate.times import Work, communication, estimate_times
-from hf_unlearn.estimate.tracing import Trace, read_config, trace_model
 from hf_unlearn.models.tasks import Task
 from hf_unlearn.statistics.sketch import SKETCH_ABOVE, SKETCH_RANK, Sketching
 from hf_unlearn.trainer.config import UnlearningConfig
@@ -113,6 +112,7 @@ def _trace(args: EstimateArguments, settings: EstimateSettings) -> Trace:
 
     from hf_unlearn.deletion.arguments import RunArguments
     from hf_unlearn.deletion.build import peft_config
+    from hf_unlearn.estimate.tracing import read_config, trace_model
     from hf_unlearn.losses import build_loss
 
     trace = trace_model(

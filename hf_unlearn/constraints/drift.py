@@ -63,7 +63,8 @@ class DriftMeter:
         self._weights = weights
         covered = statistics.layers if statistics is not None else {}
         plain = [weight for weight in weights if weight.layer is not None and not weight.factor]
-        self._layers: list[TrainedLayer] = [layer for layer in [*plain, *adapters] if layer.owner in covered]
+        layers: list[TrainedLayer] = [*plain, *adapters]
+        self._layers = [layer for layer in layers if layer.owner in covered]
         self._original_outputs: dict[str, float] = {}
 
     @torch.no_grad()
@@ -113,7 +114,7 @@ class DriftMeter:
 def step_leak(weights: Sequence[TrainedWeight]) -> float | None:
     """Return `|D U| / |D|` of the last realised step D, over all weights with an anchored constraint together.
 
-    It is the share of the step that lies in the core gradient space. `TrainedWeight.before` must hold the weights
+    It is the share of the step in the core gradient space. `TrainedWeight.before` must hold the weights
     before the step. None if no weight has an anchored constraint.
     """
     squares: list[Tensor] = []

@@ -34,7 +34,7 @@ class EnergyConstraint(Constraint):
     energy: float = 0.9
     """Share of the spectrum that is protected, in (0, 1]; 1 protects the entire span of the retain inputs."""
     spectrum: Spectrum = "singular_values"
-    """What the share is of: "eigenvalues" (retained energy) or "singular_values" (the rule of the PGU authors' code)."""
+    """What the share is of: "eigenvalues" (retained energy) or "singular_values" (as in the PGU authors' code)."""
     min_rank_share: float = 0.0
     """Protect at least this share of the input dimensions."""
 

@@ -51,7 +51,7 @@ class EnergyRidgeConstraint(EnergyConstraint):
     """Mean share of a step that passes in the directions that the cut leaves, in (0, 1]: less protects more; 1 is
     energy."""
     max_participation: float = 0.1
-    """Cut only if the median participation ratio over layers, as a share of the width, is at most this; 1 always cuts."""
+    """Cut only if the median participation ratio over layers is at most this share of the width; 1 always cuts."""
 
     anchored: ClassVar[bool] = False
     factor_share: ClassVar[float] = 1.0

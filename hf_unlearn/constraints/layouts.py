@@ -143,7 +143,7 @@ class RowSharded(Layout):
 
 
 class Zero3Pieces(Layout):
-    """Pieces of equal size of the flattened parameter: DeepSpeed ZeRO-3. Values are those of the float32 master weights.
+    """Equal pieces of the flattened parameter: DeepSpeed ZeRO-3. Values are those of the float32 master weights.
 
     If the number of processes divides the number of rows, a piece is a shard of rows and the matrix is a DTensor.
     Otherwise the matrix is gathered on every process.

@@ -24,14 +24,13 @@ from hf_unlearn.data.formats import (
     with_answer,
 )
 from hf_unlearn.errors import DataError
-from hf_unlearn.models.tasks import IGNORED, Task, context_length
+from hf_unlearn.models.tasks import IGNORED, ProcessingClass, Task, context_length
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin
+    from transformers import PreTrainedTokenizerBase
 
 Encode: TypeAlias = Callable[[Row, int], dict[str, Any]]
 """Makes model inputs of a raw row and its number."""
-Processor: TypeAlias = "PreTrainedTokenizerBase | BaseImageProcessor | ProcessorMixin"
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class EncodingContext:
         model: The model, for its context, its number of classes and its channels.
     """
 
-    processing_class: "Processor | None"
+    processing_class: "ProcessingClass | None"
     what: str
     max_length: int | None
     model: nn.Module | None

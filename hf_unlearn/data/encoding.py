@@ -15,14 +15,14 @@ Rows that are encoded already (tokens, `pixel_values`) skip the first step. Enco
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
 from hf_unlearn.core.processes import world
 from hf_unlearn.data.checks import require_rows
@@ -36,13 +36,13 @@ from hf_unlearn.models.tasks import Task, task_of
 if TYPE_CHECKING:
     import datasets
 
-    from hf_unlearn.data.encoders import Processor
+    from hf_unlearn.models.tasks import ProcessingClass
 
 
 @overload
 def encode_dataset(
     dataset: "Rows | None",
-    processing_class: "Processor | None",
+    processing_class: "ProcessingClass | None",
     *,
     what: str = ...,
     max_length: int | None = ...,
@@ -50,13 +50,13 @@ def encode_dataset(
     task: Task | None = ...,
     idk_seed: int | None = ...,
     streams: Literal[False] = ...,
-) -> Rows: ...
+) -> Sequence[Row]: ...
 
 
 @overload
 def encode_dataset(
     dataset: "Rows | datasets.IterableDataset | None",
-    processing_class: "Processor | None",
+    processing_class: "ProcessingClass | None",
     *,
     what: str = ...,
     max_length: int | None = ...,
@@ -69,7 +69,7 @@ def encode_dataset(
 
 def encode_dataset(
     dataset: "Rows | datasets.IterableDataset | None",
-    processing_class: "Processor | None",
+    processing_class: "ProcessingClass | None",
     *,
     what: str = "given",
     max_length: int | None = None,
@@ -77,7 +77,7 @@ def encode_dataset(
     task: Task | None = None,
     idk_seed: int | None = None,
     streams: bool = False,
-) -> "Rows | RowStream":
+) -> "Sequence[Row] | RowStream":
     """Make model inputs of rows in any of the formats of `formats`; return rows that are model inputs already as is.
 
     The `alternate` answer of a language model's row becomes a row of its own, under `alternate`. Images are encoded
@@ -136,7 +136,7 @@ def encode_dataset(
 
 
 @dataclass(frozen=True)
-class EncodedRows(Dataset):
+class EncodedRows(Sequence[Row]):
     """Rows that are encoded when they are read."""
 
     dataset: Rows
@@ -145,7 +145,7 @@ class EncodedRows(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]  # rows are read one by one
         return self.encode(self.dataset[index], index)
 
 

@@ -11,7 +11,7 @@
 A row of a language model may also have an `alternate` answer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 Row = Mapping[str, Any]
@@ -24,6 +24,15 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Row: ...
+
+
+def rows_of(rows: Rows) -> Iterator[Row]:
+    """Yield the rows in order.
+
+    >>> list(rows_of([{"text": "a"}, {"text": "b"}]))
+    [{'text': 'a'}, {'text': 'b'}]
+    """
+    return (rows[index] for index in range(len(rows)))
 
 
 LANGUAGE_PAIRS = (("prompt", "completion"), ("question", "answer"), ("prompt", "gt"))

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset
 
 from hf_unlearn.data.checks import require_rows
-from hf_unlearn.data.formats import Row, Rows
+from hf_unlearn.data.formats import Row, Rows, rows_of
 from hf_unlearn.models.tasks import Batch, Collator
 
 
@@ -86,11 +86,13 @@ class PairedCollator:
         return {**relearn, **{part: self.collator([row[part] for row in others]) for part in rows[0]}}
 
 
-def attackers_rows(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+def attackers_rows(rows: Rows) -> tuple[list[Row], list[Row]]:
     """Split rows into every third row, which the attacker has, and the others; a single row is in both parts.
 
     >>> attackers_rows([{"id": 0}, {"id": 1}, {"id": 2}])
     ([{'id': 0}], [{'id': 1}, {'id': 2}])
     """
-    rows = list(rows)
-    return (rows[::3], [row for index, row in enumerate(rows) if index % 3]) if len(rows) > 1 else (rows, rows)
+    all_rows = list(rows_of(rows))
+    if len(all_rows) < 2:
+        return all_rows, all_rows
+    return all_rows[::3], [row for index, row in enumerate(all_rows) if index % 3]

@@ -17,13 +17,7 @@ from hf_unlearn.data.row_identity import labelled_row_hash
 from hf_unlearn.deletion.arguments import RunArguments
 from hf_unlearn.deletion.fine_tuning import FineTuning, cache_folder, fine_tuned
 from hf_unlearn.deletion.next_request import begin_request, last_model
-from hf_unlearn.deletion.request import (
-    AdapterOptions,
-    DeletionRequest,
-    EvaluationOptions,
-    RequestModels,
-    RequestRows,
-)
+from hf_unlearn.deletion.request import AdapterOptions, DeletionRequest, EvaluationOptions, RequestModels, RequestRows
 from hf_unlearn.deletion.rows import EncodedSplits, RowEncoding, load_splits
 from hf_unlearn.deletion.series import BegunRequest, RequestSeries
 from hf_unlearn.errors import SettingsError
@@ -40,7 +34,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedTokenizerBase
 
-    from hf_unlearn.deletion.request import ProcessingClass
+    from hf_unlearn.models.tasks import ProcessingClass
 
 SAMPLE_TOKENS = 40
 """Longest sample answer, in tokens."""

@@ -6,7 +6,7 @@ Preparing subtracts the statistics of the forget rows. A prepared request can be
 configurations, each from the same original weights.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -15,28 +15,32 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PrinterCallback
 
-from hf_unlearn.core.files import check_output, replace_folder
+from hf_unlearn.core.files import replace_folder
 from hf_unlearn.core.processes import is_main, wait_for_all
+from hf_unlearn.data.formats import rows_of
+from hf_unlearn.deletion.output import (
+    check_target,
+    checkpoint_folder,
+    merges_adapter,
+    push_finished,
+    save_model,
+    saved_fingerprint,
+)
 from hf_unlearn.deletion.references import ReferenceResults, evaluate_next_to_references
 from hf_unlearn.deletion.request import DeletionRequest
 from hf_unlearn.deletion.series import BegunRequest
 from hf_unlearn.deletion.series_entry import RequestOutcome, SeriesEntry
 from hf_unlearn.deletion.timing import timed
-from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation.report import UnlearningReport
-from hf_unlearn.models.adapters import merged_state_dict
-from hf_unlearn.models.fingerprint import state_fingerprint, weights_fingerprint
+from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.models.modes import trainable_flags_restored
-from hf_unlearn.publishing.model_folder import complete_folder, push_model_folder
+from hf_unlearn.publishing.model_folder import complete_folder
 from hf_unlearn.statistics.collect import collect_with_options
 from hf_unlearn.statistics.options import CollectionOptions
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.trainer.config import UnlearningConfig
-from hf_unlearn.trainer.hub import push_options
-from hf_unlearn.trainer.run_record import name_base_model, record_run
+from hf_unlearn.trainer.run_record import record_run
 from hf_unlearn.trainer.trainer import UnlearningTrainer
-
-DEFAULT_OUTPUT = "unlearned"
 
 
 def fulfil_request(request: DeletionRequest, config: UnlearningConfig) -> UnlearningReport:
@@ -96,30 +100,6 @@ def fulfil_request_under(
         finished[name] = prepared.fulfil(config, references)
         references = finished[name].references
     return finished
-
-
-def check_target(request: DeletionRequest, config: UnlearningConfig) -> Path:
-    """Return the output folder of a request, or raise an error if the request must not be written there.
-
-    Raises:
-        OutputError: The folder is not empty and `overwrite_output_dir` is false.
-        SettingsError: A request in a series whose output folder would replace the model or the ledger of the series,
-            or whose adapter is not merged.
-    """
-    target = check_output(config.output_dir or DEFAULT_OUTPUT, config.overwrite_output_dir)
-    if request.series is None:
-        return target
-    series = request.series.series
-    if request.adapter is not None and not request.adapter.merge:
-        raise SettingsError(
-            "the next request of a series starts from a complete model; pass merge_adapter (--merge_adapter True)"
-        )
-    if series.model_folder is not None and Path(series.model_folder) == target.resolve():
-        raise SettingsError(f"{target} has the model that this request starts from; choose another --output_dir")
-    ledger = series.ledger.folder.resolve()
-    if target.resolve() in (ledger, *ledger.parents):
-        raise SettingsError(f"the ledger {ledger} must not be inside the output folder {target}, which is replaced")
-    return target
 
 
 def prepare_request(request: DeletionRequest, config: UnlearningConfig) -> "PreparedRequest":
@@ -226,12 +206,13 @@ class PreparedRequest:
             entry = None if series is None else self._series_entry(series, result, state, config)
             if is_main():
                 with replace_folder(target, config.overwrite_output_dir) as folder:
-                    self._write(folder, result, state, config, target.name)
+                    save_model(folder, self.request, result.trainer, state, config)
+                    complete_folder(folder, result.report, target.name, config.card_template)
                 if entry is not None:
                     entry.complete(target)
             wait_for_all()
         if config.push_to_hub and is_main():
-            self._push(target, result.report, config)
+            push_finished(self.request, target, result.report, config)
         return FinishedRequest(result.report, result.references, target)
 
     @contextmanager
@@ -251,7 +232,7 @@ class PreparedRequest:
         timings = dict(self.timings)
         with ExitStack() as cleanup:
             cleanup.enter_context(trainable_flags_restored(self.request.models.original))
-            with _checkpoint_folder(target) as checkpoints, timed(timings, "unlearn"):
+            with checkpoint_folder(target) as checkpoints, timed(timings, "unlearn"):
                 with timed(timings, "decompose"):
                     trainer = self._trainer(config, target, checkpoints)
                 cleanup.callback(self._restore_original, trainer)
@@ -268,7 +249,7 @@ class PreparedRequest:
         trainer = UnlearningTrainer(
             models.original,
             config,
-            [*rows.forget, *rows.forgotten_before] if rows.forgotten_before else rows.forget,
+            [*rows_of(rows.forget), *rows_of(rows.forgotten_before)] if rows.forgotten_before else rows.forget,
             rows.retain,
             statistics=self.retain_statistics,
             holdout_dataset=rows.splits.get("holdout"),
@@ -288,10 +269,6 @@ class PreparedRequest:
         if self.request.adapter is not None:
             trainer.model.unload()
 
-    @property
-    def _merges_adapter(self) -> bool:
-        return self.request.adapter is not None and self.request.adapter.merge
-
     def _fill_report(self, report: UnlearningReport, trainer: UnlearningTrainer, timings: dict[str, float]) -> None:
         rows = self.request.rows
         report.request = {
@@ -300,7 +277,7 @@ class PreparedRequest:
             "date": datetime.now(timezone.utc).date().isoformat(),
         }
         retain_rows = 0 if rows.retain is None else len(rows.retain)
-        record_run(report, trainer, retain_rows=retain_rows, merged=self._merges_adapter)
+        record_run(report, trainer, retain_rows=retain_rows, merged=merges_adapter(self.request))
         report.method["rows_forgotten_again"] = len(rows.forgotten_before)
         report.timings = timings
 
@@ -312,7 +289,9 @@ class PreparedRequest:
         config: UnlearningConfig,
     ) -> SeriesEntry:
         """Return the entry of the ledger, and add to the report what only the series knows."""
-        weights_after = self._saved_fingerprint(result.trainer, state) if is_main() else ""  # only it writes the entry
+        weights_after = (
+            saved_fingerprint(self.request, result.trainer, state) if is_main() else ""
+        )  # only it writes the entry
         outcome = RequestOutcome(
             weights_before=self.weights_before,
             weights_after=weights_after,
@@ -322,51 +301,3 @@ class PreparedRequest:
             constraint=config.build_constraint(),
         )
         return begun.finish(result.report, outcome)
-
-    def _saved_fingerprint(self, trainer: UnlearningTrainer, state: dict[str, Tensor] | None) -> str:
-        """Return the fingerprint of the weights that are saved, as a model that loads them has it."""
-        original = self.request.models.original
-        if state is not None:  # gathered weights are not tied any more; those of a loaded model are
-            tied = getattr(original, "all_tied_weights_keys", None) or {}
-            state = state | {name: state[source] for name, source in tied.items() if source in state}
-        if self.request.adapter is not None:
-            return state_fingerprint(merged_state_dict(trainer.model, state))
-        return weights_fingerprint(trainer.model) if state is None else state_fingerprint(state)
-
-    def _write(
-        self,
-        folder: Path,
-        result: UnlearnedModel,
-        state: dict[str, Tensor] | None,
-        config: UnlearningConfig,
-        model_name: str,
-    ) -> None:
-        model, models = result.trainer.model, self.request.models
-        name_base_model(model, config)
-        if self._merges_adapter:
-            save: Callable[..., None] = models.original.save_pretrained  # type: ignore[assignment]
-            save(folder, state_dict=merged_state_dict(model, state))
-        else:
-            model.save_pretrained(folder, state_dict=state)
-        if models.processing_class is not None:
-            models.processing_class.save_pretrained(folder)
-        complete_folder(folder, result.report, model_name, config.card_template)
-
-    def _push(self, folder: Path, report: UnlearningReport, config: UnlearningConfig) -> None:
-        shows_samples = self.request.evaluation.sample_answers is not None
-        repo_id, options = config.hub_model_id or folder.name, push_options(config)
-        commit = push_model_folder(folder, folder, repo_id, options, publish_samples=shows_samples)
-        if self.request.series is not None:
-            ledger = self.request.series.series.ledger
-            ledger.record_push(report.request["number"], commit.repo_url.repo_id, commit.oid)
-
-
-@contextmanager
-def _checkpoint_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder next to `target` for the trainer's checkpoints; it is removed at the end if it is empty."""
-    folder = target.with_name(f"{target.name}.checkpoints")
-    try:
-        yield folder
-    finally:
-        if is_main() and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()

@@ -76,10 +76,10 @@ class Ledger:
             anchors: Hashes of entries or commitments of requests, kept elsewhere, that the ledger must have.
 
         Raises:
-            LedgerError: There is no ledger.
+            LedgerError: The folder has no ledger.
         """
         if not self.exists():
-            raise LedgerError(f"there is no ledger in {self.folder}; `hf-unlearn run --ledger` makes one")
+            raise LedgerError(f"{self.folder} has no ledger; `hf-unlearn run --ledger` makes one")
         with self._locked():
             verdict = self._examine()
         known = {e.hash for e in verdict.entries} | {e.content.get("commitment") for e in verdict.entries}
@@ -150,7 +150,7 @@ class Ledger:
         """Record the Hub commit that published the model of request number `request`.
 
         Raises:
-            LedgerError: There is no such request, or see `append`.
+            LedgerError: The ledger does not have this request, or see `append`.
         """
         if request not in [entry.content["request"] for entry in self.requests()]:
             raise LedgerError(f"{self.folder} has no request {request}; `hf-unlearn ledger show` lists them")
@@ -259,7 +259,7 @@ class Ledger:
 
 
 def open_ledger(folder: str | os.PathLike, key_file: str | os.PathLike | None) -> Ledger:
-    """Return a ledger to append to, with the key of `read_key`; raises `LedgerError` if there is no key."""
+    """Return a ledger to append to, with the key of `read_key`; raises `LedgerError` if none is set."""
     key = read_key(key_file)
     if key is None:
         raise LedgerError(f"--ledger needs its key; pass --ledger_key_file, or set {KEY_VARIABLE}")

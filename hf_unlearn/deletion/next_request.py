@@ -16,7 +16,7 @@ from hf_unlearn.errors import ModelError, SettingsError
 from hf_unlearn.trainer.config import UnlearningConfig
 
 if TYPE_CHECKING:
-    from hf_unlearn.deletion.request import ProcessingClass
+    from hf_unlearn.models.tasks import ProcessingClass
 
 
 def open_series(args: RunArguments, constraints: Sequence[str]) -> RequestSeries | None:

@@ -8,23 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-from hf_unlearn.data.formats import Row
+from hf_unlearn.data.formats import Rows
+from hf_unlearn.models.tasks import Collator, ProcessingClass
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from torch import Tensor, nn
-    from transformers import PreTrainedTokenizerBase
-    from transformers.image_processing_base import ImageProcessingMixin
+    from torch import nn
 
     from hf_unlearn.deletion.series import BegunRequest
     from hf_unlearn.statistics.retain_statistics import RetainStatistics
-
-    ProcessingClass: TypeAlias = PreTrainedTokenizerBase | ImageProcessingMixin
-    Collator: TypeAlias = Callable[[Sequence[Row]], Mapping[str, Tensor]]
-
-Rows: TypeAlias = Sequence[Row]
 
 
 @dataclass(frozen=True, kw_only=True)

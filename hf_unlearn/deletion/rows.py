@@ -20,7 +20,7 @@ from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.models.tasks import Task
 
 if TYPE_CHECKING:
-    from hf_unlearn.deletion.request import ProcessingClass
+    from hf_unlearn.models.tasks import ProcessingClass
 
 
 @dataclass(frozen=True, kw_only=True)

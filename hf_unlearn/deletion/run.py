@@ -15,13 +15,14 @@ from hf_unlearn.core.files import check_output
 from hf_unlearn.core.processes import wait_for_all
 from hf_unlearn.data.batches import PaddingCollator, default_collator, take
 from hf_unlearn.data.encoding import encode_dataset
+from hf_unlearn.data.formats import Rows
 from hf_unlearn.data.splits import load_rows
 from hf_unlearn.deletion.arguments import DataArguments, RunArguments
 from hf_unlearn.deletion.build import build_request, metric_names
 from hf_unlearn.deletion.fine_tuning import cache_folder
-from hf_unlearn.deletion.fulfil import DEFAULT_OUTPUT, fulfil_request_under
+from hf_unlearn.deletion.fulfil import fulfil_request_under
 from hf_unlearn.deletion.next_request import next_config, open_series
-from hf_unlearn.deletion.request import Rows
+from hf_unlearn.deletion.output import DEFAULT_OUTPUT
 from hf_unlearn.deletion.rows import RowEncoding, load_splits
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation.attacks.auditing import AuditSettings, audit
@@ -35,7 +36,7 @@ from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.trainer.config import UnlearningConfig
 
 if TYPE_CHECKING:
-    from hf_unlearn.deletion.request import ProcessingClass
+    from hf_unlearn.models.tasks import ProcessingClass
 
 
 def run_request(args: RunArguments, config: UnlearningConfig) -> dict[str, UnlearningReport]:

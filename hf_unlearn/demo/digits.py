@@ -67,7 +67,7 @@ def digits_splits(forget: str, seed: int) -> DigitsSplits:
     number = int(value)
     if unit == "class":
         if number > 9:
-            raise SettingsError(f"there is no class {number}; the digits have classes 0 to 9")
+            raise SettingsError(f"class {number} does not exist; the digits have classes 0 to 9")
         chosen, test = labels[train] == number, test[labels[test] != number]
     else:
         if not 0 < number < len(train):

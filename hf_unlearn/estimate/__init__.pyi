@@ -2,8 +2,8 @@ from .fit import fastest_fit as fastest_fit
 from .memory import Memory as Memory
 from .memory import estimate_memory as estimate_memory
 from .sizes import EstimateSettings as EstimateSettings
+from .sizes import Trace as Trace
 from .times import Phase as Phase
 from .times import Work as Work
 from .times import estimate_times as estimate_times
-from .tracing import Trace as Trace
 from .tracing import trace_model as trace_model

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from hf_unlearn.estimate.memory import Memory, estimate_memory
-from hf_unlearn.estimate.sizes import EstimateSettings, entries, sum_sizes, sums_bytes
-from hf_unlearn.estimate.tracing import Trace
+from hf_unlearn.estimate.sizes import EstimateSettings, Trace, entries, sum_sizes, sums_bytes
 
 SHARE = 0.9
 """Share of a device's memory that tensors may take. The rest is for what the allocator cannot hand out and what the

@@ -1,18 +1,19 @@
-"""Sizes of a deletion request: its settings, and the bytes of sums, constraint matrices and optimizer state.
+"""Sizes of a model and of a deletion request: settings, and the bytes of sums, matrices and optimizer state.
 
 Shapes: I inputs and O outputs of a layer, R columns of a sketch, P processes. What a constraint costs is read from its
 class: `needs_fisher`, `factor_share` and `anchored`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+
+import torch
 
 from hf_unlearn.constraints.base import Constraint
 from hf_unlearn.constraints.registry import CONSTRAINTS, needs_fisher
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.estimate.tracing import Trace
-from hf_unlearn.statistics.sketch import Sketching
+from hf_unlearn.statistics.sketch import EXACT, Sketching
 
 OPTIMIZERS: Mapping[str, tuple[float, float]] = {
     "sgd": (0, 1),
@@ -30,6 +31,69 @@ OPTIMIZERS: Mapping[str, tuple[float, float]] = {
 """Optimizer state for each trained number: bytes, and copies in the precision of the weight. The 8-bit states of
 bitsandbytes have a float32 scale for each block of 256; its tensors below 4096 numbers are kept in float32."""
 BNB_SMALLEST = 4096
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """Sizes of a covered layer.
+
+    Attributes:
+        outputs: Number of outputs O.
+        inputs: Number of inputs I.
+        gram: Name of its Gram.
+        transposed: Whether the weight is stored as `[I, O]`.
+        trained: Whether the weight is trained.
+    """
+
+    outputs: int
+    inputs: int
+    gram: str
+    transposed: bool
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Sizes of a model, and bytes and floating-point operations of one batch on one process.
+
+    Attributes:
+        parameters: Number of parameters.
+        weights: Bytes of parameters and buffers.
+        largest: Bytes of the largest parameter.
+        layers: The covered layers by name.
+        trained: Shapes of the trained parameters (for LoRA the factors A and B).
+        width: Bytes of one trained number.
+        positions: Number of rows N of the layer inputs `X_NI` in one batch, by Gram.
+        unsharded: Bytes that FSDP2 has gathered at a time: what is outside the blocks, and two blocks.
+        collecting: Largest bytes besides weights and sums while a batch is collected.
+        training: Largest bytes besides weights in the forward and backward pass, gradients included.
+        activations: The same without gradients of weights.
+        forward: Operations of the forward pass of a training batch, attention included.
+        backward: Operations of its backward pass.
+        collected: Operations of a collected batch without the products of the sums.
+        sketching: Which sums are sketches; nothing that is traced depends on it.
+    """
+
+    parameters: int
+    weights: int
+    largest: int
+    layers: Mapping[str, LayerSize]
+    trained: Sequence[torch.Size]
+    width: int
+    positions: Mapping[str, int]
+    unsharded: int
+    collecting: int
+    training: int
+    activations: int
+    forward: float
+    backward: float
+    collected: float
+    sketching: Sketching = EXACT
+
+    @property
+    def grams(self) -> dict[str, int]:
+        """Width I of each Gram."""
+        return {layer.gram: layer.inputs for layer in self.layers.values()}
 
 
 @dataclass(frozen=True)

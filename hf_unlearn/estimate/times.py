@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from hf_unlearn.constraints.base import Constraint
 from hf_unlearn.estimate.sizes import (
     EstimateSettings,
+    Trace,
     decomposed_sizes,
     entries,
     is_exact,
@@ -17,7 +18,6 @@ from hf_unlearn.estimate.sizes import (
     sums_bytes,
     trained_bytes,
 )
-from hf_unlearn.estimate.tracing import Trace
 from hf_unlearn.statistics.sketch import EXACT, Sketching
 from hf_unlearn.statistics.sums import products_share
 

@@ -7,7 +7,7 @@ Shapes: B rows, T positions, N = B * T, I and O features of a layer, V classes o
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from hf_unlearn.core.storage import Storage
 from hf_unlearn.errors import ModelError, SettingsError
+from hf_unlearn.estimate.sizes import LayerSize, Trace
 from hf_unlearn.losses import UnlearningLoss
 from hf_unlearn.models.adapters import layer_of, with_adapter
 from hf_unlearn.models.forward import Predictions, output_logits
@@ -31,73 +31,10 @@ from hf_unlearn.models.tasks import Task, context_length, shifts_labels
 from hf_unlearn.models.trainable import freeze_unprotected
 from hf_unlearn.statistics.accumulator import Accumulator
 from hf_unlearn.statistics.fisher import sample_labels
-from hf_unlearn.statistics.sketch import EXACT, Sketching
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-
-@dataclass(frozen=True)
-class LayerSize:
-    """Sizes of a covered layer.
-
-    Attributes:
-        outputs: Number of outputs O.
-        inputs: Number of inputs I.
-        gram: Name of its Gram.
-        transposed: Whether the weight is stored as `[I, O]`.
-        trained: Whether the weight is trained.
-    """
-
-    outputs: int
-    inputs: int
-    gram: str
-    transposed: bool
-    trained: bool
-
-
-@dataclass(frozen=True)
-class Trace:
-    """Sizes of a model, and bytes and floating-point operations of one batch on one process.
-
-    Attributes:
-        parameters: Number of parameters.
-        weights: Bytes of parameters and buffers.
-        largest: Bytes of the largest parameter.
-        layers: The covered layers by name.
-        trained: Shapes of the trained parameters (for LoRA the factors A and B).
-        width: Bytes of one trained number.
-        positions: Number of rows N of the layer inputs `X_NI` in one batch, by Gram.
-        unsharded: Bytes that FSDP2 has gathered at a time: what is outside the blocks, and two blocks.
-        collecting: Largest bytes besides weights and sums while a batch is collected.
-        training: Largest bytes besides weights in the forward and backward pass, gradients included.
-        activations: The same without gradients of weights.
-        forward: Operations of the forward pass of a training batch, attention included.
-        backward: Operations of its backward pass.
-        collected: Operations of a collected batch without the products of the sums.
-        sketching: Which sums are sketches; nothing that is traced depends on it.
-    """
-
-    parameters: int
-    weights: int
-    largest: int
-    layers: Mapping[str, LayerSize]
-    trained: Sequence[torch.Size]
-    width: int
-    positions: Mapping[str, int]
-    unsharded: int
-    collecting: int
-    training: int
-    activations: int
-    forward: float
-    backward: float
-    collected: float
-    sketching: Sketching = EXACT
-
-    @property
-    def grams(self) -> dict[str, int]:
-        """Width I of each Gram."""
-        return {layer.gram: layer.inputs for layer in self.layers.values()}
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Meter(TorchDispatchMode):
@@ -147,7 +84,7 @@ class Meter(TorchDispatchMode):
         self._seen.pop(address, None)
 
 
-def read_config(name: str) -> PretrainedConfig:
+def read_config(name: str) -> "PretrainedConfig":
     """Return the configuration of a folder, a `config.json` or a Hub id; no weights are read.
 
     Raises:
@@ -155,6 +92,8 @@ def read_config(name: str) -> PretrainedConfig:
     """
     if not name:
         raise ModelError("no model was named; pass a folder with config.json, or a Hub id")
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError) as error:
@@ -165,7 +104,7 @@ def read_config(name: str) -> PretrainedConfig:
 
 
 def trace_model(
-    config: PretrainedConfig,
+    config: "PretrainedConfig",
     task: Task,
     loss: UnlearningLoss,
     *,
@@ -241,9 +180,9 @@ def _fill(model: nn.Module) -> None:
 
 
 def _trace(
-    base: PreTrainedModel,
-    model: PreTrainedModel,
-    config: PretrainedConfig,
+    base: "PreTrainedModel",
+    model: "PreTrainedModel",
+    config: "PretrainedConfig",
     loss: UnlearningLoss,
     batch_size: int,
     length: int,
@@ -289,7 +228,7 @@ def _trace(
     )
 
 
-def _inputs(config: PretrainedConfig, batch_size: int, length: int) -> dict[str, Tensor]:
+def _inputs(config: "PretrainedConfig", batch_size: int, length: int) -> dict[str, Tensor]:
     if hasattr(config, "image_size") and hasattr(config, "num_channels"):
         size = config.image_size
         sides = (size, size) if isinstance(size, int) else tuple(size)
@@ -313,7 +252,7 @@ class _Sizes(Accumulator):
         return tensor.reshape(-1, tensor.shape[-1]).clone()  # a mask copies the rows
 
 
-def _collect(model: PreTrainedModel, inputs: Mapping[str, Tensor], fisher: bool) -> tuple[Accumulator, int, float]:
+def _collect(model: "PreTrainedModel", inputs: Mapping[str, Tensor], fisher: bool) -> tuple[Accumulator, int, float]:
     """Trace the second batch of a collecting pass, whose sums exist already."""
     collector = _Sizes(model, find_layers(model), fisher, Storage())
 

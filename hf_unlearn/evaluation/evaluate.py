@@ -4,25 +4,21 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from hf_unlearn.core.provenance import hardware, package_versions
 from hf_unlearn.data.encoding import encode_dataset
+from hf_unlearn.data.formats import Rows
 from hf_unlearn.errors import DataError, ModelError
 from hf_unlearn.evaluation.measurements import Columns, MeasurementTools, measure_splits
 from hf_unlearn.evaluation.metrics.base import TEACHER, MeasuredColumns
 from hf_unlearn.evaluation.metrics.intervals import Estimate, Undefined
 from hf_unlearn.evaluation.metrics.registry import METRICS, choose_metrics, estimate_metrics, wanted_measurements
 from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
-from hf_unlearn.evaluation.row_scores import Rows
 from hf_unlearn.models.adapters import without_wrapper
-from hf_unlearn.models.tasks import Collator
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from hf_unlearn.models.tasks import Collator, ProcessingClass
 
 ModelOrScope = nn.Module | Callable[[], AbstractContextManager[nn.Module]]
 
@@ -34,7 +30,7 @@ def evaluate_unlearning(
     original: ModelOrScope | None = None,
     retrained: ModelOrScope | None = None,
     metrics: Sequence[str] | None = None,
-    processing_class: "PreTrainedTokenizerBase | None" = None,
+    processing_class: "ProcessingClass | None" = None,
     collator: Collator | None = None,
     batch_size: int = 16,
     seed: int = 0,
@@ -68,7 +64,7 @@ def evaluate_unlearning(
         metrics: Names of metrics or of suites (`default`, `tofu`, `muse`, `classification`, `attacks`). Default:
             accuracy, answer probability, loss and entropy of every split and, if there is a split `holdout` or `test`,
             `membership_auc` of the loss attack, where 0.5 means that forget and held-out rows cannot be told apart.
-        processing_class: Tokenizer, needed for raw text rows and generated answers.
+        processing_class: Tokenizer or image processor, needed for raw rows and for generated answers.
         collator: Makes batches of rows; default: pad on the right.
         batch_size: Rows per forward pass.
         seed: Seed of the bootstrap.
@@ -104,7 +100,7 @@ def training_metrics(
     metrics: Sequence[str],
     *,
     retrained: nn.Module | None = None,
-    processing_class: "PreTrainedTokenizerBase | None" = None,
+    processing_class: "ProcessingClass | None" = None,
     collator: Collator | None = None,
     batch_size: int = 16,
 ) -> Callable[[nn.Module], dict[str, float]]:
@@ -144,7 +140,7 @@ def training_metrics(
 
 
 def encode_splits(
-    splits: Mapping[str, Rows], processing_class: "PreTrainedTokenizerBase | None", model: nn.Module | None
+    splits: Mapping[str, Rows], processing_class: "ProcessingClass | None", model: nn.Module | None
 ) -> dict[str, Rows]:
     """Encode the rows of every split; raises `DataError` if there is no split `forget`."""
     if "forget" not in splits:

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from hf_unlearn.core.processes import world
+from hf_unlearn.data.formats import Row, Rows
 from hf_unlearn.errors import DataError, ModelError, SettingsError
-from hf_unlearn.evaluation.row_scores import Row, Rows, map_rows
+from hf_unlearn.evaluation.row_scores import map_rows
 from hf_unlearn.models.tasks import IGNORED, context_length
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from hf_unlearn.core.sharding import require_whole
-from hf_unlearn.evaluation.row_scores import Row, Rows, map_rows
+from hf_unlearn.data.formats import Row, Rows
+from hf_unlearn.evaluation.row_scores import map_rows
 from hf_unlearn.models.forward import predict
 from hf_unlearn.models.tasks import Collator
 

@@ -23,14 +23,15 @@ from hf_unlearn.core.processes import gather, is_main, wait_for_all
 from hf_unlearn.core.registry import Registry
 from hf_unlearn.core.sharding import is_sharded
 from hf_unlearn.data.batches import default_collator
+from hf_unlearn.data.formats import Row, Rows
 from hf_unlearn.data.row_identity import labelled_row_hash
 from hf_unlearn.data.wrong_answers import ALTERNATIVES
 from hf_unlearn.errors import DataError
 from hf_unlearn.evaluation.generation import generate_answers, rouge_l, true_answers
 from hf_unlearn.evaluation.gradient_norms import gradient_norms
-from hf_unlearn.evaluation.row_scores import Row, Rows, score_classes, score_rows
+from hf_unlearn.evaluation.row_scores import score_classes, score_rows
 from hf_unlearn.models.fingerprint import model_fingerprint
-from hf_unlearn.models.tasks import Collator
+from hf_unlearn.models.tasks import Collator, ProcessingClass
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +60,7 @@ class MeasurementTools:
     @classmethod
     def build(
         cls,
-        processing_class: "PreTrainedTokenizerBase | None",
+        processing_class: "ProcessingClass | None",
         collator: Collator | None = None,
         batch_size: int = 16,
         cache_dir: str | os.PathLike[str] | None = None,

@@ -5,9 +5,9 @@ The trainer uses them too, so this module imports no library of metrics.
 Shapes: B rows, L label positions, V classes or vocabulary entries, C classes, S scores a row.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,25 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hf_unlearn.core.processes import gather, own_indices, world
+from hf_unlearn.data.formats import Row, Rows
 from hf_unlearn.errors import DataError
 from hf_unlearn.models.forward import Predictions, predict
 from hf_unlearn.models.modes import eval_mode
 from hf_unlearn.models.tasks import Collator
 
-Row = Mapping[str, Any]
 Result = TypeVar("Result")
 
 MIN_K = 0.4  # share of a row's labels that the min-k attacks read (MUSE, 2.2; OpenUnlearning)
 MIN_VARIANCE = 1e-6  # min-k++ divides by a standard deviation, which is 0 for a certain prediction
 CHUNK = 1 << 24  # elements of the largest float32 tensor allocated here
-
-
-class Rows(Protocol):
-    """Encoded rows that can be read by index, such as a list or a `datasets.Dataset`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Row: ...
 
 
 @dataclass(frozen=True)

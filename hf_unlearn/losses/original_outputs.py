@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hf_unlearn.core.files import replace_folder, write_json
 from hf_unlearn.core.processes import gather, is_main, wait_for_all
+from hf_unlearn.data.formats import Row, Rows
 from hf_unlearn.data.row_identity import labelled_batch_hashes, rows_to_text
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.losses.base import UnlearningLoss
@@ -40,7 +42,7 @@ SHARD_BYTES = 1 << 28
 def original_outputs(
     model: nn.Module,
     loss: UnlearningLoss,
-    rows: Mapping[str, Dataset | None],
+    rows: Mapping[str, Rows | None],
     folder: str | os.PathLike,
     *,
     collator: Collator,
@@ -90,18 +92,19 @@ def frozen_copy(model: nn.Module) -> OriginalModel:
     return lambda: nullcontext(lambda current, *inputs: predict(model, *inputs))
 
 
-def _loader(rows: Dataset, collator: Collator, batch_size: int) -> DataLoader:
-    return DataLoader(rows, batch_size=batch_size, collate_fn=collator, generator=torch.Generator())
+def _loader(rows: Rows, collator: Collator, batch_size: int) -> DataLoader:
+    dataset = cast("Dataset[Row]", rows)  # a loader needs a length and rows by number, nothing else
+    return DataLoader(dataset, batch_size=batch_size, collate_fn=collator, generator=torch.Generator())
 
 
-def _row_keys(rows: Dataset, collator: Collator, batch_size: int) -> list[str]:
+def _row_keys(rows: Rows, collator: Collator, batch_size: int) -> list[str]:
     return [key for batch in _loader(rows, collator, batch_size) for key in labelled_batch_hashes(batch)]
 
 
 def _write(
     model: nn.Module,
     loss: UnlearningLoss,
-    rows: Mapping[str, Dataset],
+    rows: Mapping[str, Rows],
     target: Path,
     index: Mapping[str, object],
     contents: Mapping[str, Content],

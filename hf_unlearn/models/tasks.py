@@ -1,11 +1,14 @@
 """The task a model solves, which decides what its rows and labels look like."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
 from hf_unlearn.models.adapters import without_wrapper
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 IGNORED = -100
 """The label of positions that no loss reads, as in transformers."""
@@ -16,6 +19,8 @@ Batch = Mapping[str, Tensor]
 """Arguments of a model's forward pass for B rows, by name: each tensor is `[B, ...]`."""
 Collator = Callable[[Sequence[Mapping[str, Any]]], Batch]
 """Makes a batch of a list of encoded rows, such as `data.batches.PaddingCollator` or a collator of transformers."""
+ProcessingClass: TypeAlias = "PreTrainedTokenizerBase | BaseImageProcessor | ProcessorMixin"
+"""What makes model inputs of raw rows: a tokenizer, an image processor, or a processor that has both."""
 Task = Literal["language-model", "seq2seq", "text-classification", "token-classification", "image-classification"]
 """A task by the name that transformers uses for it on the Hub, or the kind of language model."""
 

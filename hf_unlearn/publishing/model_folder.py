@@ -55,7 +55,7 @@ def push_unlearned_model(
     Raises:
         PushError: The Hub could not be reached or refused the push; the message names the folder and the command that
             resumes.
-        OutputError: `model_dir` does not exist, or there is no report.
+        OutputError: `model_dir` or the report does not exist.
         SettingsError: The model is incomplete or cannot be loaded by others, the report names rows, a file contains an
             access token, or `update` or `private` rule the repository out.
 
@@ -64,7 +64,7 @@ def push_unlearned_model(
     >>> push_unlearned_model("missing", "missing", "me/model")
     Traceback (most recent call last):
         ...
-    hf_unlearn.errors.OutputError: there is no folder missing; push the output folder of a run
+    hf_unlearn.errors.OutputError: no folder missing; push the output folder of a run
     """
     options = PushOptions(private, token, revision, commit_message, update)
     return push_model_folder(
@@ -84,7 +84,7 @@ def push_model_folder(
     """Publish as `push_unlearned_model` does, with the push's options in one object."""
     folder = Path(model_dir)
     if not folder.is_dir():
-        raise OutputError(f"there is no folder {folder}; push the output folder of a run")
+        raise OutputError(f"no folder {folder}; push the output folder of a run")
     _check_weights(folder)
     own_paths = (folder.resolve(), (folder / REPORT).resolve())
     is_own_report = not isinstance(report, UnlearningReport) and Path(report).resolve() in own_paths

@@ -1,7 +1,7 @@
 """Collecting: forward passes over a data set, with hooks that sum the second moments of layer inputs."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.utils.data import Subset
@@ -12,6 +12,7 @@ from hf_unlearn.data.batches import default_collator, own_batches, take
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.errors import ModelError, SettingsError
 from hf_unlearn.models.layers import find_layers
+from hf_unlearn.models.tasks import ProcessingClass
 from hf_unlearn.statistics.accumulator import Accumulator
 from hf_unlearn.statistics.early_stop import in_random_order
 from hf_unlearn.statistics.options import CollectionOptions
@@ -20,9 +21,8 @@ from hf_unlearn.statistics.sketch import SKETCH_ABOVE, SKETCH_RANK
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-    Rows = Sequence[Mapping[str, Any]] | Dataset | IterableDataset
+    Rows: TypeAlias = Sequence[Mapping[str, Any]] | Dataset | IterableDataset
 
 Collator = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Tensor]]
 
@@ -32,7 +32,7 @@ def collect_statistics(
     dataset: "Rows",
     *,
     collator: Collator | None = None,
-    processing_class: "PreTrainedTokenizerBase | BaseImageProcessor | None" = None,
+    processing_class: "ProcessingClass | None" = None,
     batch_size: int = 8,
     fisher: bool = False,
     layers: Sequence[str] | None = None,
@@ -109,7 +109,7 @@ def collect_with_options(
     options: CollectionOptions,
     *,
     collator: Collator | None = None,
-    processing_class: "PreTrainedTokenizerBase | BaseImageProcessor | None" = None,
+    processing_class: "ProcessingClass | None" = None,
 ) -> RetainStatistics:
     """`collect_statistics` with its options in one object."""
     encoded = encode_dataset(dataset, processing_class, what="statistics", model=model, streams=True)

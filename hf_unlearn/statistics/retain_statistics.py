@@ -113,7 +113,7 @@ class RetainStatistics:
         return summary_table(self)
 
     def gram(self, layer: str) -> Tensor:
-        """Return `gram_II = X^T X / N`: the uncentred second moment of the inputs of `layer`, float64; or its sketch."""
+        """Return `gram_II = X^T X / N`: uncentred second moment of the inputs of `layer`, float64, or its sketch."""
         key = self.layers[layer].inputs
         return self.gram_sums[key] / max(self.positions[key], 1)
 

@@ -75,9 +75,9 @@ class MomentSums:
             stacked = len(shape) == 3
             for block_FF, block_NF in zip(total if stacked else [total], rows if stacked else [rows], strict=True):
                 if is_sketch(shape):
-                    add_sketch(block_FF, block_NF.double())  # type: ignore[union-attr]
+                    add_sketch(block_FF, block_NF.double())
                 else:
-                    add_products(block_FF, block_NF.double())  # type: ignore[union-attr]
+                    add_products(block_FF, block_NF.double())
 
     @staticmethod
     def _add_to_shard(local_FF: Tensor, rows_NF: Tensor, shape: tuple[int, ...]) -> None:

@@ -1,7 +1,6 @@
 """Callbacks that connect the trainer to DeepSpeed and to the dual weight of a loss."""
 
 from collections.abc import Callable
-from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -16,7 +15,7 @@ class EngineCallback(TrainerCallback):
         self.attach = attach
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self.attach()
 
@@ -27,7 +26,9 @@ class DualWeightCallback(TrainerCallback):
     def __init__(self, dual: DualWeight):
         self.dual = dual
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         retain = {"loss": self.dual.take()}
         sum_over_processes(retain)
         self.dual.end_step(retain["loss"].item(), state.epoch or 0.0)

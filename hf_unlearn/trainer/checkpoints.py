@@ -22,11 +22,12 @@ from hf_unlearn.core.files import sha256_of, write_json
 from hf_unlearn.core.processes import wait_for_all
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.losses import UnlearningLoss
+from hf_unlearn.losses.dual_weight import DualWeightState
 from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.stopping import OverUnlearningCallback, SavedWeights
 
 SEAL = "unlearning_state.json"
-PREVIOUS = "previous.safetensors"  # weights at the last evaluation, where the last step is shortened to
+PREVIOUS = "previous.safetensors"  # the weights of `OverUnlearningCallback.last_short`
 _NEWEST = (True, "True", "true", "latest")
 
 logger = logging.get_logger(__name__)
@@ -45,7 +46,7 @@ class ResumePoint:
 
     folder: Path
     stop_reason: str | None
-    dual_weight: Mapping[str, Any] | None
+    dual_weight: DualWeightState | None
     last_short: SavedWeights | None
 
 
@@ -163,7 +164,7 @@ def find_checkpoint(checkpoint: str | bool | None, output_dir: str | os.PathLike
         if read_seal(folder) is not None:
             return folder
         logger.warning(f"{folder} is incomplete and is skipped")
-    logger.warning(f"there is no complete checkpoint in {output_dir}: the run starts from the beginning")
+    logger.warning(f"no complete checkpoint in {output_dir}: the run starts from the beginning")
     return None
 
 

@@ -215,7 +215,7 @@ class UnlearningConfig(TrainingArguments):
         """Return the settings of a preset (`presets.PRESETS`); `settings` take precedence.
 
         Raises:
-            SettingsError: There is no preset of this name, or a setting has a wrong value.
+            SettingsError: The preset does not exist, or a setting has a wrong value.
 
         Example:
 

@@ -1,7 +1,7 @@
 """Prepared inputs of `UnlearningTrainer`: a loaded model, encoded rows, checked statistics, frozen parameters."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -16,7 +16,7 @@ from hf_unlearn.core.processes import gather
 from hf_unlearn.data.batches import default_collator
 from hf_unlearn.data.checks import require_alternates, require_disjoint, require_labels
 from hf_unlearn.data.encoding import encode_dataset
-from hf_unlearn.data.formats import Row
+from hf_unlearn.data.formats import Rows, rows_of
 from hf_unlearn.data.pairs import PairedCollator, PairedDataset
 from hf_unlearn.errors import SettingsError, StatisticsError
 from hf_unlearn.losses import UnlearningLoss, build_loss
@@ -25,7 +25,7 @@ from hf_unlearn.losses.registry import ForgetTerm, OriginalModel
 from hf_unlearn.models.adapters import with_adapter
 from hf_unlearn.models.layers import find_layers
 from hf_unlearn.models.loading import load_model_and_processor
-from hf_unlearn.models.tasks import Collator
+from hf_unlearn.models.tasks import Collator, ProcessingClass
 from hf_unlearn.models.trainable import Coverage, freeze_all_but, freeze_unprotected, is_weight_of
 from hf_unlearn.statistics.collect import collect_with_options
 from hf_unlearn.statistics.options import CollectionOptions
@@ -33,12 +33,8 @@ from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.trainer.config import UnlearningConfig
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from peft import PeftConfig
-    from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
-Rows: TypeAlias = "Sequence[Row] | Dataset"
-Processor: TypeAlias = "PreTrainedTokenizerBase | BaseImageProcessor | ProcessorMixin"
 StatisticsLike: TypeAlias = "RetainStatistics | str | os.PathLike"
 Encoder: TypeAlias = Callable[["Rows | None", str], Any]
 
@@ -60,7 +56,7 @@ class TrainerInputs:
     """
 
     model: nn.Module
-    processing_class: "Processor | None"
+    processing_class: "ProcessingClass | None"
     loss: UnlearningLoss
     collator: Collator
     forget: "Rows"
@@ -91,7 +87,7 @@ def prepare_inputs(
     holdout_dataset: "Rows | None" = None,
     eval_dataset: "Mapping[str, Rows] | None" = None,
     data_collator: Collator | None = None,
-    processing_class: "Processor | None" = None,
+    processing_class: "ProcessingClass | None" = None,
     peft_config: "PeftConfig | None" = None,
     loss: str | ForgetTerm | UnlearningLoss | None = None,
 ) -> TrainerInputs:
@@ -121,7 +117,7 @@ def prepare_inputs(
 
 
 def row_encoder(
-    model: nn.Module, processing_class: "Processor | None", args: UnlearningConfig, loss: UnlearningLoss
+    model: nn.Module, processing_class: "ProcessingClass | None", args: UnlearningConfig, loss: UnlearningLoss
 ) -> Encoder:
     """Return a function `(data set, its name) -> encoded rows`, which returns None for None."""
 
@@ -233,7 +229,7 @@ def original_source(
         return constrainer.original
     rows = {"forget": inputs.forget, "retain": inputs.retain}
     if inputs.loss.kind.alternate_answer:
-        rows["alternate"] = [row["alternate"] for row in inputs.forget]
+        rows["alternate"] = [row["alternate"] for row in rows_of(inputs.forget)]
     stored = original_outputs(
         inputs.model,
         inputs.loss,

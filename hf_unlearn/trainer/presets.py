@@ -39,7 +39,7 @@ CHOICES = {"loss": ("loss_settings",), "constraint": ("constraint_settings", "la
 
 
 def preset(name: str) -> dict[str, Any]:
-    """Return a copy of the settings of a preset; raise `SettingsError` if there is no preset of this name."""
+    """Return a copy of the settings of a preset; raise `SettingsError` if it does not exist."""
     if name not in PRESETS:
         raise SettingsError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
     return deepcopy(dict(PRESETS[name]))

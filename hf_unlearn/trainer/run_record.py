@@ -110,8 +110,9 @@ def _default_constraint(args: UnlearningConfig) -> Constraint | None:
 
 
 def _loss_summary(loss: UnlearningLoss) -> str | None:
-    """Return the first line of the docstring of the forget term."""
-    return (inspect.getdoc(loss.kind.term) or "").partition("\n")[0] or None
+    """Return the first line of the docstring of the forget term, without the verb that docstrings begin with."""
+    first_line = (inspect.getdoc(loss.kind.term) or "").partition("\n")[0]
+    return first_line.removeprefix("Return ") or None
 
 
 def _retained(args: UnlearningConfig, statistics: RetainStatistics | None) -> dict[str, Any] | None:

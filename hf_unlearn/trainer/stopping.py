@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_unlearn.constraints.step_constrainer import StepConstrainer
+from hf_unlearn.errors import SettingsError
+from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.row_stopping import RowStopping
 
 
@@ -44,7 +46,7 @@ class OverUnlearningCallback(TrainerCallback):
         by_row: Leave single rows alone that have reached the mark.
 
     Attributes:
-        mark: The value at which to stop; measured at the beginning of a run if there is no target.
+        mark: The value at which to stop; without a target it is measured at the beginning of a run.
         row_stopping: Which rows are pushed; None before the first run and if all rows are pushed.
         last_short: The weights at the last evaluation that did not reach the mark, or at the beginning.
         reason: Why the run stopped, in words; None if this rule did not stop it.
@@ -69,7 +71,7 @@ class OverUnlearningCallback(TrainerCallback):
         self.last_short: SavedWeights | None = None
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if self.mark is None:
             with self.constrainer.original():
@@ -82,7 +84,7 @@ class OverUnlearningCallback(TrainerCallback):
             self.last_short = SavedWeights(state.global_step, self.constrainer.copy_weights())
 
     def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs: object
     ) -> None:
         forget = metrics.get(f"eval_forget_{self.watched}")
         if forget is None or self.mark is None:
@@ -152,11 +154,13 @@ class DriftBudgetCallback(TrainerCallback):
         self._within: list[Tensor] = []
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self._within = self.constrainer.copy_weights()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         drift = self.constrainer.drift().relative
         if drift <= self.budget:
             self._within = self.constrainer.copy_weights()
@@ -186,14 +190,14 @@ class RetainDropCallback(TrainerCallback):
         self._within: list[Tensor] = []
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         with self.constrainer.original():
             self._before = self.score("retain")
         self._within = self.constrainer.copy_weights()
 
     def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs: object
     ) -> None:
         retain = metrics.get(f"eval_retain_{self.metric}")
         if retain is None:
@@ -208,3 +212,48 @@ class RetainDropCallback(TrainerCallback):
             f"retain {self.metric} {retain:.4f} at step {state.global_step} is {drop:.4f} worse than before, above "
             f"max_retain_drop {self.budget}; undone"
         )
+
+
+def stopping_rules(
+    args: UnlearningConfig,
+    constrainer: StepConstrainer,
+    score: Callable[..., float],
+    *,
+    has_holdout: bool,
+    has_retain: bool,
+) -> list[TrainerCallback]:
+    """Return the stopping rules that `args` asks for, in the order in which they act.
+
+    Args:
+        args: Settings of the run.
+        constrainer: Its constraint.
+        score: `(split, metric) -> value`; see `OverUnlearningCallback` and `RetainDropCallback`.
+        has_holdout: Whether there are held-out rows.
+        has_retain: Whether there is an evaluation split `retain`.
+
+    Raises:
+        SettingsError: A rule needs statistics or retain rows that the run does not have.
+    """
+    rules: list[TrainerCallback] = []
+    if has_holdout or args.forget_target is not None:
+        rules.append(
+            OverUnlearningCallback(
+                constrainer,
+                args.forget_metric,
+                score,
+                args.forget_target,
+                relearned=args.adversary_steps > 0,
+                by_row=args.row_stopping,
+            )
+        )
+    if args.max_retain_drift is not None:
+        if constrainer.statistics is None:
+            raise SettingsError("max_retain_drift needs statistics; pass `statistics` or `retain_dataset`")
+        rules.append(DriftBudgetCallback(constrainer, args.max_retain_drift))
+    if args.max_retain_drop is not None:
+        if not has_retain:
+            raise SettingsError(
+                "max_retain_drop needs retain rows: a split `retain` in eval_dataset (--retain or --train)"
+            )
+        rules.append(RetainDropCallback(constrainer, args.forget_metric, score, args.max_retain_drop))
+    return rules

@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, IntervalStrategy, TrainOutput
 
-from hf_unlearn.constraints.step_constrainer import StepConstrainer
+from hf_unlearn.constraints.step_constrainer import EngineOptimizer, StepConstrainer
 from hf_unlearn.core.sharding import check_sharding, shard_on_cpu, sharding_of
 from hf_unlearn.data.encoding import encode_dataset
+from hf_unlearn.data.formats import Rows
 from hf_unlearn.data.pairs import PairedDataset, attackers_rows
 from hf_unlearn.errors import ModelError, NonFiniteLossError, SettingsError
 from hf_unlearn.evaluation.report import UnlearningReport
@@ -27,16 +29,16 @@ from hf_unlearn.losses import UnlearningLoss
 from hf_unlearn.losses.registry import ForgetTerm
 from hf_unlearn.models.forward import predict
 from hf_unlearn.models.modes import hold_norm_statistics
-from hf_unlearn.models.tasks import Batch, Collator
+from hf_unlearn.models.tasks import Batch, Collator, ProcessingClass
 from hf_unlearn.trainer.adversary import relearned_weights
 from hf_unlearn.trainer.callbacks import DualWeightCallback, EngineCallback
 from hf_unlearn.trainer.checkpoints import CheckpointKeeper, ResumePoint
 from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.hub import HubPublisher, push_options, repository_name
-from hf_unlearn.trainer.inputs import Processor, Rows, StatisticsLike, original_source, prepare_inputs
+from hf_unlearn.trainer.inputs import StatisticsLike, original_source, prepare_inputs
 from hf_unlearn.trainer.row_stopping import RowStopping
 from hf_unlearn.trainer.run_record import fill_missing, run_report
-from hf_unlearn.trainer.stopping import DriftBudgetCallback, OverUnlearningCallback, RetainDropCallback
+from hf_unlearn.trainer.stopping import OverUnlearningCallback, stopping_rules
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -113,7 +115,7 @@ class UnlearningTrainer(Trainer):
         holdout_dataset: "Rows | None" = None,
         eval_dataset: "Mapping[str, Rows] | None" = None,
         data_collator: Collator | None = None,
-        processing_class: "Processor | None" = None,
+        processing_class: "ProcessingClass | None" = None,
         peft_config: "PeftConfig | None" = None,
         loss: str | ForgetTerm | UnlearningLoss | None = None,
         original_model: nn.Module | None = None,
@@ -159,7 +161,7 @@ class UnlearningTrainer(Trainer):
         self._checkpoints = CheckpointKeeper(args, inputs.loss, self.constrainer, sharding_of(self.accelerator))
         self._publisher = HubPublisher(args, self.model, lambda folder: self.save_model(folder, _internal_call=True))
         self._scores_rows = compute_metrics is None
-        self._constrained_optimizer: Any = None
+        self._constrained_optimizer: torch.optim.Optimizer | EngineOptimizer | None = None
         self._loss_since_step: Tensor | float = 0.0
         self._batch_counts = True  # false if a micro-batch has no row to push
         self._earlier_stop_reason: str | None = None  # of a run that had ended and was resumed
@@ -186,32 +188,17 @@ class UnlearningTrainer(Trainer):
             raise SettingsError("adversary_steps needs whole weights on each process (DDP); they are sharded here")
 
     def _add_callbacks(self) -> None:
-        args = self.args
         if self.is_deepspeed_enabled:
             self.add_callback(EngineCallback(lambda: self._constrain_steps_of(self.model_wrapped)))
-        if self._stopping_rows["holdout"] is not None or args.forget_target is not None:
-            self.add_callback(
-                OverUnlearningCallback(
-                    self.constrainer,
-                    args.forget_metric,
-                    self._stopping_score,
-                    args.forget_target,
-                    relearned=args.adversary_steps > 0,
-                    by_row=args.row_stopping,
-                )
-            )
-        if args.max_retain_drift is not None:
-            if self.constrainer.statistics is None:
-                raise SettingsError("max_retain_drift needs statistics; pass `statistics` or `retain_dataset`")
-            self.add_callback(DriftBudgetCallback(self.constrainer, args.max_retain_drift))
-        if args.max_retain_drop is not None:
-            if self._stopping_rows["retain"] is None:
-                raise SettingsError(
-                    "max_retain_drop needs retain rows: a split `retain` in eval_dataset (--retain or --train)"
-                )
-            self.add_callback(
-                RetainDropCallback(self.constrainer, args.forget_metric, self._stopping_score, args.max_retain_drop)
-            )
+        rules = stopping_rules(
+            self.args,
+            self.constrainer,
+            self._stopping_score,
+            has_holdout=self._stopping_rows["holdout"] is not None,
+            has_retain=self._stopping_rows["retain"] is not None,
+        )
+        for rule in rules:
+            self.add_callback(rule)
         if self.loss.dual is not None:
             self.add_callback(DualWeightCallback(self.loss.dual))
 
@@ -237,7 +224,7 @@ class UnlearningTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer of `args.optim`, with the constraint's step hooks."""
         if self.args.optim == "sgd":  # TrainingArguments has no setting for its momentum
-            self.optimizer_cls_and_kwargs: Any = (
+            self.optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] = (
                 torch.optim.SGD,
                 {"lr": self.args.learning_rate, "momentum": self.args.momentum},
             )
@@ -246,7 +233,7 @@ class UnlearningTrainer(Trainer):
             self._constrain_steps_of(getattr(optimizer, "optimizer", optimizer))
         return optimizer
 
-    def _constrain_steps_of(self, optimizer: Any) -> None:
+    def _constrain_steps_of(self, optimizer: "torch.optim.Optimizer | EngineOptimizer") -> None:
         """Attach the constraint to an optimizer or DeepSpeed engine; once, though each `train()` calls this."""
         if optimizer is not self._constrained_optimizer:
             self.constrainer.attach(optimizer)
@@ -390,9 +377,16 @@ class UnlearningTrainer(Trainer):
             metrics |= more
         return metrics
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """Evaluate as Trainer does; against an attacker, forget rows are also scored after relearning."""
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self.args.adversary_steps and metric_key_prefix == "eval_forget" and self._stopping_callback() is not None:
             output.metrics[f"eval_forget_relearned_{self.args.forget_metric}"] = self._stopping_score("forget")
         return output
@@ -436,7 +430,7 @@ class UnlearningTrainer(Trainer):
         callbacks = self.callback_handler.callbacks
         return next((callback for callback in callbacks if isinstance(callback, OverUnlearningCallback)), None)
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+    def _determine_best_metric(self, metrics: dict[str, float], trial: object) -> bool:
         """Choose the best checkpoint as Trainer does, among those whose evaluation meets `utility_floor`."""
         for name, floor in (self.args.utility_floor or {}).items():
             key = f"eval_{name.removeprefix('eval_')}"
@@ -507,7 +501,7 @@ class UnlearningTrainer(Trainer):
         reasons = [reason for cb in self.callback_handler.callbacks if (reason := getattr(cb, "reason", None))]
         return "; ".join(reasons) or f"all {self.state.max_steps} steps were made"
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """Save as Trainer does, then seal the folder; older checkpoints are removed only after that."""
         with self._checkpoints.without_rotation():
             super()._save_checkpoint(model, trial)
@@ -581,7 +575,7 @@ class UnlearningTrainer(Trainer):
         )
         return self._publisher.push(folder, self.hub_model_id, options, publish_samples=publish_samples)
 
-    def create_model_card(self, *args: Any, **options: Any) -> None:
+    def create_model_card(self, *args: object, **options: object) -> None:
         """Write the card of this run to `output_dir`, unless there is a card already."""
         report = self.report()  # a collective call: every process takes part in measuring the drift
         if self.is_world_process_zero():

@@ -1,5 +1,5 @@
 """Laws of the grid: a finished cell is never run again, one that fails does not end the others, other models are not
-mixed into a table; every benchmark runs from local folders; tables, plots and published numbers beside them."""
+mixed into a table; every benchmark runs from local folders; tables, plots and published numbers."""
 
 from __future__ import annotations
 
@@ -57,8 +57,11 @@ def test_a_finished_cell_is_never_run_twice(
     args, config = arguments(places), settings(tmp_path)
     first = run_grid(args, config, tmp_path)
     assert [(c.method, c.constraint) for c in first.reports] == [
-        ("grad_ascent", "none"), ("grad_ascent", "kronecker"), ("npo", "none"), ("npo", "kronecker"),
-    ]  # fmt: skip
+        ("grad_ascent", "none"),
+        ("grad_ascent", "kronecker"),
+        ("npo", "none"),
+        ("npo", "kronecker"),
+    ]
     assert not first.failed
     for report in first.reports.values():
         assert probability(report) < probability(report, "original") and report.timings["unlearn"] > 0
@@ -111,8 +114,9 @@ def test_a_cell_that_cannot_run_is_told_and_the_others_run_from_the_same_weights
     found = run_grid(args, settings(tmp_path), tmp_path)
     assert [cell.method for cell in found.reports] == ["grad_ascent"]
     assert {cell.method: "the loss is nan" in words for cell, words in found.failed.items()} == {
-        nan_after_first: True, "random_label": False,
-    }  # fmt: skip
+        nan_after_first: True,
+        "random_label": False,
+    }
     with pytest.raises(SettingsError, match="eps"):  # which no cell could do without: said before any work
         run_grid(replace(args, methods="pdu"), settings(tmp_path / "no"), tmp_path / "no")
     alone = run_grid(replace(args, methods="grad_ascent"), settings(tmp_path / "alone"), tmp_path / "alone")
@@ -139,15 +143,20 @@ def test_cells_of_other_models_are_not_mixed(places: dict[str, str], tmp_path: P
 
 def test_settings_of_a_cell(tmp_path: Path) -> None:
     args = BenchmarkArguments(
-        methods="npo,rmu", constraints="none,energy", seeds="3",
+        methods="npo,rmu",
+        constraints="none,energy",
+        seeds="3",
         cell_settings='{"npo": {"learning_rate": 0.5, "loss_settings": {"beta": 1.0}}, "npo/energy": '
         '{"learning_rate": 0.25}, "energy": {"constraint_settings": {"energy": 0.5}}}',
-    )  # fmt: skip
+    )
     config = settings(tmp_path, loss="rmu", loss_settings={"layer": 1}, seed=10)
     found = {(cell.method, cell.constraint): cell.config for cell in grid_cells(args, config)}
     assert {key: c.learning_rate for key, c in found.items()} == {
-        ("npo", "none"): 0.5, ("npo", "energy"): 0.25, ("rmu", "none"): 5e-3, ("rmu", "energy"): 5e-3,
-    }  # fmt: skip
+        ("npo", "none"): 0.5,
+        ("npo", "energy"): 0.25,
+        ("rmu", "none"): 5e-3,
+        ("rmu", "energy"): 5e-3,
+    }
     assert found["npo", "none"].loss_settings == {"beta": 1.0} and found["rmu", "none"].loss_settings == {"layer": 1}
     assert found["npo", "energy"].constraint_settings == {"energy": 0.5} and all(c.seed == 13 for c in found.values())
     assert found["npo", "none"].constraint_settings is None
@@ -181,7 +190,7 @@ COLUMNS = (Column("forgotten", "accuracy", "forget"), Column("kept", "accuracy",
 PLAIN = Benchmark("plain", {}, COLUMNS, (("kept", "forgotten"),))
 
 
-def made(values: dict[tuple[str, str, int], tuple[float, float]]) -> Results:
+def results_with(values: dict[tuple[str, str, int], tuple[float, float]]) -> Results:
     """Results with these accuracies on forget and retain rows; the original has 1 and 1, the retrained 0.1 and 0.9."""
     reports = {}
     for (method, constraint, seed), (forgotten, kept) in values.items():
@@ -198,7 +207,9 @@ def made(values: dict[tuple[str, str, int], tuple[float, float]]) -> Results:
 
 
 def test_the_table_has_means_and_ranges_over_seeds() -> None:
-    found = made({("npo", "none", 0): (0.2, 0.8), ("npo", "none", 1): (0.4, 0.9), ("npo", "energy", 0): (0.1, 1e-5)})
+    found = results_with(
+        {("npo", "none", 0): (0.2, 0.8), ("npo", "none", 1): (0.4, 0.9), ("npo", "energy", 0): (0.1, 1e-5)}
+    )
     lines = markdown("plain", PLAIN, found, "command").splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert table == [
@@ -220,10 +231,15 @@ def test_the_frontier_has_a_line_for_each_method(tmp_path: Path, monkeypatch: py
     drawn: list[Any] = []
     plot = Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda self, *xy, **how: (drawn.append((xy, how)), plot(self, *xy, **how))[1])
-    found = made({
-        ("npo", "none", 0): (0.2, 0.8), ("npo", "none", 1): (0.4, 0.9), ("npo", "energy", 0): (0.1, 0.7),
-        ("rmu", "none", 0): (0.3, 0.6), ("rmu", "energy", 0): (0.2, 0.9),
-    })  # fmt: skip
+    found = results_with(
+        {
+            ("npo", "none", 0): (0.2, 0.8),
+            ("npo", "none", 1): (0.4, 0.9),
+            ("npo", "energy", 0): (0.1, 0.7),
+            ("rmu", "none", 0): (0.3, 0.6),
+            ("rmu", "energy", 0): (0.2, 0.9),
+        }
+    )
     path = save_frontier(PLAIN, lines_of(found), tmp_path / "frontier.png")
     assert path is not None and path.stat().st_size > 5000
     lines = [[*map(list, xy)] for xy, how in drawn if "linewidth" in how]

@@ -99,4 +99,4 @@ def test_a_malformed_row_is_refused(row: str, tmp_path: Path, key: Path, capsys:
     assert "row" in refused(["ledger", "prove", row, *flags], capsys)
     assert "prove needs one row" in refused(["ledger", "prove", *flags], capsys)
     assert "prove needs one row" in refused(["ledger", "show", "{}", *flags], capsys)
-    assert "there is no ledger" in refused(["ledger", "show", *flags], capsys)
+    assert "has no ledger" in refused(["ledger", "show", *flags], capsys)

@@ -1,4 +1,4 @@
-"""Laws of the constraints: each equals its dense twin and keeps its docstring's promise; other steps break it."""
+"""Laws of the constraints: each equals its dense twin and does what its docstring says; unconstrained steps do not."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ def test_energy_one_leaves_nothing_in_the_span_of_the_rows(n: int) -> None:
     assert isinstance(bound.right, Remove if n == 2 else Keep)
     allowed_OI = apply(bound, step_OI)
     assert np.linalg.norm(allowed_OI @ rows_NI.T) < 1e-5 * np.linalg.norm(step_OI @ rows_NI.T)
-    assert np.linalg.norm(allowed_OI) > 0.1 * np.linalg.norm(step_OI)  # something is left to unlearn with
+    assert np.linalg.norm(allowed_OI) > 0.1 * np.linalg.norm(step_OI)  # enough is left to unlearn with
     removed_OI, again_OI = step_OI - allowed_OI, allowed_OI - apply(bound, allowed_OI)
     assert np.linalg.norm(removed_OI) > 0.3 * np.linalg.norm(step_OI)
     assert np.linalg.norm(again_OI) < 1e-5 * np.linalg.norm(allowed_OI)
 
 
-def test_energy_with_full_rank_leaves_no_step_at_all() -> None:
+def test_energy_of_a_full_rank_gram_removes_every_step() -> None:
     assert not apply(bind(random_array(20, I), EnergyConstraint(1.0)), random_array(O, I)).any()
 
 
@@ -133,7 +133,7 @@ def test_few_rows_make_thin_factors_that_equal_the_twin(constraint: Any, wide: i
 
 @pytest.mark.parametrize(("dtype", "least", "most"), [(torch.float32, 0, 3e-7), (torch.bfloat16, 5e-4, 1e-2)])
 def test_bases_are_kept_in_float32_because_half_precision_leaks(dtype: torch.dtype, least: float, most: float) -> None:
-    """Share of a step that is left in the core space by a basis that was rounded for storage."""
+    """Share of a step that a basis rounded for storage leaves in the core space."""
     rows_NI, step_OI = random_array(200, 512), torch.from_numpy(random_array(64, 512, seed=1)).float()
     basis_IK = torch.linalg.qr(torch.from_numpy(rows_NI.T)).Q
     allowed_OI = Remove(basis_IK.to(dtype))(step_OI).double()
@@ -156,7 +156,7 @@ def energy_ridge_factors(rows_NI: np.ndarray, energy: float, free_share: float) 
 
 @pytest.mark.parametrize("n", [WIDE - 6, 80])
 @pytest.mark.parametrize(("energy", "free_share"), [(0.5, 0.5), (0.5, 0.7), (0.3, 0.95)])
-def test_energy_ridge_is_the_cut_and_then_a_ridge_that_lets_a_share_through(
+def test_energy_ridge_is_the_cut_and_then_a_ridge_that_lets_the_free_share_through(
     n: int, energy: float, free_share: float
 ) -> None:
     """Zero on what is cut, one on what was never seen, and between them `1 / (1 + eigenvalue / scale)` with one scale;
@@ -171,7 +171,7 @@ def test_energy_ridge_is_the_cut_and_then_a_ridge_that_lets_a_share_through(
     assert np.ptp(between_K) > 1e-3  # the control: one factor for all would have that mean as well
 
 
-def test_energy_ridge_leaves_what_was_seen_alone_where_enough_was_not() -> None:
+def test_energy_ridge_freezes_all_seen_directions_if_enough_are_unseen() -> None:
     """8 of 24 directions were seen: the others are more than 0.7 of those that the cut leaves."""
     rows_NI = random_array(8, WIDE)
     _, factors_I, cut = energy_ridge_factors(rows_NI, 0.5, 0.7)
@@ -180,7 +180,7 @@ def test_energy_ridge_leaves_what_was_seen_alone_where_enough_was_not() -> None:
     assert not np.allclose(energy_ridge_factors(rows_NI, 0.5, 0.99)[1][cut:8], 0, atol=1e-2)  # the control
 
 
-def test_energy_ridge_ends_at_energy_alone() -> None:
+def test_energy_ridge_with_a_free_share_of_one_is_energy() -> None:
     rows_NI, step_OI = random_array(40, I), random_array(O, I)
     cut, other = (EnergyRidgeConstraint(0.7, free_share=share, max_participation=1) for share in (1, 0.7))
     ends = [apply(bind(rows_NI, constraint), step_OI) for constraint in (cut, EnergyConstraint(0.7))]
@@ -188,7 +188,7 @@ def test_energy_ridge_ends_at_energy_alone() -> None:
     assert not np.allclose(ends[0], apply(bind(rows_NI, other), step_OI), atol=1e-2)
 
 
-def test_energy_ridge_does_not_cut_where_inputs_have_no_leading_directions() -> None:
+def test_energy_ridge_is_ridge_if_inputs_have_no_leading_directions() -> None:
     """Where their median participation ratio is above a tenth of the width, all layers' maps are ridge's."""
     step_OI, seen = random_array(O, WIDE, seed=1), set()
     for falls in ((0.0, 0.0, 2.0), (0.0, 2.0, 2.0), (0.02, 0.5, 0.02), (0.5, 0.5, 0.0)):
@@ -197,17 +197,19 @@ def test_energy_ridge_does_not_cut_where_inputs_have_no_leading_directions() -> 
         grams = {name: rows_NI.T @ rows_NI / 80 for name, rows_NI in inputs.items()}
         flat = np.median([np.trace(g_II) ** 2 / (g_II**2).sum() / WIDE for g_II in grams.values()]) > 0.1
         statistics = make_statistics(
-            inputs["a"], layers={name: LayerSums(name, O, False) for name in "abc"}, positions=dict.fromkeys("abc", 80),
+            inputs["a"],
+            layers={name: LayerSums(name, O, False) for name in "abc"},
+            positions=dict.fromkeys("abc", 80),
             gram_sums={name: torch.from_numpy(reference.gram_sum(rows_NI)) for name, rows_NI in inputs.items()},
-        )  # fmt: skip
-        found = bind_constraints(statistics, EnergyRidgeConstraint())
+        )
+        bound = bind_constraints(statistics, EnergyRidgeConstraint())
         always = bind_constraints(statistics, EnergyRidgeConstraint(max_participation=1))
         for name, gram_II in grams.items():
             twins = step_OI @ reference.shrinkage(gram_II, 0.003), apply(always[name], step_OI)
-            assert [close(apply(found[name], step_OI), twin_OI, 1e-4) for twin_OI in twins] == [flat, not flat]
+            assert [close(apply(bound[name], step_OI), twin_OI, 1e-4) for twin_OI in twins] == [flat, not flat]
         seen.add(bool(flat))
     assert seen == {True, False}
-    by_layer = {"a": EnergyRidgeConstraint(), "*": EnergyRidgeConstraint(0.8)}  # each settles on its own layers
+    by_layer = {"a": EnergyRidgeConstraint(), "*": EnergyRidgeConstraint(0.8)}  # each is resolved on its own layers
     resolved = resolve_constraints(statistics, by_layer)
     assert resolved == {"a": by_layer["a"], "b": RidgeConstraint(), "c": RidgeConstraint()}
 
@@ -217,7 +219,7 @@ def test_many_rows_make_a_dense_shrinkage() -> None:
 
 
 def test_ridge_solves_its_minimisation() -> None:
-    """At `D'` the gradient of `|D' - D|^2 + tr(D' gram D'^T) / (strength * mean_eig(gram))` is zero; beside it, not."""
+    """At `D'` the gradient of `|D' - D|^2 + tr(D' gram D'^T) / (strength * mean_eig(gram))` is zero, and only there."""
     rows_NI, step_OI, strength = random_array(8, I), random_array(O, I, seed=1), 0.2
     gram_II = torch.from_numpy(rows_NI.T @ rows_NI / 8)
 
@@ -247,7 +249,7 @@ def test_kronecker_solves_the_kronecker_system(seed: int, strength_in: float, st
 
 
 @pytest.mark.parametrize("name", ["ridge", "kronecker"])
-def test_at_the_ends_of_the_strength_all_is_allowed_or_nothing_that_is_seen(name: str) -> None:
+def test_a_huge_strength_allows_every_step_and_a_tiny_one_none_in_seen_directions(name: str) -> None:
     rows_NI, gradients_NO, step_OI = random_array(3, I), random_array(9, O), random_array(O, I, seed=2)
     names = ["strength"] if name == "ridge" else ["strength_in", "strength_out"]
     for strength in (1e9, float("inf")):
@@ -296,7 +298,7 @@ def test_the_first_pattern_that_matches_wins() -> None:
     assert constraint_for("anything", ridge) is ridge
 
 
-def test_a_layer_that_no_pattern_matches_is_an_error() -> None:
+def test_a_layer_without_a_matching_pattern_is_an_error() -> None:
     statistics = collect_statistics(cases.tiny_mlp(), cases.vector_rows(3), progress=False)
     with pytest.raises(SettingsError, match=r"matches layer second; add '\*' as the last pattern"):
         bind_constraints(statistics, {"first": EnergyConstraint()})
@@ -361,7 +363,7 @@ def test_statistics_without_rows_protect_nothing_and_are_refused() -> None:
     assert bind_constraints(empty, None) == {}
 
 
-def test_negative_energy_is_warned_of_once_and_clamped() -> None:
+def test_negative_energy_is_clamped_with_one_warning() -> None:
     model, rows = cases.tiny_llama(), cases.text_rows(6)
     full, own, foreign = (
         collect_statistics(model, part, progress=False, fisher=True)
@@ -375,7 +377,7 @@ def test_negative_energy_is_warned_of_once_and_clamped() -> None:
     assert len(caught) == 1
     worst = max(full.gram_sums, key=lambda name: eigendecomposition((full - foreign).gram(name)).negative_share)
     assert f"of {worst} is negative after the subtraction" in str(caught[0].message)
-    for one in bound.values():  # a shrinkage never enlarges, whatever was subtracted
-        assert isinstance(one.right, Shrink)
-        step_OI = torch.randn(5, len(one.right.matrix_II))
-        assert one(step_OI).norm() <= step_OI.norm() * (1 + 1e-5)
+    for constraint in bound.values():  # a shrinkage never enlarges, whatever was subtracted
+        assert isinstance(constraint.right, Shrink)
+        step_OI = torch.randn(5, len(constraint.right.matrix_II))
+        assert constraint(step_OI).norm() <= step_OI.norm() * (1 + 1e-5)

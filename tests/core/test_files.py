@@ -1,5 +1,5 @@
-"""Laws of the files: a folder is wholly old or wholly new, whatever stops its writer and whenever, and nothing else is
-left behind by a writer that was not killed.
+"""Laws of the files: a folder is completely old or completely new whenever its writer is stopped, and a writer that was
+not killed leaves nothing else behind.
 
 A folder's state is the stamp in each of its files. Writers are killed with SIGKILL at random moments, and at every one
 of the moments that Python's audit events mark (each open, rename, chmod, removal, ... on the way). The negative control
@@ -123,11 +123,11 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def require_exchange(folder: Path) -> None:
-    one, two = (Path(tempfile.mkdtemp(dir=folder)) for _ in range(2))
-    found = files._exchange(one, two)
-    one.rmdir()
-    two.rmdir()
-    if not found:
+    first, second = (Path(tempfile.mkdtemp(dir=folder)) for _ in range(2))
+    exchanged = files._exchange(first, second)
+    first.rmdir()
+    second.rmdir()
+    if not exchanged:
         pytest.skip("this file system cannot exchange two names")
 
 
@@ -260,22 +260,22 @@ def moments(tmp_path: Path, writer: str, way: str) -> list[list[str]]:
 @posix
 def test_a_kill_at_any_moment_leaves_the_folder_whole(tmp_path: Path) -> None:
     require_exchange(tmp_path)
-    found = moments(tmp_path, "careful", "exchange")
-    assert found[-1][3] == "survived" and found[-1][1] == found[-1][0] and len(found) > 20
+    kills = moments(tmp_path, "careful", "exchange")
+    assert kills[-1][3] == "survived" and kills[-1][1] == kills[-1][0] and len(kills) > 20
     last = "0"
-    for k, target, aside, _ in found:
+    for k, target, aside, _ in kills:
         assert target in (last, k) and aside == "missing"
         last = target
-    changed = [k for k, target, _, how in found if target == k and how == "killed"]
-    assert 0 < len(changed) < len(found) - 1  # kills fell before the exchange and after it
+    changed = [k for k, target, _, how in kills if target == k and how == "killed"]
+    assert 0 < len(changed) < len(kills) - 1  # kills fell before the exchange and after it
 
 
 @posix
 def test_without_an_exchange_a_kill_at_any_moment_leaves_a_whole_folder_in_place_or_aside(tmp_path: Path) -> None:
-    found = moments(tmp_path, "careful", "fallback")
-    assert found[-1][3] == "survived" and found[-1][1] == found[-1][0]
+    kills = moments(tmp_path, "careful", "fallback")
+    assert kills[-1][3] == "survived" and kills[-1][1] == kills[-1][0]
     last = "0"
-    for k, target, aside, _ in found:
+    for k, target, aside, _ in kills:
         if target == "missing":  # between the two renames
             assert aside == last
         else:
@@ -285,8 +285,8 @@ def test_without_an_exchange_a_kill_at_any_moment_leaves_a_whole_folder_in_place
 
 @posix
 def test_negative_control_files_replaced_one_by_one_are_caught_mixed(tmp_path: Path) -> None:
-    found = moments(tmp_path, "naive", "exchange")
-    assert any("," in target or "part" in target for _, target, _, _ in found)
+    kills = moments(tmp_path, "naive", "exchange")
+    assert any("," in target or "part" in target for _, target, _, _ in kills)
 
 
 @posix
@@ -301,9 +301,9 @@ def test_a_kill_at_a_random_moment_leaves_the_folder_whole(tmp_path: Path) -> No
             assert child.stdout is not None and int(child.stdout.readline()) == start  # one is written
             time.sleep(chance.uniform(0.0, 0.03))
             child.send_signal(signal.SIGKILL)
-        found = stamps(target)
-        assert len(found) == 1 and "part" not in found
-        seen.append(int(found.pop()))
+        contents = stamps(target)
+        assert len(contents) == 1 and "part" not in contents
+        seen.append(int(contents.pop()))
         assert start <= seen[-1] < start + 1000
     assert len({stamp % 1000 for stamp in seen}) > 1  # not always the same moment
 

@@ -110,8 +110,12 @@ result = [bool(same), loaded.weights == statistics.weights, list(loaded.layers) 
     scratch = f"import tempfile; tempfile.tempdir = {str(tmp_path)!r}\n"
     assert client.run(scratch + code, folder=str(tmp_path / "statistics")) == [True, True, True, []]
     assert hub.repositories["me/statistics"].private
-    assert set(hub.files("me/statistics")) == {".gitattributes", "README.md", "statistics.json",
-                                               "statistics.safetensors"}  # fmt: skip
+    assert set(hub.files("me/statistics")) == {
+        ".gitattributes",
+        "README.md",
+        "statistics.json",
+        "statistics.safetensors",
+    }
     assert b"retain-statistics" in (hub.files("me/statistics")["README.md"].content or b"")
     load = "from hf_unlearn import RetainStatistics\nRetainStatistics.from_pretrained('me/statistics', token=token)"
     with pytest.raises(Failed, match=r"StatisticsError.*cannot download statistics") as caught:
@@ -175,16 +179,32 @@ def test_xet_storage_gives_the_same(tmp_path: Path) -> None:
 
 
 def litter(folder: Path) -> list[str]:
-    """Files that a run leaves beside a model and that must stay."""
+    """Files that a run leaves next to a model and that must not be published."""
     texts = "\n".join(SECRETS)
-    found = ["training_args.bin", "optimizer.pt", "trainer_state.json", "forget.jsonl", "train.json", "logs/events.out",
-             ".env", "checkpoint-5/model.safetensors", "checkpoint-5/README.md", "_private/rows.json",
-             "statistics.safetensors", "statistics_forget.json", "tokenizer_dump.txt", "vocab_forget.json",
-             "plots/rows.csv", "modeling_rows.py", "model-notes.safetensors", "tokenizer/tokenizer.json"]  # fmt: skip
-    for name in found:
+    names = [
+        "training_args.bin",
+        "optimizer.pt",
+        "trainer_state.json",
+        "forget.jsonl",
+        "train.json",
+        "logs/events.out",
+        ".env",
+        "checkpoint-5/model.safetensors",
+        "checkpoint-5/README.md",
+        "_private/rows.json",
+        "statistics.safetensors",
+        "statistics_forget.json",
+        "tokenizer_dump.txt",
+        "vocab_forget.json",
+        "plots/rows.csv",
+        "modeling_rows.py",
+        "model-notes.safetensors",
+        "tokenizer/tokenizer.json",
+    ]
+    for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(f"{TOKEN}\n{texts}\n")
-    return found
+    return names
 
 
 def test_no_row_no_token_and_no_litter_leaves(hub: Hub, client: Client, tmp_path: Path) -> None:
@@ -275,7 +295,7 @@ def test_a_token_in_a_file_on_the_list_is_refused(hub: Hub, client: Client, tmp_
 
 
 @pytest.mark.parametrize(
-    ("break_it", "kind", "message"),
+    ("break_it", "error", "message"),
     [
         (lambda folder: (folder / "unlearning_report.json").unlink(), OutputError, "hf-unlearn run"),
         (lambda folder: (folder / "model.safetensors").unlink(), SettingsError, "no weights"),
@@ -285,11 +305,11 @@ def test_a_token_in_a_file_on_the_list_is_refused(hub: Hub, client: Client, tmp_
     ],
 )
 def test_what_is_not_fit_to_publish_is_refused_before_any_request(
-    break_it: Any, kind: type, message: str, tmp_path: Path
+    break_it: Any, error: type, message: str, tmp_path: Path
 ) -> None:
     folder = finished(tmp_path / "model")
     break_it(folder)
-    with pytest.raises(kind, match=message):
+    with pytest.raises(error, match=message):
         push_unlearned_model(folder, folder, "me/model", token="hf_Nobody")
 
 
@@ -354,7 +374,7 @@ def test_a_failure_is_one_error_and_its_command_resumes(name: str, hub: Hub, cli
     if expected is None:
         push(client, folder)
         puts = [seen.path for seen in hub.requests if seen.method == "PUT"]
-        assert len(puts) == len(set(puts)) + 1, "the upload that was dropped is made again"
+        assert len(puts) == len(set(puts)) + 1, "the upload that was dropped is repeated"
     else:
         with pytest.raises(Failed, match=f"(?s)PushError.*{expected}") as caught:
             push(client, folder, private=True)
@@ -462,8 +482,10 @@ def test_other_files_are_refused_unless_updated_and_old_weights_leave_the_branch
 ) -> None:
     first = finished(tmp_path / "first", tiny_llama(), max_shard_size="30KB")
     push(client, first)
-    client.run("from huggingface_hub import HfApi\nfor name in ('pytorch_model.bin', 'notes.md'):\n"
-               "    HfApi().upload_file(path_or_fileobj=b'old', path_in_repo=name, repo_id='me/model')")  # fmt: skip
+    client.run(
+        "from huggingface_hub import HfApi\nfor name in ('pytorch_model.bin', 'notes.md'):\n"
+        "    HfApi().upload_file(path_or_fileobj=b'old', path_in_repo=name, repo_id='me/model')"
+    )
     second = finished(tmp_path / "second", tiny_llama(seed=1))
     with pytest.raises(Failed, match=r"SettingsError.*stays reachable.*new repository.*--update"):
         push(client, second)
@@ -486,10 +508,10 @@ def test_purging_deletes_old_large_files_and_says_what_remains(hub: Hub, client:
     client.run("from huggingface_hub import HfApi; HfApi().super_squash_history('me/model')")
     assert weights.sha256 in hub.objects and hub.files("me/model", old)  # squashing alone deletes nothing
     code = "from hf_unlearn import purge_history\nr = purge_history('me/model')\nresult = [vars(r), str(r)]"
-    found, shown = client.run(code)
+    fields, shown = client.run(code)
     assert weights.sha256 not in hub.objects
-    assert "model.safetensors" in found["deleted"] and found["remaining"] == []
-    assert (found["branches"], found["tags"], found["pull_requests"]) == (["dev"], ["v1"], ["refs/pr/1"])
+    assert "model.safetensors" in fields["deleted"] and fields["remaining"] == []
+    assert (fields["branches"], fields["tags"], fields["pull_requests"]) == (["dev"], ["v1"], ["refs/pr/1"])
     for part in ("not erasure", "refs/pr/1", "v1", "forks, caches, mirrors"):
         assert part in shown
     assert client.run(LOAD, repo="me/model", ids=IDS) == logits(tiny_gpt2(seed=1))

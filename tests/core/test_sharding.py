@@ -1,4 +1,4 @@
-"""Sharding that a constraint could not be kept under is refused by name; what a step moves is constrained wherever."""
+"""Laws of sharding: what a constraint cannot support is refused by name, and every group that moves is constrained."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def test_sharding_without_whole_matrices_or_anchors_is_refused_by_name(refused: 
     assert sharding_of(accelerator()) == "fsdp2" and sharding_of(SimpleNamespace(state=SimpleNamespace())) == "none"
 
 
-def test_weights_that_deepspeed_cut_up_at_loading_are_refused() -> None:
+def test_weights_that_deepspeed_partitioned_at_loading_are_refused() -> None:
     model = tiny_llama()
     next(model.parameters()).ds_id = 0
-    with pytest.raises(ModelError, match="load the model before UnlearningConfig"):
+    with pytest.raises(ModelError, match="load the model before creating UnlearningConfig"):
         collect_statistics(model, text_rows(2), progress=False)
 
 

@@ -1,4 +1,4 @@
-"""Statistics kept in main memory, on disk or collected in passes are the same statistics; none is taken for another."""
+"""Laws of storage: statistics kept in main memory, on disk or collected in several passes are equal to the bit."""
 
 from __future__ import annotations
 
@@ -36,17 +36,18 @@ def same(a: RetainStatistics, b: RetainStatistics) -> bool:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("model", MODELS)
 def test_statistics_and_constraints_are_the_same_wherever_they_are_kept(place: str, model: str, tmp_path: Path) -> None:
-    one = collect_statistics(MODELS[model](), ROWS, fisher=True, progress=False)
+    expected = collect_statistics(MODELS[model](), ROWS, fisher=True, progress=False)
     other = collect_statistics(MODELS[model](), ROWS, fisher=True, keep_on=place, progress=False)
     less = collect_statistics(MODELS[model](), ROWS[:2], fisher=True, progress=False)
-    assert other.storage.place == place and same(one, other) and same(one - less, other - less)
-    assert (other - less).storage.place == place and not same(one, other - less)
-    assert same(one.kept_on(place), one)
+    assert other.storage.place == place and same(expected, other) and same(expected - less, other - less)
+    assert (other - less).storage.place == place and not same(expected, other - less)
+    assert same(expected.kept_on(place), expected)
     again = RetainStatistics.from_pretrained(other.save_pretrained(tmp_path / "s"), keep_on=place)
-    assert same(again, one) and again.storage.place == place
+    assert same(again, expected) and again.storage.place == place
+    layer = next(iter(expected.layers.values()))
     for constraint in (EnergyConstraint(0.9), KroneckerConstraint()):
-        step_OI = torch.randn(one.layers[next(iter(one.layers))].outputs, len(next(iter(one.gram_sums.values()))))
-        here, there = (next(iter(bind_constraints(s, constraint).values())) for s in (one, again))
+        step_OI = torch.randn(layer.outputs, len(next(iter(expected.gram_sums.values()))))
+        here, there = (next(iter(bind_constraints(s, constraint).values())) for s in (expected, again))
         assert torch.equal(here(step_OI), there(step_OI)) and not torch.equal(here(step_OI), step_OI)
 
 
@@ -69,13 +70,13 @@ def test_what_is_kept_on_disk_is_mapped_and_leaves_no_file() -> None:
 def test_several_passes_under_a_memory_limit_give_what_one_pass_gives(
     model: str, fisher: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = collect_statistics(MODELS[model](), ROWS, fisher=fisher, batch_size=2, progress=False)
-    limit = 6 * sum(v.numel() * 8 for sums in (one.gram_sums, one.fisher_sums) for v in sums.values()) // 10
+    expected = collect_statistics(MODELS[model](), ROWS, fisher=fisher, batch_size=2, progress=False)
+    limit = 6 * sum(v.numel() * 8 for sums in (expected.gram_sums, expected.fisher_sums) for v in sums.values()) // 10
     several = collect_statistics(MODELS[model](), ROWS, fisher=fisher, batch_size=2, max_memory=limit, keep_on="disk")
-    assert same(one, several)
+    assert same(expected, several)
     passes = [line for line in capsys.readouterr().err.split("\r") if "Collecting (" in line]
-    assert any("(2/" in line for line in passes)  # the control: it did take more than one
-    assert same(one, collect_statistics(MODELS[model](), ROWS, fisher=fisher, batch_size=2, max_memory="1GB"))
+    assert any("(2/" in line for line in passes)  # the control: there was more than one pass
+    assert same(expected, collect_statistics(MODELS[model](), ROWS, fisher=fisher, batch_size=2, max_memory="1GB"))
 
 
 @pytest.mark.parametrize(

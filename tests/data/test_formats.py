@@ -1,5 +1,5 @@
 """Laws of raw rows by task: the model's task decides what text and label rows become; alternate answers are encoded as
-the answers are; streams give the same statistics; what cannot be meant is an error. Each has a negative control."""
+the answers are; streams give the same statistics; mistakes are errors. Each has a negative control."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from helpers.tiny import (
     tiny_llama,
     tiny_mlp,
     tiny_vit,
-)  # fmt: skip
+)
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_unlearn.data import encoding as data
 from hf_unlearn.data.batches import PaddingCollator, own_batches, take
-from hf_unlearn.data.checks import require_alternates, require_disjoint, require_labels  # fmt: skip
+from hf_unlearn.data.checks import require_alternates, require_disjoint, require_labels
 from hf_unlearn.data.encoding import EncodedRows, RowStream, encode_dataset, idk_answers
 from hf_unlearn.data.pairs import PairedCollator, PairedDataset
 from hf_unlearn.errors import DataError, ModelError
@@ -140,7 +140,7 @@ def test_a_data_set_of_images_is_unlearned_raw(tmp_path: Any) -> None:
         (None, "has the label None"),
     ],
 )
-def test_a_label_that_is_no_class_is_an_error_that_names_its_row(label: Any, message: str) -> None:
+def test_a_label_outside_the_classes_is_an_error_that_names_its_row(label: Any, message: str) -> None:
     with pytest.raises(DataError) as caught:
         encode_dataset([SENTENCES[0], {**SENTENCES[1], "label": label}], tokenizer(), model=tiny_bert(), what="forget")
     assert message in str(caught.value)
@@ -187,14 +187,14 @@ def test_a_row_longer_than_the_context_is_an_error_unless_it_is_cut() -> None:
 )
 def test_an_alternate_answer_is_encoded_as_the_answer_would_be(row: Row, template: bool) -> None:
     words = tokenizer() if template else tokenizer(template=None)
-    (found,) = encode_dataset([{**row, "alternate": "in Bonn ."}], words)
-    prompt, answer = read({k: v for k, v in found.items() if k != "alternate"})
-    other_prompt, other = read(found["alternate"])
+    (encoded,) = encode_dataset([{**row, "alternate": "in Bonn ."}], words)
+    prompt, answer = read({k: v for k, v in encoded.items() if k != "alternate"})
+    other_prompt, other = read(encoded["alternate"])
     assert prompt == other_prompt and answer.startswith(ANSWER) and other == answer.replace(ANSWER, "in Bonn .")
     assert "alternate" not in encode_dataset([{**row, "alternate": None}], words)[0]
     if not isinstance(row.get("prompt", ""), str):
         listed = encode_dataset([{**row, "alternate": [{"role": "assistant", "content": "in Bonn ."}]}], words)
-        assert listed == [found]
+        assert listed == [encoded]
 
 
 def test_idk_answers_are_drawn_by_row_and_seed() -> None:
@@ -208,7 +208,7 @@ def test_idk_answers_are_drawn_by_row_and_seed() -> None:
 
 
 class Spelled:
-    """A tokenizer of one token a letter."""
+    """A tokenizer with one token per letter."""
 
     eos_token_id, chat_template = 0, None
 
@@ -289,21 +289,21 @@ def test_processes_share_rows_without_overlap_and_make_equally_many_batches(
     from hf_unlearn.core import processes as sharding
 
     rows = [{"input_ids": [i + 1], "labels": [i + 1]} for i in range(n)]
-    seen, made = [], []
+    seen, counts = [], []
     for rank in range(size):
         for module in (data, sharding):
             monkeypatch.setattr(module, "world", lambda rank=rank: (rank, size))
         encoded = encode_dataset(stream(rows) if streamed else rows, None, streams=True)
         batches = list(own_batches(take(encoded, None), PaddingCollator(), 2))
         seen += [int(t) for batch, counted in batches if counted for t in batch["input_ids"].flatten()]
-        made.append(len(batches))
-    assert sorted(seen) == list(range(1, n + 1)) and len(set(made)) == 1
+        counts.append(len(batches))
+    assert sorted(seen) == list(range(1, n + 1)) and len(set(counts)) == 1
 
 
 # Broken models
 
 
-def test_weights_that_are_no_numbers_give_an_error_or_no_value_and_never_a_score(tmp_path: Path) -> None:
+def test_weights_that_are_not_numbers_give_an_error_or_no_value_and_never_a_score(tmp_path: Path) -> None:
     whole, model = tiny_llama(), tiny_llama()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan

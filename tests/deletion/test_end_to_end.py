@@ -1,5 +1,5 @@
-"""One request from the first command to the last: run, push, load, audit, record. What was published is the local model
-to the bit and holds no text of a forgotten row; the same search finds them all once the allow-list is switched off."""
+"""One request from the first command to the last: run, push, load, audit, record. The published model equals the local
+one to the bit, and no text of a forgotten row is published; with the allow-list off the same search finds them all."""
 
 from __future__ import annotations
 
@@ -54,11 +54,31 @@ def test_a_request_from_the_run_to_the_hub_the_audit_and_the_ledger(
     data = ["--dataset_name", str(PEOPLE), "--train", "people[0:40]", "--forget_filter", f'person == "{PERSON}"']
     data += ["--holdout", "people[100:120]", "--cache_dir", str(tmp_path / "cache")]
     out, model = tmp_path / "out", tiny_model(tmp_path / "model")
-    content = said([
-        "run", *data, *ledger, "--model_name_or_path", str(model), "--output_dir", str(out), "--base_model", "me/base",
-        "--fine_tune", "True", "--fine_tune_epochs", "40", "--fine_tune_learning_rate", "1e-2", "--max_steps", "100",
-        "--use_cpu", "True", "--disable_tqdm", "True",
-    ])  # fmt: skip
+    content = said(
+        [
+            "run",
+            *data,
+            *ledger,
+            "--model_name_or_path",
+            str(model),
+            "--output_dir",
+            str(out),
+            "--base_model",
+            "me/base",
+            "--fine_tune",
+            "True",
+            "--fine_tune_epochs",
+            "40",
+            "--fine_tune_learning_rate",
+            "1e-2",
+            "--max_steps",
+            "100",
+            "--use_cpu",
+            "True",
+            "--disable_tqdm",
+            "True",
+        ]
+    )
     report = UnlearningReport.load(out)
     assert content["reports"]["energy_ridge"] == report.content() and report.request["rows"] == len(FORGET) == 20
     before, after, kept = (
@@ -68,7 +88,7 @@ def test_a_request_from_the_run_to_the_hub_the_audit_and_the_ledger(
     assert before and after and kept and after.value < 0.5 * before.value < kept.value
 
     # published
-    (out / "rows.jsonl").write_text("\n".join(map(json.dumps, FORGET)))  # what somebody left beside the model
+    (out / "rows.jsonl").write_text("\n".join(map(json.dumps, FORGET)))  # what somebody left next to the model
     assert client.run(COMMAND, argv=["push", str(out), REPO, *ledger, "--private"]) == 0
     for seen in (hub.everything_published(), hub.everything_received(), client.log.read_bytes()):
         assert not list(texts_in(seen))
@@ -82,8 +102,8 @@ def test_a_request_from_the_run_to_the_hub_the_audit_and_the_ledger(
         local = AutoModelForCausalLM.from_pretrained(out).eval()(torch.tensor(ids)).logits.tolist()
         other = AutoModelForCausalLM.from_pretrained(model).eval()(torch.tensor(ids)).logits.tolist()
     assert client.run(LOAD, repo=REPO, ids=ids) == local != other
-    judged = ["audit", REPO, *data, "--attacks", "membership,relearning,quantisation", "--relearn_steps", "1"]
-    assert client.run(COMMAND, argv=[*judged, "--output_dir", str(tmp_path / "audit")]) == 0
+    audit_command = ["audit", REPO, *data, "--attacks", "membership,relearning,quantisation", "--relearn_steps", "1"]
+    assert client.run(COMMAND, argv=[*audit_command, "--output_dir", str(tmp_path / "audit")]) == 0
     audit = UnlearningReport.load(tmp_path / "audit")
     attacked = audit.get("membership_auc", "forget")
     found = report.get("membership_auc", "forget")

@@ -1,5 +1,5 @@
-"""Laws of the ledger: whatever is edited, removed, reordered, cut off or written without the key is found; commitments
-tell nothing to who has no key; several writers and a kill at any byte leave a ledger that verifies."""
+"""Laws of the ledger: whatever is edited, removed, reordered, cut off or written without the key is detected;
+commitments reveal nothing without the key; several writers and a kill at any byte leave a ledger that verifies."""
 
 from __future__ import annotations
 
@@ -34,10 +34,15 @@ ROWS = [{"question": f"who is {name}?", "answer": f"{name} is."} for name in ("a
 LINES = "ledger.jsonl"
 
 
-def asked(ledger: Ledger, rows: list[dict[str, Any]], number: int) -> Entry:
+def append_request(ledger: Ledger, rows: list[dict[str, Any]], number: int) -> Entry:
     """Append a completed request, with as little as the ledger itself needs."""
-    found = ledger.commit(rows)
-    content = {"request": number, "nonce": found.nonce, "rows": list(found.rows), "commitment": found.whole}
+    commitment = ledger.commit(rows)
+    content = {
+        "request": number,
+        "nonce": commitment.nonce,
+        "rows": list(commitment.rows),
+        "commitment": commitment.whole,
+    }
     return ledger.append("request", content, after=number - 1)
 
 
@@ -45,8 +50,8 @@ def asked(ledger: Ledger, rows: list[dict[str, Any]], number: int) -> Entry:
 def ledger(tmp_path: Path) -> Ledger:
     """`created`, two requests, a push."""
     made = Ledger(tmp_path / "ledger", KEY)
-    asked(made, ROWS[:1], 1)
-    asked(made, ROWS[1:], 2)
+    append_request(made, ROWS[:1], 1)
+    append_request(made, ROWS[1:], 2)
     made.record_push(2, "me/model", "c0ffee")
     return made
 
@@ -84,7 +89,7 @@ def edited(line: bytes) -> bytes:
     return json.dumps(entry, sort_keys=True, separators=(",", ":")).encode() + b"\n"
 
 
-# What is in it
+# Content
 
 
 def test_an_intact_ledger_verifies_with_and_without_the_key(ledger: Ledger) -> None:
@@ -98,7 +103,7 @@ def test_an_intact_ledger_verifies_with_and_without_the_key(ledger: Ledger) -> N
     assert {path.name for path in ledger.folder.iterdir()} <= {LINES, "head.json", "lock"}
 
 
-def test_hashes_and_macs_are_those_of_a_twin_from_the_standard(ledger: Ledger) -> None:
+def test_hashes_and_macs_equal_those_of_a_twin_from_the_standard(ledger: Ledger) -> None:
     """RFC 2104 by hand, SHA-256 over sorted JSON."""
 
     def twin(message: bytes) -> str:
@@ -128,7 +133,7 @@ def test_a_row_is_found_in_its_request_and_in_no_other(ledger: Ledger) -> None:
     assert ledger.holds(ledger.requests()[1], [ROWS[2], ROWS[1]]) and not ledger.holds(ledger.requests()[1], ROWS)
 
 
-def test_nothing_in_the_folder_names_a_row_the_key_or_an_unkeyed_hash_of_either(ledger: Ledger) -> None:
+def test_no_file_has_a_row_the_key_or_an_unkeyed_hash_of_either(ledger: Ledger) -> None:
     text = "".join(path.read_text() for path in ledger.folder.iterdir() if path.is_file())
     secret = [KEY.decode(), KEY.hex(), hashlib.sha256(KEY).hexdigest()]
     for row in ROWS:
@@ -143,7 +148,7 @@ def test_equal_rows_of_two_requests_cannot_be_linked_without_the_key(ledger: Led
     before = ledger.requests()[1].content
     assert not set(again.rows) & set(before["rows"]) and again.whole != before["commitment"]
     assert Ledger("none", OTHER).commit(ROWS[:1]).rows != ledger.commit(ROWS[:1]).rows
-    assert list(again.rows) == sorted(again.rows)  # their order in the data set is no one's business
+    assert list(again.rows) == sorted(again.rows)  # the order in the data set is not revealed
 
 
 def test_a_row_is_the_same_from_a_file_a_data_set_or_a_tensor() -> None:
@@ -179,10 +184,12 @@ CHANGES: dict[str, Callable[[list[bytes]], list[bytes]]] = {
     "cut by one": lambda lines: lines[:-1],
     "cut by two": lambda lines: lines[:-2],
     "emptied": lambda lines: [],
-    "removed, chain mended": lambda lines: rehashed([replace_index(line, i) for i, line in enumerate(lines[:1])]
-                                                    + [replace_index(line, i + 1) for i, line in enumerate(lines[2:])]),
+    "removed, chain mended": lambda lines: rehashed(
+        [replace_index(line, i) for i, line in enumerate(lines[:1])]
+        + [replace_index(line, i + 1) for i, line in enumerate(lines[2:])]
+    ),
     "edited, chain mended": lambda lines: rehashed([*lines[:1], edited(lines[1]), *lines[2:]]),
-}  # fmt: skip
+}
 
 
 def replace_index(line: bytes, index: int) -> bytes:
@@ -197,14 +204,14 @@ def test_a_changed_ledger_is_found_and_nothing_is_appended_to_it(
     write(ledger, CHANGES[change](lines_of(ledger)))
     verdict = Ledger(ledger.folder, key).verify()
     assert not verdict.intact, change
-    for action in (ledger.requests, lambda: ledger.prove(ROWS[0]), lambda: asked(ledger, ROWS[:1], 3)):
+    for action in (ledger.requests, lambda: ledger.prove(ROWS[0]), lambda: append_request(ledger, ROWS[:1], 3)):
         with pytest.raises(LedgerError, match="cannot be trusted"):
             action()
 
 
 @pytest.mark.parametrize("change", ["edited, chain mended", "removed, chain mended", "cut by one"])
-def test_what_a_forger_without_the_key_makes_whole_only_the_key_finds(change: str, ledger: Ledger) -> None:
-    """The honest limit: chain and head.json can be made anew by anyone, MACs cannot."""
+def test_only_the_key_detects_a_chain_that_a_forger_repaired(change: str, ledger: Ledger) -> None:
+    """The limit: anyone can make the chain and head.json again, but not the MACs."""
     lines = CHANGES[change](lines_of(ledger))
     write(ledger, lines)
     rewrite_head(ledger, lines)
@@ -227,17 +234,17 @@ def test_a_forged_entry_at_the_end_is_found_with_the_key(ledger: Ledger) -> None
         assert ledger.verify().problems[0] == "line 5: was written without the key: its MAC is wrong"
 
 
-def test_a_ledger_made_anew_under_another_key_is_found(ledger: Ledger) -> None:
+def test_a_ledger_rewritten_under_another_key_is_detected(ledger: Ledger) -> None:
     shutil.rmtree(ledger.folder)
-    asked(Ledger(ledger.folder, OTHER), ROWS[:1], 1)
+    append_request(Ledger(ledger.folder, OTHER), ROWS[:1], 1)
     assert "another key" in ledger.verify().problems[0]
     with pytest.raises(LedgerError, match="another key"):
         ledger.prove(ROWS[0])
 
 
-def test_an_older_state_of_the_whole_folder_is_found_by_what_was_kept_elsewhere_and_only_so(ledger: Ledger) -> None:
+def test_only_an_anchor_kept_elsewhere_detects_an_older_state_of_the_folder(ledger: Ledger) -> None:
     lines, head = lines_of(ledger), (ledger.folder / "head.json").read_bytes()
-    newer = asked(ledger, [{"text": "later"}], 3)
+    newer = append_request(ledger, [{"text": "later"}], 3)
     anchors = [newer.hash, newer.content["commitment"]]
     assert ledger.verify(anchors).intact
     write(ledger, lines)
@@ -257,7 +264,7 @@ def test_a_missing_or_damaged_head_is_found(content: str | None, ledger: Ledger)
         assert not Ledger(ledger.folder, key).verify().intact
 
 
-def test_a_strange_first_line_is_damage_and_no_crash(ledger: Ledger) -> None:
+def test_a_malformed_first_line_is_damage_and_not_a_crash(ledger: Ledger) -> None:
     for line in (b"[]", b"3", b'{"index": 0}', b"\xff\xfe", b"", b"[" * 100_000):
         write(ledger, [line + b"\n", *lines_of(ledger)[1:]])
         assert not ledger.verify().intact
@@ -270,7 +277,7 @@ def test_a_strange_first_line_is_damage_and_no_crash(ledger: Ledger) -> None:
 
 
 @pytest.mark.parametrize("key", [b"", b"short", b"x" * 31, b"a" * 64, b"ab" * 32])
-def test_a_short_or_monotonous_key_is_refused(key: bytes, tmp_path: Path) -> None:
+def test_a_short_or_repetitive_key_is_refused(key: bytes, tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match=f"{len(key)} bytes"):
         Ledger(tmp_path, key)
 
@@ -293,12 +300,12 @@ def test_without_a_key_a_ledger_can_be_read_and_nothing_else(ledger: Ledger) -> 
     for action in (lambda: reader.append("push", {}), lambda: reader.prove(ROWS[0]), lambda: reader.commit(ROWS)):
         with pytest.raises(LedgerError, match=KEY_VARIABLE):
             action()
-    with pytest.raises(LedgerError, match="there is no ledger"):
+    with pytest.raises(LedgerError, match="has no ledger"):
         Ledger(ledger.folder / "none").verify()
     assert not (ledger.folder / "none").exists()
 
 
-def test_a_push_belongs_to_a_request_that_is_there(ledger: Ledger) -> None:
+def test_a_push_must_belong_to_a_completed_request(ledger: Ledger) -> None:
     with pytest.raises(LedgerError, match="no request 7"):
         ledger.record_push(7, "me/model", "c0ffee")
 
@@ -306,7 +313,7 @@ def test_a_push_belongs_to_a_request_that_is_there(ledger: Ledger) -> None:
 def test_a_request_that_began_before_another_was_completed_is_refused(ledger: Ledger) -> None:
     before = lines_of(ledger)
     with pytest.raises(LedgerError, match="meanwhile"):
-        asked(ledger, ROWS, 2)
+        append_request(ledger, ROWS, 2)
     assert lines_of(ledger) == before
 
 
@@ -330,7 +337,7 @@ def test_two_processes_append_at_once_and_nothing_is_lost(tmp_path: Path) -> Non
         assert [e.content["number"] for e in verdict.entries if e.content.get("by") == name] == list(range(25))
 
 
-def test_without_the_lock_two_writers_would_spoil_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_lock_an_entry_of_two_writers_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: what one writer does between another's reading and writing is lost."""
     ledger, other = Ledger(tmp_path, KEY), Ledger(tmp_path, KEY)
     ledger.append("push", {"by": "a"})
@@ -384,7 +391,7 @@ def test_kills_at_any_moment_lose_nothing_that_was_acknowledged(tmp_path: Path) 
         assert len(verdict.entries) - 1 in range(acknowledged, acknowledged + attempt + 2)
 
 
-def test_a_ledger_killed_at_its_very_beginning_goes_on(tmp_path: Path) -> None:
+def test_a_ledger_killed_at_its_first_entry_accepts_the_next_one(tmp_path: Path) -> None:
     for written in (40, -1):
         folder = tmp_path / str(written)
         assert start(folder, "killed", 1, written).wait(60) == -signal.SIGKILL
@@ -399,7 +406,7 @@ def test_a_copy_that_cannot_be_written_can_be_verified(ledger: Ledger, monkeypat
     assert ledger.verify().intact and not (ledger.folder / "lock").exists()
     before = lines_of(ledger)
     with pytest.raises(LedgerError, match="cannot be written"):
-        asked(ledger, ROWS, 3)
+        append_request(ledger, ROWS, 3)
     with pytest.raises(LedgerError, match="cannot make"):
         Ledger(ledger.folder / LINES / "inside", KEY).append("push", {})
     assert lines_of(ledger) == before

@@ -1,5 +1,5 @@
-"""Laws of whole runs with a real tokenizer and trained model: a request from names to folders, from the cache, from
-saved statistics. Skipped where the model or the data set is missing."""
+"""Laws of complete runs with a real tokenizer and a trained model: a request from names to folders, from the
+cache, from saved statistics. Skipped if the model or the data set is missing."""
 
 from __future__ import annotations
 
@@ -75,16 +75,16 @@ def no_fine_tuning(*args: Any, **options: Any) -> Any:
         ("seed", -1, "fine_tune_seed must be at least 0 and below 4294967296"),
     ],
 )
-def test_a_fine_tune_out_of_range_is_told_by_its_flag(name: str, value: float, seen: str) -> None:
+def test_a_fine_tune_setting_out_of_range_is_named_by_its_flag(name: str, value: float, seen: str) -> None:
     with pytest.raises(SettingsError, match=seen):
         FineTuning(**{name: value})
 
 
-def test_a_run_learns_forgets_and_writes_and_the_next_one_finds_the_model_in_the_cache(
+def test_a_run_fine_tunes_unlearns_and_saves_and_the_next_one_uses_the_cached_model(
     places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = arguments(places, samples=1)
-    (name, report), = run_request(args, settings(tmp_path / "one")).items()  # fmt: skip
+    ((name, report),) = run_request(args, settings(tmp_path / "one")).items()
     assert name == "energy_ridge"
     assert probability(report, "forget", "original") > probability(report, "holdout", "original") + 0.1  # it knows them
     assert probability(report, "forget") < probability(report, "forget", "original") - 0.05
@@ -127,9 +127,9 @@ def test_all_constraints_run_from_one_original_into_a_folder_each(places: dict[s
     assert all(drifts[name] < drifts["none"] for name in drifts if name != "none")
 
 
-def test_one_constraint_named_among_constraints_is_the_one_that_runs(places: dict[str, str], tmp_path: Path) -> None:
+def test_constraints_may_name_a_single_constraint(places: dict[str, str], tmp_path: Path) -> None:
     config = settings(tmp_path / "out", max_steps=1, constraint_settings={"energy": 0.5})
-    (name, report), = run_request(arguments(places, constraints="none"), config).items()  # fmt: skip
+    ((name, report),) = run_request(arguments(places, constraints="none"), config).items()
     assert name == report.method["constraint"] == "none" and (tmp_path / "out" / "model.safetensors").is_file()
 
 
@@ -171,7 +171,7 @@ def test_an_auto_retrained_model_never_saw_the_forget_rows(places: dict[str, str
     assert probability(report, "retain", "retrained") > probability(report, "holdout", "retrained") + 0.1
 
 
-def test_collected_statistics_are_what_a_run_takes(
+def test_a_run_accepts_collected_statistics(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Statistics of the train split, or of the retain split with nothing to subtract, lead to the same weights."""
@@ -203,7 +203,7 @@ def test_collected_statistics_are_what_a_run_takes(
         return torch.stack([(weights[key] - others[key]).norm() for key in base]).norm().item()
 
     # In exact arithmetic both runs are the same. In float32 each of the two steps writes the weights twice: after the
-    # optimizer's step, whose norm is at most the learning rate times 1.9 (gradients are clipped to norm 1, momentum 0.9),
+    # optimizer's step, of norm at most 1.9 times the learning rate (gradients clipped to norm 1, momentum 0.9),
     # and after the constraint. Each write rounds by at most 2^-24 of what it writes. (With relative_step this rounding
     # would be scaled up with the step, of which kronecker lets less than a thousandth through.)
     size = norm(base, {key: torch.zeros_like(weight) for key, weight in base.items()})
@@ -237,7 +237,7 @@ def test_evaluate_prints_a_table_of_the_splits_and_models(
             assert report.get(metric.name, metric.split).value == metric.value  # type: ignore[union-attr]
 
 
-def test_max_rows_bounds_what_is_judged(places: dict[str, str]) -> None:
+def test_max_rows_limits_the_rows_that_are_evaluated(places: dict[str, str]) -> None:
     args = arguments(places, forget="full[0:5]", train="", max_rows=2)
     report = evaluate_finished(args, None, 4, 0)
     assert {m.n for m in report.metrics if m.name == "loss"} == {2}
@@ -292,7 +292,7 @@ def test_training_without_rows_to_train_on_is_refused(
         run_request(args, settings(tmp_path / "out", constraint="none"))
 
 
-def test_statistics_and_forget_rows_are_all_that_a_request_needs(places: dict[str, str], tmp_path: Path) -> None:
+def test_a_request_needs_only_statistics_and_forget_rows(places: dict[str, str], tmp_path: Path) -> None:
     collect_split(arguments(places), "full[4:12]", CollectionOptions(), str(tmp_path / "statistics"), False)
     args = arguments(
         places, train="", fine_tune=False, holdout=None, statistics=str(tmp_path / "statistics"), subtract_forget=False
@@ -349,15 +349,22 @@ def test_a_run_by_filter_with_idk_answers_and_outputs_on_disk(places: dict[str, 
 @pytest.mark.parametrize("kind", ["image", "text"])
 def test_a_classifier_is_unlearned_from_raw_rows(kind: str, classified: dict[str, str], tmp_path: Path) -> None:
     args = RunArguments(
-        classified[kind], f"{classified[kind]}-data", task=f"{kind}-classification", max_rows=6,
-        cache_dir=str(tmp_path), train="full[0:12]", forget="full[0:3]", holdout="full[12:16]", subtract_forget=True,
-    )  # fmt: skip
+        classified[kind],
+        f"{classified[kind]}-data",
+        task=f"{kind}-classification",
+        max_rows=6,
+        cache_dir=str(tmp_path),
+        train="full[0:12]",
+        forget="full[0:3]",
+        holdout="full[12:16]",
+        subtract_forget=True,
+    )
     config = settings(tmp_path / "out", loss="random_label", max_steps=6, learning_rate=5e-2, constraint="none")
     (report,) = run_request(args, config).values()
     assert probability(report, "forget") < probability(report, "forget", "original") - 0.01
     assert report.request["rows"] == 3 and report.get("accuracy", "retain").n == 6  # type: ignore[union-attr]
-    judged = replace(args, model_name_or_path=str(tmp_path / "out"), train="", holdout=None, retain="full[3:9]")
-    again = evaluate_finished(judged, None, 4, 0, max_length=32)
+    finished = replace(args, model_name_or_path=str(tmp_path / "out"), train="", holdout=None, retain="full[3:9]")
+    again = evaluate_finished(finished, None, 4, 0, max_length=32)
     assert probability(again, "forget") == pytest.approx(probability(report, "forget"), abs=1e-6)
     with pytest.raises(SettingsError, match="samples are answers; a model of task"):
         run_request(replace(args, samples=1), config.but(output_dir=str(tmp_path / "other")))

@@ -234,9 +234,17 @@ def test_the_room_is_zero_for_protected_rows_and_one_without_protection(chain: C
 
 @pytest.mark.parametrize(
     ("rooms", "warns"),
-    [([0.4], False), ([0.4, 0.3], False), ([0.4, 0.09], True), ([0.4, 0.3, 0.2], False), ([0.4, 0.3, 0.15], True),
-     ([0.4, 0.19], True), ([0.0, 0.0], False), ([0.1, 0.5], False)],
-)  # fmt: skip
+    [
+        ([0.4], False),
+        ([0.4, 0.3], False),
+        ([0.4, 0.09], True),
+        ([0.4, 0.3, 0.2], False),
+        ([0.4, 0.3, 0.15], True),
+        ([0.4, 0.19], True),
+        ([0.0, 0.0], False),
+        ([0.1, 0.5], False),
+    ],
+)
 def test_the_warning_comes_before_the_room_has_run_out(rooms: list[float], warns: bool) -> None:
     """0.19 is 0.475 of 0.4, and at that rate the next is 0.226 of it."""
     assert running_out(rooms) == warns
@@ -244,18 +252,19 @@ def test_the_warning_comes_before_the_room_has_run_out(rooms: list[float], warns
 
 def test_rising_energy_uses_up_the_room_and_causes_a_warning(tmp_path: Path) -> None:
     chain = Chain(tmp_path, tiny_llama())  # as many positions as features: energy 1 protects nearly everything
-    rooms, told = [], []
+    rooms, warned = [], []
     for number in (1, 2, 3):
         settings = raised_energy({"energy": 0.3}, 0.35, number)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             report = chain.fulfil(number, constraint_settings=settings)
         rooms.append(report.series["room"]["mean"])
-        found = [line for line in report.series["warnings"] if "the room is running out" in line]
+        lines = [line for line in report.series["warnings"] if "the room is running out" in line]
         assert set(report.series["warnings"]) <= {str(w.message) for w in caught}
-        told.append(bool(found))
+        warned.append(bool(lines))
     assert rooms == sorted(rooms, reverse=True)
-    assert told == [running_out(rooms[: k + 1]) for k in range(3)] and told[0] is False and told[-1] is True
+    assert warned == [running_out(rooms[: k + 1]) for k in range(3)]
+    assert warned[0] is False and warned[-1] is True
 
 
 def test_the_warning_comes_one_request_before_the_drift_budget_ends(chain: Chain) -> None:
@@ -343,12 +352,12 @@ def test_of_two_runs_of_the_same_request_the_second_is_refused(chain: Chain) -> 
 
 def test_a_warning_says_that_statistics_are_out_of_date(tmp_path: Path) -> None:
     """With a weak constraint the inputs move far, and those of the forget rows are not the ones that were summed."""
-    told = {}
+    warned = {}
     for energy in (1.0, 0.05):
         chain = Chain(tmp_path / str(energy), tiny_llama(), constraint_settings={"energy": energy}, max_steps=8)
         reports = [chain.fulfil(number) for number in (1, 2)]
-        told[energy] = ["out of date" in " ".join(report.series["warnings"]) for report in reports]
-    assert told == {1.0: [False, False], 0.05: [False, True]}
+        warned[energy] = ["out of date" in " ".join(report.series["warnings"]) for report in reports]
+    assert warned == {1.0: [False, False], 0.05: [False, True]}
 
 
 # Earlier rows

@@ -72,7 +72,7 @@ def test_a_seed_gives_the_same_splits_and_another_one_others() -> None:
 @pytest.mark.parametrize(
     ("forget", "message"),
     [
-        ("class:10", "no class 10"),
+        ("class:10", "class 10 does not exist"),
         ("class:-1", "class:C"),
         ("class:", "class:C"),
         ("class:x", "class:C"),
@@ -99,7 +99,7 @@ def test_the_processor_makes_of_an_image_what_the_model_was_trained_on() -> None
 
 @pytest.fixture
 def one_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The original is trained; it also stands in for the retrained model, which is not judged."""
+    """The original is trained; it also stands in for the retrained model, which is not evaluated."""
     train, models = digits.train_vit, []
 
     def first_only(rows: Any, seed: int, output_dir: str) -> ViTForImageClassification:
@@ -138,9 +138,9 @@ def test_the_demonstration_forgets_a_class_and_keeps_the_others(
     splits = digits_splits("class:3", 0)
     for name, rows in (("forget", splits.forget), ("holdout", splits.holdout)):
         raw = [(np.asarray(row["pixel_values"])[0] + 1) * 8 for row in rows]  # values 0 to 16, as they are published
-        pixels = processor(
-            [image[..., None] for image in raw], input_data_format="channels_last", return_tensors="pt"
-        )["pixel_values"]  # fmt: skip
+        pixels = processor([image[..., None] for image in raw], input_data_format="channels_last", return_tensors="pt")[
+            "pixel_values"
+        ]
         with torch.no_grad():
             right = model(pixel_values=pixels).logits.argmax(-1) == torch.tensor([row["labels"] for row in rows])
         assert right.double().mean().item() == pytest.approx(found[name, "unlearned"], abs=1e-6)

@@ -24,9 +24,9 @@ from hf_unlearn.cli import main
 from hf_unlearn.constraints.registry import CONSTRAINTS
 from hf_unlearn.estimate.fit import fastest_fit
 from hf_unlearn.estimate.memory import decomposition_peak, estimate_memory
-from hf_unlearn.estimate.sizes import EstimateSettings, factor_bytes, optimizer_bytes, sums_bytes, trained_bytes
+from hf_unlearn.estimate.sizes import EstimateSettings, Trace, factor_bytes, optimizer_bytes, sums_bytes, trained_bytes
 from hf_unlearn.estimate.times import Work, communication, estimate_times
-from hf_unlearn.estimate.tracing import Trace, trace_model
+from hf_unlearn.estimate.tracing import trace_model
 from hf_unlearn.losses import build_loss
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.statistics.sketch import Sketching

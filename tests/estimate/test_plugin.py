@@ -18,9 +18,9 @@ from hf_unlearn.constraints.registry import CONSTRAINTS, register_constraint
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.estimate.fit import fastest_fit
 from hf_unlearn.estimate.memory import estimate_memory
-from hf_unlearn.estimate.sizes import EstimateSettings, factor_bytes
+from hf_unlearn.estimate.sizes import EstimateSettings, Trace, factor_bytes
 from hf_unlearn.estimate.times import Work, communication, estimate_times
-from hf_unlearn.estimate.tracing import Trace, trace_model
+from hf_unlearn.estimate.tracing import trace_model
 from hf_unlearn.losses import build_loss
 from hf_unlearn.statistics.eigen import Eigen
 

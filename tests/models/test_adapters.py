@@ -32,12 +32,12 @@ def lora(name: str, **changes: Any) -> LoraConfig:
 
 def merged_moves(model: Any) -> dict[str, Tensor]:
     """`scaling * B A` of each adapted layer, float64."""
-    found = {}
+    moves = {}
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
             a, b = (getattr(module, f"lora_{k}")["default"].weight.detach().double() for k in "AB")
-            found[base_name(name)] = module.scaling["default"] * b @ a
-    return found
+            moves[base_name(name)] = module.scaling["default"] * b @ a
+    return moves
 
 
 def test_names_lead_back_to_the_base_model() -> None:
@@ -112,8 +112,8 @@ def test_the_merged_move_has_the_form_of_the_constraint(constraint: str, tmp_pat
     model = tiny_llama()
     weights = {n: p.detach().double().clone() for n, p in model.named_parameters()}
     statistics = collect_statistics(model, RETAIN, fisher=True, progress=False)
-    own = {"constraint_settings": {"energy": 0.9} if constraint == "energy" else None}
-    args = settings(tmp_path, constraint=constraint, learning_rate=2e-2, optim="adamw_torch", max_steps=8, **own)
+    energy = {"constraint_settings": {"energy": 0.9} if constraint == "energy" else None}
+    args = settings(tmp_path, constraint=constraint, learning_rate=2e-2, optim="adamw_torch", max_steps=8, **energy)
     trainer = UnlearningTrainer(model, args, FORGET, statistics=statistics, peft_config=lora("llama"))
     trainer.train()
     moves = merged_moves(trainer.model)
@@ -190,8 +190,9 @@ def test_modules_to_save_are_protected_as_full_weights(tmp_path: Path) -> None:
     statistics = collect_statistics(model, retain, collator=PaddingCollator(), progress=False)
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
     args = settings(tmp_path, learning_rate=1e-2)
-    trainer = UnlearningTrainer(model, args, forget, statistics=statistics, peft_config=config,
-                                data_collator=PaddingCollator())  # fmt: skip
+    trainer = UnlearningTrainer(
+        model, args, forget, statistics=statistics, peft_config=config, data_collator=PaddingCollator()
+    )
     trainer.train()
     assert any("modules_to_save" in n for n in trainer.coverage.protected)
     drift = trainer.constrainer.drift().by_layer

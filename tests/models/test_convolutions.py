@@ -94,14 +94,14 @@ def test_fishers_equal_those_of_a_loop_over_labels(name: str) -> None:
     step = torch.randn(8, *model.conv.weight.shape[1:])
     layer = describe_layer(model.conv)
     assert layer is not None
-    found = layer.stored(bound(layer.weight_OI(step))).numpy()
+    constrained = layer.stored(bound(layer.weight_OI(step))).numpy()
     grams = statistics.gram("conv").reshape(groups, -1, statistics.gram_sums["conv"].shape[-1]).numpy()
     fishers = statistics.fisher("conv").reshape(groups, outputs, outputs).numpy()
     for g in range(groups):
         expected = reference.kronecker(
             step.reshape(groups, outputs, -1)[g].double().numpy(), grams[g], fishers[g], 0.1, 0.1
         )
-        np.testing.assert_allclose(found.reshape(groups, outputs, -1)[g], expected, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(constrained.reshape(groups, outputs, -1)[g], expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("energy", [1.0, None])

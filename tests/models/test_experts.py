@@ -55,15 +55,15 @@ def test_the_grams_of_each_expert_are_those_of_the_tokens_routed_to_it(kind: str
     model.set_experts_implementation(implementation)
     statistics = collect_statistics(model, rows, batch_size=4, progress=False)
     for name, seen in (("gate_up_proj", outer), ("down_proj", inner)):
-        found = statistics.gram_sums[f"{EXPERTS}.{name}"].numpy()
+        grams = statistics.gram_sums[f"{EXPERTS}.{name}"].numpy()
         assert (
             statistics.positions[f"{EXPERTS}.{name}"]
             == sum(map(len, seen))
             == 2 * sum(len(r["input_ids"]) for r in rows)
         )
         for expert in range(4):
-            expected = reference.gram_sum(np.array(seen[expert])) if seen[expert] else np.zeros(found.shape[1:])
-            np.testing.assert_allclose(found[expert], expected, rtol=1e-3, atol=1e-4 * max(1, np.abs(expected).max()))
+            expected = reference.gram_sum(np.array(seen[expert])) if seen[expert] else np.zeros(grams.shape[1:])
+            np.testing.assert_allclose(grams[expert], expected, rtol=1e-3, atol=1e-4 * max(1, np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
@@ -83,7 +83,7 @@ def test_each_expert_has_its_own_constraint(constraint: Any) -> None:
     statistics = collect_statistics(model, rows, progress=False)
     name = f"{EXPERTS}.gate_up_proj"
     step = torch.randn(4, 96, 32)
-    found = bind_constraints(statistics, constraint)[name](step).numpy()
+    constrained = bind_constraints(statistics, constraint)[name](step).numpy()
     outer, _ = seen_by_experts(model, rows)
     for expert, seen in enumerate(outer):
         factor = np.eye(32)
@@ -91,7 +91,7 @@ def test_each_expert_has_its_own_constraint(constraint: Any) -> None:
             factor = reference.energy_projector(np.array(seen), 1.0)
         elif seen:
             factor = reference.shrinkage(reference.gram_sum(np.array(seen)), 0.1)
-        np.testing.assert_allclose(found[expert], step[expert].numpy() @ factor, rtol=1e-3, atol=2e-3)
+        np.testing.assert_allclose(constrained[expert], step[expert].numpy() @ factor, rtol=1e-3, atol=2e-3)
 
 
 def test_the_gram_of_an_embedding_counts_the_tokens_without_padding() -> None:
@@ -142,6 +142,8 @@ def test_ridge_of_counts_is_the_ridge_of_their_dense_gram() -> None:
     model, rows = cases.tiny_llama(), cases.text_rows(3)
     statistics = collect_statistics(model, rows, layers=["model.embed_tokens"], progress=False)
     step = torch.randn(32, cases.VOCABULARY)
-    found = bind_constraints(statistics, RidgeConstraint(0.5))["model.embed_tokens"](step)
+    constrained = bind_constraints(statistics, RidgeConstraint(0.5))["model.embed_tokens"](step)
     dense = np.diag(statistics.gram_sums["model.embed_tokens"].numpy())
-    np.testing.assert_allclose(found.numpy(), step.numpy() @ reference.shrinkage(dense, 0.5), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        constrained.numpy(), step.numpy() @ reference.shrinkage(dense, 0.5), rtol=1e-4, atol=1e-5
+    )

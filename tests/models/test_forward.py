@@ -29,9 +29,13 @@ from hf_unlearn.models.forward import Predictions, label_positions, output_logit
 from hf_unlearn.models.tasks import shifts_labels
 
 BERT = {
-    "vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "intermediate_size": 24, "max_position_embeddings": 32,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+}
 
 
 def token_classifier() -> Any:
@@ -55,10 +59,20 @@ def t5() -> Any:
 def bart() -> Any:
     torch.manual_seed(0)
     config = transformers.BartConfig(
-        vocab_size=VOCABULARY, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=32,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+    )
     return sharpen(transformers.BartForConditionalGeneration(config))
 
 
@@ -106,8 +120,8 @@ def test_mean_nll_is_the_models_own_loss(name: str) -> None:
     make, rows = MODELS[name]
     model, batch = make(), collate(rows(4))
     with torch.no_grad():
-        mine, own = predict(model, batch).nll_L.mean(), model(**batch).loss
-    torch.testing.assert_close(mine, own, rtol=1e-5, atol=1e-6)
+        computed, expected = predict(model, batch).nll_L.mean(), model(**batch).loss
+    torch.testing.assert_close(computed, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_negative_control_unshifted_labels_are_not_the_models_own_loss() -> None:
@@ -122,34 +136,36 @@ def test_logits_at_a_label_are_those_of_the_position_before(name: str) -> None:
     make, rows = MODELS[name]
     model, batch = make(), collate(rows(4))
     with torch.no_grad():
-        found, logits = predict(model, batch), output_logits(model, batch).numpy()
+        predictions, logits = predict(model, batch), output_logits(model, batch).numpy()
     twin = labelled(logits, batch["labels"].numpy(), shifted=True)
     expected = [(b, z, y) for b, row in enumerate(twin) for z, y in row]
-    assert found.rows_L.tolist() == [b for b, _, _ in expected]
-    assert found.labels_L.tolist() == [y for _, _, y in expected]
-    np.testing.assert_array_equal(found.logits_LV.numpy(), np.array([z for _, z, _ in expected], dtype=np.float32))
-    np.testing.assert_allclose(found.nll_L, [nll(z, y) for _, z, y in expected], rtol=1e-5, atol=1e-5)
+    assert predictions.rows_L.tolist() == [b for b, _, _ in expected]
+    assert predictions.labels_L.tolist() == [y for _, _, y in expected]
+    np.testing.assert_array_equal(
+        predictions.logits_LV.numpy(), np.array([z for _, z, _ in expected], dtype=np.float32)
+    )
+    np.testing.assert_allclose(predictions.nll_L, [nll(z, y) for _, z, y in expected], rtol=1e-5, atol=1e-5)
     unshifted = labelled(logits, batch["labels"].numpy(), shifted=False)
-    assert not np.allclose(found.logits_LV[0], unshifted[0][0][0])
+    assert not np.allclose(predictions.logits_LV[0], unshifted[0][0][0])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "token_classifier", "masked_lm"])
 def test_masked_labels_are_never_read(name: str) -> None:
     make, rows = MODELS[name]
     model, batch = make(), collate(rows(4))
-    found = predict(model, batch)
-    assert (found.labels_L >= 0).all()
-    assert found.lengths_B.tolist() == [(row["labels"] != -100).sum().item() for row in _split(batch)]
+    predictions = predict(model, batch)
+    assert (predictions.labels_L >= 0).all()
+    assert predictions.lengths_B.tolist() == [(row["labels"] != -100).sum().item() for row in _split(batch)]
     open_labels = batch["labels"].clone()
     open_labels[open_labels == -100] = 1
-    assert predict(model, {**batch, "labels": open_labels}).lengths_B.sum() > found.lengths_B.sum()
+    assert predict(model, {**batch, "labels": open_labels}).lengths_B.sum() > predictions.lengths_B.sum()
 
 
 def _split(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     return [{key: value[i] for key, value in batch.items()} for i in range(len(batch["labels"]))]
 
 
-def test_a_causal_models_first_token_is_no_label_whatever_is_written_there() -> None:
+def test_a_causal_model_never_predicts_the_first_token() -> None:
     batch = collate(text_rows(3, prompt=0))
     tokens = batch["attention_mask"].sum(1)
     assert predict(tiny_llama(), batch).lengths_B.tolist() == (tokens - 1).tolist()
@@ -159,8 +175,12 @@ def test_a_causal_models_first_token_is_no_label_whatever_is_written_there() -> 
 def test_a_masked_class_label_leaves_its_row_out() -> None:
     batch = collate(CASES["bert"][1](3))
     batch["labels"][1] = -100
-    found = predict(tiny_bert(), batch)
-    assert found.rows_L.tolist() == [0, 2] and found.lengths_B.tolist() == [1, 0, 1] and found.n_rows == 3
+    predictions = predict(tiny_bert(), batch)
+    assert (
+        predictions.rows_L.tolist() == [0, 2]
+        and predictions.lengths_B.tolist() == [1, 0, 1]
+        and predictions.n_rows == 3
+    )
 
 
 @pytest.mark.parametrize("name", ["gpt2", "token_classifier"])
@@ -180,16 +200,16 @@ def test_skip_first_does_not_touch_class_labels() -> None:
 
 def test_sums_and_lengths_by_row_equal_a_loop() -> None:
     rows_L, values_L = torch.tensor([0, 0, 2, 3, 3, 3]), torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
-    found = Predictions(torch.zeros(6, 2), torch.zeros(6, dtype=torch.long), rows_L, n_rows=5)
+    predictions = Predictions(torch.zeros(6, 2), torch.zeros(6, dtype=torch.long), rows_L, n_rows=5)
     expected = [sum(v for r, v in zip(rows_L.tolist(), values_L.tolist(), strict=True) if r == b) for b in range(5)]
-    assert found.sum_by_row(values_L).tolist() == expected == [3, 0, 4, 56, 0]
-    assert found.lengths_B.tolist() == [2, 0, 1, 3, 0]
+    assert predictions.sum_by_row(values_L).tolist() == expected == [3, 0, 4, 56, 0]
+    assert predictions.lengths_B.tolist() == [2, 0, 1, 3, 0]
 
 
 def test_sums_by_row_carry_gradients_to_their_own_values() -> None:
     values_L = torch.ones(3, requires_grad=True)
-    found = Predictions(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), torch.tensor([0, 1, 1]), n_rows=2)
-    found.sum_by_row(values_L)[1].backward()
+    predictions = Predictions(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), torch.tensor([0, 1, 1]), n_rows=2)
+    predictions.sum_by_row(values_L)[1].backward()
     assert values_L.grad is not None and values_L.grad.tolist() == [0, 1, 1]
 
 

@@ -1,4 +1,4 @@
-"""Laws of the layer descriptions: what is found and left out, and that gradients lie in the inputs' span."""
+"""Laws of layers: which are found and which are left out, and gradients are in the span of the recorded rows."""
 
 from __future__ import annotations
 
@@ -99,10 +99,10 @@ def test_other_modules_are_not_described() -> None:
 )  # GPT-2: 4 a block; Llama: 7; BERT: 6, pooler, classifier; ViT: 6, patches, classifier
 def test_all_linear_layers_of_the_blocks_and_the_classifiers_are_found(kind: str, count: int) -> None:
     model = cases.CASES[kind][0]()
-    found = find_layers(model)
-    assert len(found) == count
-    assert "lm_head" not in found
-    assert [n for n, m in model.named_modules() if m in found.values()] == list(found)
+    layers = find_layers(model)
+    assert len(layers) == count
+    assert "lm_head" not in layers
+    assert [n for n, m in model.named_modules() if m in layers.values()] == list(layers)
 
 
 def test_patterns_choose_layers() -> None:

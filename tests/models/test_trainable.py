@@ -119,7 +119,7 @@ def test_patterns_are_case_sensitive() -> None:
 
 
 class Bilinear(nn.Module):
-    """A linear layer, and one of a type that is not known."""
+    """A linear layer, and a layer of an unknown type."""
 
     def __init__(self) -> None:
         super().__init__()

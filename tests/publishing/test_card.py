@@ -1,6 +1,6 @@
-"""Laws of the card: every metric is in it, nothing is blank or NaN, tables keep their shape, unknown variables raise.
+"""Laws of the card: it shows every metric, nothing is blank or NaN, tables keep their shape, unknown variables raise.
 
-Tables are read by a Markdown parser (markdown-it), not by the code under test. Each law has a negative control.
+A Markdown parser (markdown-it) reads the tables, and not the code under test. Each law has a negative control.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.publishing.card import default_template, render_card, write_card
 from hf_unlearn.publishing.card_sections import is_hub_id
-from hf_unlearn.publishing.markdown import code, escape, text
+from hf_unlearn.publishing.markdown import code, escape, sentence, text
 
 REVISION = "3f49326eb077187dfe1c2a2bb15fbd74e6ab91e3"
 METADATA = "---\n{{ card_data }}\n---\n"
@@ -64,21 +64,21 @@ def body(card: str) -> str:
 
 
 def tables(card: str) -> list[list[list[str]]]:
-    """Rows of cells of each table, as a Markdown parser sees them (raw cell text)."""
-    found: list[list[list[str]]] = []
+    """Return the rows of each table as lists of raw cell text, as a Markdown parser sees them."""
+    parsed: list[list[list[str]]] = []
     tokens = MarkdownIt("commonmark").enable("table").parse(body(card))
     for i, token in enumerate(tokens):
         if token.type == "table_open":
-            found.append([])
+            parsed.append([])
         elif token.type == "tr_open":
-            found[-1].append([])
+            parsed[-1].append([])
         elif token.type in ("th_open", "td_open"):
-            found[-1][-1].append(tokens[i + 1].content)
-    return found
+            parsed[-1][-1].append(tokens[i + 1].content)
+    return parsed
 
 
 def cells(card: str) -> dict[str, str]:
-    """Second cell by first cell, of the tables with two columns."""
+    """Return the second cell by the first, from the tables with two columns."""
     return {row[0]: row[1] for table in tables(card) for row in table if len(row) == 2}
 
 
@@ -102,7 +102,7 @@ def test_every_metric_is_in_the_table_and_in_the_model_index() -> None:
     assert table[1][2] == "0.981 [0.931, 1.031]" and fewer[1][2] == "not measured"
 
 
-def test_an_audits_verdicts_what_was_not_run_and_why_a_number_is_undefined_are_said() -> None:
+def test_the_card_shows_verdicts_attacks_that_were_not_run_and_why_a_number_is_undefined() -> None:
     report = make_report()
     before = render_card(report, model_name="m")
     attacks = ("membership_auc_zlib", "membership_auc_min_k")
@@ -121,26 +121,43 @@ def test_an_audits_verdicts_what_was_not_run_and_why_a_number_is_undefined_are_s
     assert said[name] == cells(before)[name] and not any(attack in said[name] for attack in attacks)  # stays short
 
 
-def test_a_request_in_a_row_says_its_number_its_room_and_its_warnings() -> None:
+def test_a_request_of_a_series_shows_its_number_the_room_left_and_warnings() -> None:
     report = make_report()
     assert cells(render_card(report, model_name="m"))["number in its ledger"] == "not recorded"
     report.request["number"] = 3
     report.series = {
-        "room": {"mean": 0.25}, "drift_used": {"relative": 0.0123, "budget": None}, "warnings": ["the room | runs out"],
-    }  # fmt: skip
+        "room": {"mean": 0.25},
+        "drift_used": {"relative": 0.0123, "budget": None},
+        "warnings": ["the room | runs out"],
+    }
     said = cells(render_card(report, model_name="m"))
     assert said["number in its ledger"] == "3" and said["warning"] == "the room | runs out"
     assert said["predicted drift of all requests, relative"] == "0.0123 (budget: none)" and "25.0%" in said.values()
 
 
-def test_what_was_recorded_is_in_the_card() -> None:
+def test_the_card_shows_everything_that_was_recorded() -> None:
     card = render_card(make_report(), model_name="me/model", plots=["plots/metrics.png", "plots/my own.png"])
     for part in (
-        "locuslab/TOFU, one author", "2025-05-01", "ab12", REVISION, "npo", "beta = 0.1", "`lm_head.weight`",
-        "0.9 of the spectrum (singular values)", "forget probability reached held-out", "11" * 32, "2.7.0", "2 cores",
-        "26.0 s", "0.0061", "arXiv:2312.04095", "unlearning_report.json", "](plots/metrics.png)",
-        "![my own](plots/my%20own.png)", "0.982 → 0.062 (-0.920)",
-    ):  # fmt: skip
+        "locuslab/TOFU, one author",
+        "2025-05-01",
+        "ab12",
+        REVISION,
+        "npo",
+        "beta = 0.1",
+        "`lm_head.weight`",
+        "0.9 of the spectrum (singular values)",
+        "forget probability reached held-out",
+        "11" * 32,
+        "2.7.0",
+        "2 cores",
+        "26.0 s",
+        "0.0061",
+        "arXiv:2312.04095",
+        "unlearning_report.json",
+        "](plots/metrics.png)",
+        "![my own](plots/my%20own.png)",
+        "0.982 → 0.062 (-0.920)",
+    ):
         assert part in card, part
         assert part not in render_card(UnlearningReport(), model_name="m") or part in default_template().read_text()
     assert cells(card)["seed"] == "7" and cells(card)["steps"] == "4"
@@ -157,7 +174,7 @@ def test_metadata_parses_and_names_the_base_model() -> None:
     assert not {"model-index", "base_model", "base_model_relation", "pipeline_tag"} & empty.keys()
 
 
-def test_an_adapter_is_told_from_full_weights_and_from_a_merged_one() -> None:
+def test_the_card_distinguishes_adapters_merged_adapters_and_full_weights() -> None:
     report = make_report()
     report.method["adapter"] = None
     full = render_card(report, model_name="m")
@@ -174,14 +191,14 @@ def test_an_adapter_is_told_from_full_weights_and_from_a_merged_one() -> None:
     assert cells(render_card(report, model_name="m"))["adapter"] == "not recorded"
 
 
-def test_layers_are_named_by_pattern_and_retained_energy_as_it_came_out() -> None:
+def test_layers_are_named_by_pattern_and_retained_energy_as_measured() -> None:
     report = make_report()
     report.drift["by_layer"] = {f"model.layers.{i}.mlp.{name}": 0.1 for i in range(12) for name in ("up", "down")}
     report.drift["by_layer"]["score"] = 0.1
-    found = cells(render_card(report, model_name="m"))
-    assert found["layers trained"] == "25: `model.layers.*.mlp.up` x 12, `model.layers.*.mlp.down` x 12, `score`"
+    shown = cells(render_card(report, model_name="m"))
+    assert shown["layers trained"] == "25: `model.layers.*.mlp.up` x 12, `model.layers.*.mlp.down` x 12, `score`"
     energy = "retained energy: what steps may not change"
-    assert found[energy] == "0.9 of the spectrum (singular values); as share of the energy: not recorded"
+    assert shown[energy] == "0.9 of the spectrum (singular values); as share of the energy: not recorded"
     report.method["retained"] = {"energy": 0.9931, "rank": 0.25, "layers": 25}
     expected = "0.9 of the spectrum (singular values): 99.3% of the energy of the inputs, in 25.0% of their dimensions"
     assert cells(render_card(report, model_name="m"))[energy].startswith(expected)
@@ -209,20 +226,20 @@ def test_undefined_values_read_undefined_and_stay_out_of_the_metadata(value: flo
     assert metric_table(card)[1][2] == "undefined"
     assert not re.search(r"\b(nan|inf|none)\b", card.replace("| none |", ""), re.IGNORECASE)
     assert len(ModelCard(card).data.eval_results or []) == len(report.metrics) - 1
-    assert re.search(r"\bnan\b", str(math.nan))  # what the search would have found
+    assert re.search(r"\bnan\b", str(math.nan))  # negative control: the search finds a NaN
 
 
-def test_nothing_is_blank_and_what_is_missing_says_so() -> None:
+def test_nothing_is_blank_and_missing_values_say_so() -> None:
     card = render_card(UnlearningReport(), model_name="m")
     headers = [["", ""]]
     for table in tables(card):
         for row in table[1:] if table[:1] == headers else table:
             assert all(cell.strip() for cell in row), row
-    found = cells(card)
+    shown = cells(card)
     for name in ("relearning from a few of the forgotten rows", "quantisation of the weights"):
-        assert found[name] == "not measured"
-    assert found["predicted, relative (root mean square over layers)"] == "not measured"
-    assert found["revision of the base model"] == found["hardware"] == "not recorded"
+        assert shown[name] == "not measured"
+    assert shown["predicted, relative (root mean square over layers)"] == "not measured"
+    assert shown["revision of the base model"] == shown["hardware"] == "not recorded"
     assert "**No retrained model was available**" in card and "Metrics: not measured" in card
     full = cells(render_card(make_report(), model_name="m"))
     assert "not recorded" not in (full["hardware"], full["source"], full["date"])
@@ -244,9 +261,9 @@ def test_relearning_and_quantisation_are_shown_once_measured() -> None:
         MetricValue("relearned_probability", 0.4, "forget", "unlearned", 15),
         MetricValue("answer_probability", 0.06, "forget", "unlearned, 4-bit", 20),
     ]
-    found = cells(render_card(report, model_name="m"))
-    assert "0.400" in found["relearning from a few of the forgotten rows"]
-    assert "0.060" in found["quantisation of the weights"]
+    shown = cells(render_card(report, model_name="m"))
+    assert "0.400" in shown["relearning from a few of the forgotten rows"]
+    assert "0.060" in shown["quantisation of the weights"]
 
 
 @pytest.mark.parametrize("nasty", ["a|b", r"a\|b", "a\nb", "`a|", "<b>|", "|", r"\\|", "*[a](b)|"])
@@ -258,11 +275,11 @@ def test_a_bar_in_a_name_does_not_break_a_table(nasty: str) -> None:
     report.method["coverage"]["exposed"] = [nasty]
     report.drift["by_layer"] = {nasty: 0.1}
     report.settings = {nasty if name == "optim" else name: value for name, value in report.settings.items()}
-    found = tables(render_card(report, model_name=nasty))
-    assert [[len(row) for row in table] for table in found] == shape
+    parsed = tables(render_card(report, model_name=nasty))
+    assert [[len(row) for row in table] for table in parsed] == shape
 
 
-def test_the_table_reader_does_see_a_bar_that_is_not_escaped() -> None:
+def test_the_table_reader_sees_a_bar_that_is_not_escaped() -> None:
     header = "x\n---\n| a | b |\n|---|---|\n"
     assert tables(f"{header}| {escape('1|2')} | {code('1|2')} |")[0][1] == [r"1|2", "`1|2`"]
     assert tables(f"{header}| 1|2 | 3 |")[0][1] == ["1", "2"]
@@ -286,7 +303,7 @@ def test_samples_are_shown_only_when_present() -> None:
     assert table[1] == ["Who | wrote it?", "&lt;b&gt;Hina&lt;/b&gt;", "unsure"]
 
 
-def test_own_template_gets_the_same_variables(tmp_path: Path) -> None:
+def test_a_custom_template_gets_the_same_variables(tmp_path: Path) -> None:
     own = tmp_path / "own.md"
     own.write_text(METADATA + "{{ request.rows }} rows of {{ model_name }}")
     assert render_card(make_report(), model_name="m", template=own).endswith("\n20 rows of m")
@@ -304,14 +321,14 @@ def test_own_template_gets_the_same_variables(tmp_path: Path) -> None:
         ("---\na: [\n---\n", "cannot be read"),
     ],
 )
-def test_a_wrong_template_raises_and_says_what_is_wrong(tmp_path: Path, source: str, message: str) -> None:
+def test_an_error_in_a_template_is_named(tmp_path: Path, source: str, message: str) -> None:
     own = tmp_path / "own.md"
     own.write_text(source)
     with pytest.raises(SettingsError, match=message):
         render_card(make_report(), model_name="m", template=own)
 
 
-def test_a_missing_template_and_a_plot_elsewhere_raise(tmp_path: Path) -> None:
+def test_a_missing_template_and_a_plot_outside_the_folder_raise(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"none\.md"):
         render_card(make_report(), model_name="m", template=tmp_path / "none.md")
     for name in ("/tmp/a.png", "../a.png", "https://x.org/a.png"):
@@ -323,7 +340,7 @@ def test_write_card_writes_the_readme_and_nothing_else(tmp_path: Path) -> None:
     report = make_report()
     path = write_card(report, tmp_path / "new", model_name="m", plots=["plots/metrics.png"])
     assert path.read_text(encoding="utf-8") == render_card(report, model_name="m", plots=["plots/metrics.png"])
-    assert [found.name for found in path.parent.iterdir()] == ["README.md"]
+    assert [file.name for file in path.parent.iterdir()] == ["README.md"]
 
 
 def test_a_report_read_back_gives_the_same_card(tmp_path: Path) -> None:
@@ -336,11 +353,19 @@ def test_a_report_read_back_gives_the_same_card(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("gpt2", True), ("me/a-b.c_d", True), ("/home/me/model", False), ("./model", False), ("a/b/c", False),
-        ("", False), (None, False), ("a b", False), ("../x", False), ("tests", False),
+        ("gpt2", True),
+        ("me/a-b.c_d", True),
+        ("/home/me/model", False),
+        ("./model", False),
+        ("a/b/c", False),
+        ("", False),
+        (None, False),
+        ("a b", False),
+        ("../x", False),
+        ("tests", False),
     ],
-)  # fmt: skip
-def test_hub_ids_are_told_from_paths(name: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+)
+def test_hub_ids_and_paths_are_distinguished(name: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert is_hub_id(name) is expected
 
@@ -350,7 +375,7 @@ def test_a_local_base_model_is_named_without_its_path() -> None:
     report.method["base_model"] = "/home/someone/my-model"
     card = render_card(report, model_name="m")
     assert "`my-model`" in card and "someone" not in card and "base_model" not in ModelCard(card).data.to_dict()
-    # a folder's name alone looks like an id, which only the run knows that it is not
+    # a folder's name alone looks like an id; only the run knows that it is a folder
     report.method["base_model"] = "my-model"
     assert ModelCard(render_card(report, model_name="m")).data.to_dict()["base_model"] == "my-model"
     report.method["base_model_is_local"] = True
@@ -358,11 +383,25 @@ def test_a_local_base_model_is_named_without_its_path() -> None:
     assert "`my-model`" in card and "base_model" not in ModelCard(card).data.to_dict()
 
 
-def test_text_of_values() -> None:
+def test_values_are_formatted_as_text() -> None:
     assert text(None) == text("") == "not recorded"
     assert text(2e-05) == "2e-05" and text(0) == "0" and text(True) == "True"
     assert text({"a": None, "b": [1, 2.5]}) == "a = none, b = 1, 2.5" and text([]) == "none"
 
 
-def test_the_default_template_is_where_the_wheel_or_the_repository_has_it() -> None:
+def test_the_default_template_exists() -> None:
     assert default_template().read_text(encoding="utf-8").startswith(METADATA)
+
+
+def test_code_spans_of_a_docstring_stay_code_and_everything_else_is_escaped() -> None:
+    assert sentence("Steps of `D (I - U U^T)`, a * b | c.") == r"Steps of `D (I - U U^T)`, a \* b \| c."
+    assert sentence("an odd ` backtick") == escape("an odd ` backtick")
+    assert sentence(None) == "not recorded"
+
+
+def test_the_words_on_loss_and_constraint_come_from_the_report() -> None:
+    report = make_report()
+    names = ("what the constraint allows", "what the loss computes")
+    assert [cells(render_card(report, model_name="m"))[name] for name in names] == ["not recorded"] * 2
+    report.method |= {"constraint_summary": "Steps of `D / 2`.", "loss_summary": "The `nll`."}
+    assert [cells(render_card(report, model_name="m"))[name] for name in names] == ["Steps of `D / 2`.", "The `nll`."]

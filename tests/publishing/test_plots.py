@@ -1,4 +1,5 @@
-"""Laws: a picture is written exactly where its data are; what is drawn are the report's numbers; nothing global moves.
+"""Laws of the plots: a figure is written if and only if its data exist, shows the report's numbers, and changes no
+global state.
 
 Each law has a negative control: the same check on a report or a layout for which it must not hold.
 """
@@ -64,7 +65,7 @@ def drawn(figure: Figure | None) -> Figure:
     return figure
 
 
-def test_each_picture_is_written_exactly_where_its_data_are(tmp_path: Path) -> None:
+def test_a_figure_is_written_if_and_only_if_its_data_exist(tmp_path: Path) -> None:
     report = make_report()
     assert written(report, tmp_path / "new" / "plots") == set(plots.PICTURES)
     lacking = {
@@ -97,18 +98,19 @@ def test_settings_of_matplotlib_are_restored_and_pyplot_is_not_loaded(tmp_path: 
     plots.save_plots(replace(make_report(), drift={}, entropies={}, history=[]), tmp_path)
     assert dict(matplotlib.rcParams) == before
     with matplotlib.rc_context(plot_style.STYLE):
-        assert dict(matplotlib.rcParams) != before  # the style does differ from what is restored
-    code = "import sys, hf_unlearn.publishing.plots; print('matplotlib.pyplot' in sys.modules, 'matplotlib' in sys.modules)"
+        assert dict(matplotlib.rcParams) != before  # negative control: the style changes them
+    loaded = "print('matplotlib.pyplot' in sys.modules, 'matplotlib' in sys.modules)"
+    code = f"import sys, hf_unlearn.publishing.plots; {loaded}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]
 
 
-def test_the_histogram_says_how_far_each_model_is_from_the_retrained_one() -> None:
+def test_the_histogram_shows_the_distance_of_each_model_to_the_retrained_one() -> None:
     report = make_report()
     figure = plots.entropy_histogram(report)
     assert figure is not None
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    # for as many values on both sides, the distance is the mean gap of the sorted ones
+    # for equally many values on both sides, the distance is the mean gap between the sorted values
     logs = {model: np.sort(np.log10(values)) for model, values in report.entropies.items()}
     for label, model in zip(labels, ("original", "unlearned"), strict=False):
         assert f"{np.abs(logs[model] - logs['retrained']).mean():.2f} decades" in label
@@ -156,7 +158,7 @@ def test_spread_keeps_the_gap_the_order_and_the_top() -> None:
 
 
 @pytest.mark.parametrize(("layers", "bars"), [(12, 12), (30, 30), (210, 0)])
-def test_many_layers_become_curves_by_kind(layers: int, bars: int) -> None:
+def test_many_layers_become_curves_by_layer_type(layers: int, bars: int) -> None:
     figure = plots.drift_by_layer(make_report(layers=layers))
     assert figure is not None
     (axes,) = figure.axes
@@ -168,11 +170,11 @@ def test_many_layers_become_curves_by_kind(layers: int, bars: int) -> None:
         np.testing.assert_allclose(line.get_ydata(), 0.01 * (np.asarray(line.get_xdata()) + 1))
 
 
-def test_experts_of_a_block_are_one_point_their_root_mean_square() -> None:
+def test_the_experts_of_a_block_are_one_point_at_their_root_mean_square() -> None:
     drifts = {"h.0.experts.0.up": 3.0, "h.0.experts.1.up": 4.0, "h.1.experts.0.up": 1.0, "head": 2.0}
-    kinds, single = layer_plot._by_type_and_block(drifts)
-    assert kinds == {"h.*.experts.*.up": {0: pytest.approx(math.sqrt(12.5)), 1: 1.0}}
-    assert single == {"head": 2.0}
+    curves, outside_blocks = layer_plot._by_type_and_block(drifts)
+    assert curves == {"h.*.experts.*.up": {0: pytest.approx(math.sqrt(12.5)), 1: 1.0}}
+    assert outside_blocks == {"head": 2.0}
 
 
 def test_layer_names_are_shortened_but_never_made_equal() -> None:
@@ -180,11 +182,11 @@ def test_layer_names_are_shortened_but_never_made_equal() -> None:
     assert layer_plot._without_prefix(names) == ["0.up", "1.up", "head"]
     twins = ["encoder.h.0.up", "decoder.h.0.up"]
     assert layer_plot._without_prefix(twins) == twins
-    kinds = ["h.*.attention.output.dense", "h.*.output.dense", "h.*.attention.query"]
-    assert layer_plot._shortest_endings(kinds) == ["attention.output.dense", "output.dense", "query"]
+    patterns = ["h.*.attention.output.dense", "h.*.output.dense", "h.*.attention.query"]
+    assert layer_plot._shortest_endings(patterns) == ["attention.output.dense", "output.dense", "query"]
 
 
-def test_the_bars_show_the_metric_that_early_stopping_goes_by() -> None:
+def test_the_bars_show_the_metric_that_early_stopping_used() -> None:
     report = make_report()
     report.metrics += [replace(metric, name="answer_probability") for metric in report.metrics]
     for setting, title in (("accuracy", "Accuracy"), ("probability", "Answer probability")):
@@ -196,11 +198,11 @@ def test_the_bars_show_the_metric_that_early_stopping_goes_by() -> None:
         assert heights == sorted(metric.value for metric in report.metrics if metric.name == "accuracy")
 
 
-# Requests in a row
+# Series of requests
 
 
-def in_a_row(count: int, offset: float = 0.0) -> list[UnlearningReport]:
-    """`count` reports: 10 rows forgotten at each, the earlier ones tested again."""
+def series_of(count: int, offset: float = 0.0) -> list[UnlearningReport]:
+    """Return `count` reports: each request forgets 10 rows and evaluates the earlier ones again."""
     reports = []
     for number in range(1, count + 1):
         metrics = [MetricValue("accuracy", 0.9 + offset, "retain", "unlearned", 50)]
@@ -211,9 +213,9 @@ def in_a_row(count: int, offset: float = 0.0) -> list[UnlearningReport]:
     return reports
 
 
-def test_the_sequence_plot_draws_each_arm_over_the_requests(tmp_path: Path) -> None:
+def test_the_series_plot_draws_each_arm_over_the_requests(tmp_path: Path) -> None:
     joint = UnlearningReport([MetricValue("accuracy", 0.25, "forget", "unlearned", 40)], drift={"relative": 0.05})
-    arms = {"carried": in_a_row(3), "fresh": in_a_row(3, 0.01), "joint": [joint]}
+    arms = {"carried": series_of(3), "fresh": series_of(3, 0.01), "joint": [joint]}
     upper, lower = series_plot.series_figure(arms, "accuracy").axes
     curves = [(list(line.get_xdata()), list(line.get_ydata())) for line in upper.get_lines()]
     assert ([1, 2, 3], pytest.approx([0.1, (2 + 9) / 40, (3 + 18) / 70])) in curves

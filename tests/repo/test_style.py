@@ -17,8 +17,8 @@ DOCUMENTS = [
     *sorted(ROOT.glob("*.md")),
 ]
 TRANSLATED = re.compile(
-    r"(?<![Tt]here )(?<!where )\bis no (?!longer\b|more\b|less\b|better\b|worse\b|different\b)|\banew\b|\bat hand\b|\bof the moment\b"
-    r"|\bare told\b|\bis told\b|\btells of\b|\bwhat it does is\b"
+    r"(?<![Tt]here )(?<!where )\bis no (?!(?:longer|more|less|better|worse|different)\b)|\banew\b|\bat hand\b"
+    r"|\bof the moment\b|\bare told\b|\bis told\b|\btells of\b|\bwhat it does is\b"
 )
 """Phrases that read as translated; say "is not a", "again", "available", "current", "reports"."""
 
@@ -80,6 +80,8 @@ def test_the_search_finds_translated_phrases(line: str) -> None:
     assert TRANSLATED.search(line)
 
 
-@pytest.mark.parametrize("line", ["which is no longer true", "there is no folder", "is not a valid first entry", "rows that are available"])
+@pytest.mark.parametrize(
+    "line", ["which is no longer true", "there is no folder", "is not a valid first entry", "rows that are available"]
+)
 def test_the_search_lets_plain_sentences_pass(line: str) -> None:
     assert not TRANSLATED.search(line)

@@ -1,4 +1,4 @@
-"""Laws of the one rank rule: projectors, monotony, the two spectra, the floor, and what a subtraction leaves behind."""
+"""Laws of the rank rule: projectors, monotonicity, the two spectra, the floor, and what a subtraction leaves."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_basis_is_orthonormal_so_that_its_projector_is_idempotent(
     torch.testing.assert_close(projector_II @ projector_II, projector_II)
 
 
-def test_a_basis_that_is_not_orthonormal_gives_no_idempotent_projector() -> None:
+def test_the_projector_of_a_basis_that_is_not_orthonormal_is_not_idempotent() -> None:
     basis_IK = leading_basis(gram_of(make_rows(9, 6, 0)), 0.9) * 1.01
     projector_II = basis_IK @ basis_IK.T
     assert not torch.allclose(projector_II @ projector_II, projector_II)
@@ -100,9 +100,7 @@ def test_rounding_noise_is_not_rank() -> None:
     gram_II = gram_of(rows_NI)
     noise_II = 1e-17 * torch.randn(8, 8, dtype=torch.float64)
     assert numerical_rank(eigendecomposition(gram_II + noise_II @ noise_II.T).values_I) == 3
-    assert (
-        numerical_rank(eigendecomposition(gram_II + 1e-6 * torch.eye(8)).values_I) == 8
-    )  # a real direction, however small, is
+    assert numerical_rank(eigendecomposition(gram_II + 1e-6 * torch.eye(8)).values_I) == 8  # a real direction is rank
 
 
 def test_the_floor_lifts_the_rank_to_its_share_but_not_above_the_numerical_rank() -> None:
@@ -163,7 +161,7 @@ def test_a_value_out_of_range_is_refused_by_name(energy: float, spectrum: str, s
 
 
 @pytest.mark.parametrize("size", [1, 5, 255, 256, 257, 1027])
-def test_products_by_blocks_are_the_whole_product(size: int) -> None:
+def test_products_by_blocks_are_the_full_product(size: int) -> None:
     generator = torch.Generator().manual_seed(size)
     parts = [torch.randn(n, size, dtype=torch.float64, generator=generator) for n in (3, 40)]
     sums = torch.zeros(size, size, dtype=torch.float64)
@@ -171,8 +169,8 @@ def test_products_by_blocks_are_the_whole_product(size: int) -> None:
         add_products(sums, rows)
     unfinished = sums.clone()
     mirror(sums)
-    whole = torch.cat(parts)
-    torch.testing.assert_close(sums, whole.T @ whole, rtol=1e-13, atol=1e-12)
+    all_rows = torch.cat(parts)
+    torch.testing.assert_close(sums, all_rows.T @ all_rows, rtol=1e-13, atol=1e-12)
     assert torch.equal(unfinished.triu(), sums.triu())
     assert torch.equal(unfinished, sums) == (size < 256)  # the control: blocks below the diagonal were left out
 
@@ -214,7 +212,9 @@ def assert_same(thin: Eigen, full: Eigen) -> None:
         thin_IK, full_IK = thin.vectors_II[:, :rank], full.vectors_II[:, :rank]
         torch.testing.assert_close(thin_IK.T @ thin_IK, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-12)
         outside_IK = thin_IK - full_IK @ (full_IK.T @ thin_IK)
-        assert rank == 0 or torch.linalg.matrix_norm(outside_IK, 2) < 1e-5  # as far as 1e-10 of the largest is resolved
+        assert (
+            rank == 0 or torch.linalg.matrix_norm(outside_IK, 2) < 1e-5
+        )  # eigenvectors are resolved to eigenvalues of 1e-10 of the largest
     step_OI = make_rows(5, WIDE, 7)
     torch.testing.assert_close(thin.times_root(step_OI).norm(), full.times_root(step_OI).norm())
 
@@ -232,7 +232,7 @@ def test_a_gram_of_few_rows_is_decomposed_in_their_span(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["random", "steep", "single features", "indefinite"])
 @pytest.mark.parametrize("claimed", [1, 20, 39])
-def test_a_gram_of_more_rows_than_said_is_noticed(kind: str, claimed: int) -> None:
+def test_a_gram_of_more_rows_than_claimed_is_decomposed_in_full(kind: str, claimed: int) -> None:
     gram_II = signed_gram(*few_rows(kind))
     assert eigendecomposition(gram_II, claimed).missed is None  # in full
     assert eigendecomposition(gram_II, 40).missed is not None

@@ -1,4 +1,4 @@
-"""Laws of `RetainStatistics`: sums add and subtract like the rows behind them; files are whole or refused."""
+"""Laws of `RetainStatistics`: sums add and subtract like the rows behind them; damaged files are refused."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_full_minus_forget_equals_the_retain_pass(
 
 
 def test_subtraction_needs_the_same_sampled_labels(llama: nn.Module, full: RetainStatistics) -> None:
-    """Control: rows with other labels positions leave another Fisher and another count."""
+    """The control: rows with other label positions leave another Fisher and another count."""
     other = collect(llama, cases.text_rows(7, prompt=3)[:3])
     retain = collect(llama, cases.text_rows(7)[3:])
     assert (full - other).labels != retain.labels
@@ -95,7 +95,7 @@ def test_operands_are_not_changed(full: RetainStatistics, forget: RetainStatisti
     assert all(torch.equal(before[k], v) for k, v in full.gram_sums.items())
 
 
-def test_the_data_fingerprint_has_no_order_and_adds_up(llama: nn.Module, full: RetainStatistics) -> None:
+def test_the_data_fingerprint_ignores_order_and_adds_up(llama: nn.Module, full: RetainStatistics) -> None:
     rows = cases.text_rows(7)
     for batch_size in (1, 3):
         assert collect(llama, rows[::-1], fisher=False, batch_size=batch_size).data == full.data
@@ -187,7 +187,7 @@ def test_a_failing_write_leaves_the_old_folder(
     assert RetainStatistics.from_pretrained(saved).rows == 10
 
 
-def test_a_folder_is_not_replaced_unasked(saved: Path, mlp: RetainStatistics) -> None:
+def test_a_folder_is_replaced_only_with_overwrite(saved: Path, mlp: RetainStatistics) -> None:
     with pytest.raises(OutputError, match="not empty"):
         mlp.save_pretrained(saved)
 
@@ -304,6 +304,13 @@ def test_a_layer_without_a_fisher_says_so() -> None:
         collect(cases.tiny_mlp(), cases.vector_rows(2), fisher=False).fisher("first")
 
 
+def test_printing_statistics_is_one_line_without_tensors(full: RetainStatistics) -> None:
+    assert repr(full) == (
+        f"RetainStatistics(rows=7, layers=14, grams=8, fishers=14, weights={full.weights[:12]!r}, "
+        f"data={full.data[:12]!r})"
+    )
+
+
 def test_the_summary_has_a_line_for_each_gram(full: RetainStatistics) -> None:
     lines = full.summary().splitlines()
     assert lines[0].startswith("7 rows, 14 layers, 8 Grams, 14 Fishers")
@@ -326,10 +333,10 @@ def test_the_summary_shows_what_a_subtraction_of_foreign_rows_leaves(
 
 
 @pytest.mark.parametrize("wide", [40, 300])
-def test_a_process_that_made_no_decomposition_has_room_for_the_one_that_it_is_sent(
+def test_a_process_receives_the_decomposition_that_another_one_computed(
     wide: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Thin or whole: process 1 is handed, tensor by tensor, what process 0 has sent."""
+    """Thin or full: process 1 receives, tensor by tensor, what process 0 sent."""
     rows_NI = torch.randn(9, wide, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     statistics = RetainStatistics(
         {"a": rows_NI.T @ rows_NI}, {}, {"a": LayerSums("a", 4, False)}, {"a": 9}, 9, 0, weights="0", data="0"
@@ -346,7 +353,7 @@ def test_a_process_that_made_no_decomposition_has_room_for_the_one_that_it_is_se
             tensor.copy_(sent.pop(0))
 
     monkeypatch.setattr("hf_unlearn.statistics.decompositions.from_owner", receive)
-    found = sent_by_owner(None, (wide, wide), 0)
+    received = sent_by_owner(None, (wide, wide), 0)
     assert sent == []
-    assert torch.equal(found.values_I, own.values_I) and torch.equal(found.vectors_II, own.vectors_II)
-    assert (found.missed is None) == (own.missed is None) == (wide == 40)
+    assert torch.equal(received.values_I, own.values_I) and torch.equal(received.vectors_II, own.vectors_II)
+    assert (received.missed is None) == (own.missed is None) == (wide == 40)

@@ -1,5 +1,5 @@
-"""Laws of the sketches: linear in the Gram, below it, exact at low rank, told how much is missed; thin under every
-constraint; and of stopping once the leading directions have settled."""
+"""Laws of the sketches: linear in the Gram, below it, exact at low rank, with a known missed share, thin under every
+constraint; and of stopping once the leading directions no longer change."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def map_twin(size: int, rank: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("size", "rank"), [(60, 24), (60, 20), (61, 60), (7, 3)])
-def test_the_map_is_the_one_that_is_stated(size: int, rank: int) -> None:
-    """A map that changed would make garbage of every sketch that was ever saved."""
+def test_the_map_is_the_documented_one(size: int, rank: int) -> None:
+    """A changed map would invalidate every saved sketch."""
     rows_NI = make_rows(5, size=size)
     np.testing.assert_allclose(image(rows_NI, rank), rows_NI.numpy() @ map_twin(size, rank), atol=1e-12)
     np.testing.assert_array_equal(sketch_map(size, rank).to_dense().T, map_twin(size, rank))
@@ -105,7 +105,7 @@ def test_rows_are_added_as_they_come_and_by_features() -> None:
     torch.testing.assert_close(own_IS, sums_IS[20:35])
 
 
-def test_against_a_twin_with_the_matrices_written_out() -> None:
+def test_the_decomposition_equals_its_dense_twin() -> None:
     gram_II = gram_of(make_rows(100)).numpy()
     map_IR = map_twin(SIZE, RANK)
     twin_II = gram_II @ map_IR @ np.linalg.pinv(map_IR.T @ gram_II @ map_IR) @ map_IR.T @ gram_II
@@ -120,7 +120,7 @@ def test_against_a_twin_with_the_matrices_written_out() -> None:
 
 @quick
 @given(seeds, st.integers(1, RANK), st.integers(0, 40))
-def test_exact_up_to_the_rank_of_the_sketch_also_after_a_subtraction(seed: int, n: int, m: int) -> None:
+def test_a_sketch_is_exact_up_to_its_rank_also_after_a_subtraction(seed: int, n: int, m: int) -> None:
     rows_NI, gone_NI = make_rows(n, seed, 0.97), make_rows(m, seed + 1, 0.97)
     gram_II = gram_of(rows_NI)
     sketch_IS = sketch_of(gram_II + gram_of(gone_NI), RANK) - sketch_of(gram_of(gone_NI), RANK)
@@ -131,7 +131,9 @@ def test_exact_up_to_the_rank_of_the_sketch_also_after_a_subtraction(seed: int, 
 
 @quick
 @given(seeds, st.integers(2 * RANK, 90), st.floats(0.7, 1.0))
-def test_it_lies_below_the_gram_and_what_it_misses_bounds_the_error(seed: int, n: int, fall: float) -> None:
+def test_the_approximation_is_below_the_gram_and_the_missed_energy_bounds_its_error(
+    seed: int, n: int, fall: float
+) -> None:
     gram_II = gram_of(make_rows(n, seed, fall))
     parts = eigendecomposition(sketch_of(gram_II, RANK))
     error_II = gram_II - below(parts)
@@ -157,10 +159,8 @@ def test_a_gaussian_map_misses_as_much(fall: float) -> None:
         missed.append(1 - np.trace(approximation_II) / np.trace(gram_II))
     ours = eigendecomposition(sketch_of(torch.from_numpy(gram_II), RANK)).missed_share
     assert ours == pytest.approx(np.mean(missed), rel=0.15)
-    few = eigendecomposition(
-        sketch_of(torch.from_numpy(gram_II), RANK // 2)
-    ).missed_share  # a map of half the rank does miss more
-    assert few > 1.15 * np.mean(missed)
+    half = eigendecomposition(sketch_of(torch.from_numpy(gram_II), RANK // 2)).missed_share
+    assert half > 1.15 * np.mean(missed)  # the control: a map of half the rank misses more
 
 
 def test_a_larger_rank_misses_less() -> None:
@@ -244,16 +244,15 @@ def test_ridge_and_kronecker_of_low_rank_are_the_dense_ones() -> None:
     torch.testing.assert_close(half(half(step_OI)), both.right(step_OI), atol=1e-5, rtol=1e-4)
 
 
-def test_what_is_missed_is_spread_evenly_and_not_let_through() -> None:
+def test_missed_energy_is_spread_evenly_and_does_not_pass() -> None:
     """Against the exact ridge on a Gram that does not fit the sketch: by its objective, and by the size of the step."""
     rows_NI, ridge = make_rows(200, fall=0.95), RidgeConstraint(0.003)
     gram_II = gram_of(rows_NI)
     even = bound(rows_NI, ridge)
     assert isinstance(even.right, ShrinkThin) and even.right.outside < 0.1
     free = BoundConstraint(replace(even.right, outside=1.0), None, False)
-    parts = eigendecomposition(
-        sketch_of(gram_II, RANK)
-    )  # all of it outside: directions inside would seem weaker than they are
+    # the control: with all the missed energy outside, directions inside appear weaker than they are
+    parts = eigendecomposition(sketch_of(gram_II, RANK))
     assert parts.missed is not None
     outside, scale = parts.missed * SIZE / (SIZE - RANK), 0.003 * gram_II.trace() / SIZE
     shrunk = (1 / (1 + (parts.values_I - parts.missed) / scale), 1 / (1 + outside.item() / scale.item()))
@@ -285,7 +284,7 @@ def test_a_sketch_that_misses_some_still_protects(constraint: Any) -> None:
 
 @pytest.mark.parametrize("missing", [False, True])
 def test_the_drift_meters_root_has_the_right_square(missing: bool) -> None:
-    """`|D root|^2 = tr(D gram D^T)`, of the whole Gram where it fits, of its trace anyway."""
+    """`|D root|^2 = tr(D gram D^T)`, for the full Gram if the sketch holds it, and for its trace always."""
     gram_II = gram_of(make_rows(100 if missing else 15))
     parts = eigendecomposition(sketch_of(gram_II, RANK)).rounded()
     root_II = parts.times_root(torch.eye(SIZE)).double()
@@ -310,7 +309,7 @@ def test_no_square_matrix_is_made() -> None:
         assert parts.times_root(allowed_OI).norm() < 1e-3 * parts.times_root(step_OI).norm()
 
 
-def test_what_a_sketch_cannot_hold_is_warned_of() -> None:
+def test_a_warning_says_what_a_sketch_cannot_hold() -> None:
     wide, low = make_rows(100), make_rows(15)
     for constraint in (EnergyConstraint(0.9), RidgeConstraint()):
         with pytest.warns(UserWarning, match=r"the sketch of a holds \d+.\d% of its trace.*larger sketch_rank"):
@@ -435,7 +434,7 @@ def vectors(n: int, rank: int, seed: int = 0) -> list[dict[str, Any]]:
     return [{"pixel_values": row, "labels": 0} for row in rows_NI]
 
 
-def test_collecting_stops_once_the_directions_have_settled() -> None:
+def test_collecting_stops_once_the_leading_directions_no_longer_change() -> None:
     model = cases.tiny_mlp(inputs=16)
     rows = vectors(512, 3)
     stopped = collect(model, rows, tolerance=0.02, batch_size=4)
@@ -445,23 +444,22 @@ def test_collecting_stops_once_the_directions_have_settled() -> None:
     longer = collect(model, rows, tolerance=1e-9, batch_size=4)
     assert longer.rows == 512 and "sampled_from" not in longer.settings and longer.settings["change"] > 1e-9
     assert "the last" in longer.summary()
-    few = collect(model, rows[: stopped.rows], tolerance=0.9, batch_size=stopped.rows // 2)  # settled with the last row
+    few = collect(model, rows[: stopped.rows], tolerance=0.9, batch_size=stopped.rows // 2)  # stops with the last row
     assert few.rows == stopped.rows and "sampled_from" not in few.settings and (few - few).rows == 0
     everything = eigendecomposition(collect(model, rows).gram("first"))
     basis_IK = eigendecomposition(stopped.gram("first")).vectors_II[:, : everything.rank(0.9)]
     assert lost_energy(everything, basis_IK) < 0.04  # what the change promised
 
 
-def test_sorted_rows_do_not_fool_it() -> None:
+def test_early_stopping_is_not_misled_by_sorted_rows() -> None:
     """The first half in three directions, the second in all others: in their own order the first would seem enough."""
     model = cases.tiny_mlp(inputs=16)
     rows = vectors(256, 3) + vectors(256, 16, 1)
     everything = eigendecomposition(collect(model, rows).gram("first"))
 
     def lost(statistics: RetainStatistics) -> float:
-        return lost_energy(
-            everything, eigendecomposition(statistics.gram("first")).vectors_II[:, : everything.rank(0.9)]
-        )
+        eigen = eigendecomposition(statistics.gram("first"))
+        return lost_energy(everything, eigen.vectors_II[:, : everything.rank(0.9)])
 
     assert lost(collect(model, rows, tolerance=0.02, batch_size=4)) < 0.05
     assert lost(collect(model, rows, max_rows=64)) > 0.2
@@ -480,7 +478,7 @@ def test_a_sample_does_not_subtract() -> None:
     ("options", "seen"),
     [({"tolerance": 0.0}, "between 0 and 1, got 0.0"), ({"tolerance": 0.1, "max_memory": 2100}, "in one pass")],
 )
-def test_a_tolerance_that_cannot_be_is_refused(options: dict[str, Any], seen: str) -> None:
+def test_an_impossible_tolerance_is_refused(options: dict[str, Any], seen: str) -> None:
     with pytest.raises(SettingsError, match=seen):
         collect(cases.tiny_mlp(inputs=16), vectors(8, 3), **options)
     assert EarlyStop(0.1).change is None

@@ -1,5 +1,5 @@
-"""Laws of training against an attacker: the gradient is that at relearned weights, on the rows that the attacker has
-not; nothing of the attack stays; what comes back by relearning is less; rows are held from below as from above."""
+"""Laws of training against an attacker: gradients are taken at relearned weights, on rows that the attacker does not
+have; the attack leaves no trace; relearning brings back less; rows are held from below and from above."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RATE = 0.01
 
 
 def attacked_twin(model: nn.Module, rows: list[dict[str, Any]], steps: int) -> None:
-    """Sign steps on every parameter that trains, in place."""
+    """Make sign steps on every trainable parameter, in place."""
     weights = [p for p in model.parameters() if p.requires_grad]
     for _ in range(steps):
         gradients = torch.autograd.grad(mean_nll(model, rows), weights)
@@ -36,7 +36,7 @@ def attacked_twin(model: nn.Module, rows: list[dict[str, Any]], steps: int) -> N
                 weight -= RATE * gradient.sign()
 
 
-def test_relearned_weights_are_those_of_sign_steps_and_go_with_the_context(double: None) -> None:
+def test_relearned_weights_are_those_of_sign_steps_and_last_for_the_context(double: None) -> None:
     model, twin = tiny_llama(), tiny_llama()
     constrainer = StepConstrainer(model, None, None)
     for parameter in model.parameters():
@@ -46,12 +46,12 @@ def test_relearned_weights_are_those_of_sign_steps_and_go_with_the_context(doubl
     with relearned_weights(model, constrainer, collate(FORGET), 3, RATE):
         for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
             assert torch.allclose(parameter, other, atol=1e-12), name
-        assert (trained(model)["lm_head.weight"] != before["lm_head.weight"]).any()  # the control: they have moved
+        assert (trained(model)["lm_head.weight"] != before["lm_head.weight"]).any()  # negative control: they have moved
     assert all(torch.equal(value, before[name]) for name, value in trained(model).items())
     assert all((p.grad == 1).all() for p in model.parameters()), "the attack's gradients must not be added to others"
 
 
-def test_weights_are_back_after_an_error() -> None:
+def test_weights_are_restored_after_an_error() -> None:
     model = tiny_gpt2()
     before = trained(model)
     with pytest.raises(RuntimeError, match="within"):
@@ -60,7 +60,7 @@ def test_weights_are_back_after_an_error() -> None:
     assert all(torch.equal(value, before[name]) for name, value in trained(model).items())
 
 
-def test_attackers_rows_are_a_third_and_nobody_elses() -> None:
+def test_the_attacker_has_a_third_of_the_rows_and_no_other_batch_has_them() -> None:
     few, others = attackers_rows(text_rows(7))
     assert (len(few), len(others)) == (3, 4)
     assert not any(row in others for row in few)
@@ -72,13 +72,22 @@ def test_attackers_rows_are_a_third_and_nobody_elses() -> None:
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_a_step_has_the_gradient_at_relearned_weights_on_the_other_rows(steps: int, tmp_path: Path) -> None:
-    """One SGD step of `grad_ascent` against a twin; without relearning the twin's gradient is on all rows, there."""
+    """Compare one SGD step of `grad_ascent` with a twin's; without relearning the gradient is on all rows."""
     model, twin = tiny_llama(), tiny_llama()
     args = settings(
-        tmp_path, max_steps=1, loss="grad_ascent", constraint="none", relative_step=False, learning_rate=0.1,
-        momentum=0.0, max_grad_norm=0.0, per_device_train_batch_size=len(FORGET), adversary_steps=steps,
-        adversary_learning_rate=RATE, train_only=["*mlp*"],
-    )  # fmt: skip
+        tmp_path,
+        max_steps=1,
+        loss="grad_ascent",
+        constraint="none",
+        relative_step=False,
+        learning_rate=0.1,
+        momentum=0.0,
+        max_grad_norm=0.0,
+        per_device_train_batch_size=len(FORGET),
+        adversary_steps=steps,
+        adversary_learning_rate=RATE,
+        train_only=["*mlp*"],
+    )
     trainer = UnlearningTrainer(model, args, FORGET)
     order = next(iter(trainer.get_train_dataloader()))["relearn" if steps else "forget"]["input_ids"]
     before = trained(model)
@@ -95,12 +104,12 @@ def test_a_step_has_the_gradient_at_relearned_weights_on_the_other_rows(steps: i
 
 
 def _by_first(rows: list[dict[str, Any]], chosen: Tensor) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows whose tokens are in `chosen`, and the others."""
-    found = [[token for token in row.tolist() if token] for row in chosen]
-    return [r for r in rows if r["input_ids"] in found], [r for r in rows if r["input_ids"] not in found]
+    """Return the rows whose tokens are in `chosen`, and the others."""
+    tokens = [[token for token in row.tolist() if token] for row in chosen]
+    return [r for r in rows if r["input_ids"] in tokens], [r for r in rows if r["input_ids"] not in tokens]
 
 
-def test_retain_logits_stay_under_energy_one(tmp_path: Path) -> None:
+def test_retain_logits_stay_the_same_under_energy_one(tmp_path: Path) -> None:
     model = tiny_llama()
     before, forget = logits(model, RETAIN), logits(model, FORGET)
     args = settings(tmp_path, adversary_steps=2, adversary_learning_rate=RATE, per_device_train_batch_size=4)
@@ -109,7 +118,7 @@ def test_retain_logits_stay_under_energy_one(tmp_path: Path) -> None:
     assert (logits(model, FORGET) - forget).abs().max() > 1e-2
 
 
-def test_stopping_goes_by_what_is_left_after_relearning(tmp_path: Path) -> None:
+def test_stopping_uses_the_metric_after_relearning(tmp_path: Path) -> None:
     model = memorised()
     args = attacked(tmp_path, max_steps=40, eval_strategy="steps", eval_steps=1, forget_target=0.3)
     trainer = UnlearningTrainer(model, args, MEMORISED, statistics=collect_statistics(model, RETAIN, progress=False))
@@ -119,12 +128,12 @@ def test_stopping_goes_by_what_is_left_after_relearning(tmp_path: Path) -> None:
     assert reached[-1]["eval_forget_relearned_probability"] <= 0.3
     assert all(log["eval_forget_relearned_probability"] > 0.3 for log in reached[:-1])
     assert any(log["eval_forget_probability"] <= 0.3 for log in reached[:-1]), (
-        "the plain rule would have stopped before"
+        "the rule without an attacker would have stopped earlier"
     )
 
 
-def test_less_comes_back_where_training_was_against_an_attacker(tmp_path: Path) -> None:
-    """Both stop at 0.1; after an attack that neither knew only one still is there. The control goes by plain rows."""
+def test_an_attack_brings_back_less_after_training_against_an_attacker(tmp_path: Path) -> None:
+    """Both runs stop at 0.1; only one stays there after an attack that neither has seen."""
     back = {}
     for steps in (0, 3):
         model = memorised()
@@ -138,8 +147,8 @@ def test_less_comes_back_where_training_was_against_an_attacker(tmp_path: Path) 
     assert back[3] <= 0.1 < back[0], back
 
 
-def test_a_run_against_an_attacker_ends_where_rows_are_neither_above_nor_far_below(tmp_path: Path) -> None:
-    """At the last evaluation both hold, at none before; the control has a fixed target and so no band."""
+def test_a_run_against_an_attacker_ends_with_rows_neither_above_nor_far_below_the_mark(tmp_path: Path) -> None:
+    """Both bounds hold at the last evaluation and at none before; the control has a fixed target and no lower bound."""
     last = {}
     for mark in ("of held-out rows", "fixed"):
         model = memorised()
@@ -159,16 +168,16 @@ def test_a_run_against_an_attacker_ends_where_rows_are_neither_above_nor_far_bel
     assert last["fixed"][0] < 0.1
 
 
-def test_held_out_probability_is_the_level_whatever_the_metric(tmp_path: Path) -> None:
-    found = {}
+def test_bounds_come_from_the_held_out_probability_whatever_the_metric(tmp_path: Path) -> None:
+    bounds = {}
     for metric in ("probability", "accuracy", "loss"):
         args = settings(tmp_path, max_steps=1, adversary_steps=1, forget_metric=metric)
         trainer = UnlearningTrainer(tiny_gpt2(), args, FORGET, RETAIN, holdout_dataset=HOLDOUT)
         trainer.train()
         stopping = trainer._stopping_callback()
         assert stopping is not None and stopping.row_stopping is not None
-        found[metric] = (stopping.row_stopping.lowest, stopping.row_stopping.mark)
-    assert found["accuracy"] == found["loss"] == found["probability"]
+        bounds[metric] = (stopping.row_stopping.lowest, stopping.row_stopping.mark)
+    assert bounds["accuracy"] == bounds["loss"] == bounds["probability"]
 
 
 def attacked(folder: Path, **changes: Any) -> UnlearningConfig:
@@ -187,7 +196,7 @@ def test_settings_out_of_range_are_refused(name: str, value: float, tmp_path: Pa
         settings(tmp_path, **{name: value})
 
 
-def test_holdout_is_judged_without_an_attack(tmp_path: Path) -> None:
+def test_held_out_rows_are_scored_without_an_attack(tmp_path: Path) -> None:
     model = tiny_gpt2()
     trainer = UnlearningTrainer(
         model,

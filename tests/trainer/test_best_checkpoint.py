@@ -1,4 +1,4 @@
-"""Laws of the best checkpoint: it is the best by the metric among those that keep to the floor, and only those."""
+"""Laws of the best checkpoint: it is the best by the metric among those, and only those, that meet the floor."""
 
 from __future__ import annotations
 
@@ -22,17 +22,27 @@ FORGET, RETAIN = text_rows(4), text_rows(6, 1)
 
 def config(folder: Path, **options: Any) -> UnlearningConfig:
     common: dict[str, Any] = {
-        "use_cpu": True, "disable_tqdm": True, "max_steps": 6, "learning_rate": 2e-2, "constraint": "none",
-        "loss": "grad_ascent", "eval_strategy": "steps", "eval_steps": 1, "per_device_train_batch_size": 4,
-    }  # fmt: skip
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "max_steps": 6,
+        "learning_rate": 2e-2,
+        "constraint": "none",
+        "loss": "grad_ascent",
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "per_device_train_batch_size": 4,
+    }
     return UnlearningConfig(str(folder), **(common | options))
 
 
 def best(folder: Path, **options: Any) -> UnlearningConfig:
     chosen: dict[str, Any] = {
-        "load_best_model_at_end": True, "greater_is_better": False, "save_strategy": "steps", "save_steps": 1,
+        "load_best_model_at_end": True,
+        "greater_is_better": False,
+        "save_strategy": "steps",
+        "save_steps": 1,
         "metric_for_best_model": "forget_probability",
-    }  # fmt: skip
+    }
     return config(folder, **(chosen | options))
 
 
@@ -48,7 +58,7 @@ def evaluations(trainer: UnlearningTrainer, name: str) -> list[float]:
     return [line[f"eval_{name}"] for line in trainer.state.log_history if f"eval_{name}" in line]
 
 
-def test_the_best_checkpoint_is_the_most_forgotten_one_that_keeps_the_floor(tmp_path: Path) -> None:
+def test_the_best_checkpoint_has_forgotten_most_among_those_that_meet_the_floor(tmp_path: Path) -> None:
     free = run(best(tmp_path / "free"))
     forget = evaluations(free, "forget_probability")
     assert forget == sorted(forget, reverse=True) and free.state.best_global_step == len(forget)
@@ -59,12 +69,12 @@ def test_the_best_checkpoint_is_the_most_forgotten_one_that_keeps_the_floor(tmp_
     assert kept == pytest.approx(forget[3], rel=1e-4) and kept > floor
 
 
-def test_a_floor_that_no_evaluation_keeps_leaves_no_best_checkpoint(tmp_path: Path) -> None:
+def test_there_is_no_best_checkpoint_if_no_evaluation_meets_the_floor(tmp_path: Path) -> None:
     trainer = run(best(tmp_path, utility_floor={"retain_probability": 1.1}))
     assert trainer.state.best_model_checkpoint is None
 
 
-def test_a_floor_needs_a_choice_among_checkpoints_and_a_metric_that_is_there(tmp_path: Path) -> None:
+def test_a_floor_needs_a_choice_among_checkpoints_and_an_existing_metric(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="set load_best_model_at_end and metric_for_best_model"):
         config(tmp_path, utility_floor={"retain_probability": 0.5})
     with pytest.raises(SettingsError, match="utility_floor must be JSON"):
@@ -75,7 +85,7 @@ def test_a_floor_needs_a_choice_among_checkpoints_and_a_metric_that_is_there(tmp
         run(best(tmp_path, utility_floor={"retain_rouge": 0.5}))
 
 
-def test_forget_quality_during_training_is_that_of_the_report_and_chooses_the_checkpoint(tmp_path: Path) -> None:
+def test_forget_quality_during_training_equals_the_report_and_chooses_the_checkpoint(tmp_path: Path) -> None:
     raw, retrained = tofu_splits(), tiny_llama(1)
     judge = training_metrics(raw, ["forget_quality", "truth_ratio"], retrained=retrained, processing_class=Letters())
     args = best(tmp_path, metric_for_best_model="forget_truth_ratio", greater_is_better=True)
@@ -91,7 +101,7 @@ def test_forget_quality_during_training_is_that_of_the_report_and_chooses_the_ch
         assert metric is not None and metric.value == pytest.approx(values[ratios.index(max(ratios))], rel=1e-4)
 
 
-def test_a_judge_without_a_retrained_model_gives_no_number_and_without_wrong_answers_is_an_error() -> None:
+def test_a_training_judge_gives_nan_without_a_retrained_model_and_needs_wrong_answers() -> None:
     judge = training_metrics(tofu_splits(), ["forget_quality"], processing_class=Letters())
     assert math.isnan(judge(tiny_llama())["forget_forget_quality"])
     with pytest.raises(DataError, match="needs wrong answers"):

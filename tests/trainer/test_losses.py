@@ -1,5 +1,5 @@
-"""Laws of losses inside `UnlearningTrainer`: each runs under each constraint; the original model's outputs are the same
-from a copy, from swapped weights and from disk; a dual weight survives a restart. Each with a negative control."""
+"""Laws of losses inside `UnlearningTrainer`: each loss runs under each constraint; the original model's outputs are the
+same from a copy, from swapped weights and from disk; a dual weight survives a restart. Each has a negative control."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Row = dict[str, Any]
 FORGET = [{**row, "alternate": other} for row, other in zip(text_rows(5, seed=2), text_rows(5, seed=7), strict=True)]
 RETAIN = text_rows(6, seed=1)
 NEEDED: dict[str, Row] = {"pdu": {"eps": 0.5, "warmup_epochs": 0}, "rmu": {"layer": 0}}
-READERS = [  # (loss, its settings): what each reads of the original model
+READERS = [  # loss, its settings, and what it reads of the original model
     ("npo", {}, {"forget": "nll"}),
     ("next_best", {}, {"forget": "logits"}),
     ("undial", {"alpha": 0.5}, {"forget": "logits"}),
@@ -45,16 +45,23 @@ READERS = [  # (loss, its settings): what each reads of the original model
 
 
 def make(
-    folder: Path, loss: str, own: Row | None = None, *, model: nn.Module | None = None, forget: Any = FORGET,
-    retain: Any = RETAIN, options: Row | None = None, **changes: Any,
-) -> UnlearningTrainer:  # fmt: skip
+    folder: Path,
+    loss: str,
+    own: Row | None = None,
+    *,
+    model: nn.Module | None = None,
+    forget: Any = FORGET,
+    retain: Any = RETAIN,
+    options: Row | None = None,
+    **changes: Any,
+) -> UnlearningTrainer:
     few = {"constraint": "none", "max_steps": 3, "learning_rate": 1e-2, "gradient_accumulation_steps": 2}
     args = settings(folder, loss=loss, loss_settings=own, **{**few, **changes})
     return UnlearningTrainer(model or tiny_llama(), args, forget, retain, **(options or {}))
 
 
 def run(folder: Path, loss: str, own: Row | None = None, **changes: Any) -> tuple[list[float], Tensor]:
-    """Logged losses and the weights at the end."""
+    """Return the logged losses and the weights at the end."""
     trainer = make(folder, loss, own, **changes)
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
@@ -77,18 +84,25 @@ def test_every_loss_runs_under_every_constraint_with_and_without_retain_rows(
     forget, retain = (image_rows(4), image_rows(6, seed=1)) if classes else (FORGET, RETAIN)
     statistics = collect_statistics(model, retain, fisher=True, progress=False)
     first = copy.deepcopy(model.state_dict())
-    for given in (retain, None):
-        if given is None and LOSSES[name].needs_retain:
+    for retain_rows in (retain, None):
+        if retain_rows is None and LOSSES[name].needs_retain:
             continue
         model.load_state_dict(first)
         own = NEEDED.get(name, {}) | {"retain": "kl"}
         options = {"statistics": statistics}
-        if name == "idk":  # whose answers are in the rows already
+        if name == "idk":  # the rows already have its answers
             own, options = {}, options
         trainer = make(
-            tmp_path, name, own, model=model, forget=forget, retain=given, constraint=constraint, max_steps=2,
+            tmp_path,
+            name,
+            own,
+            model=model,
+            forget=forget,
+            retain=retain_rows,
+            constraint=constraint,
+            max_steps=2,
             options=options,
-        )  # fmt: skip
+        )
         trainer.train()
         assert all(torch.isfinite(p).all() for p in model.parameters())
         assert any(not torch.equal(first[key], value) for key, value in model.state_dict().items())
@@ -104,7 +118,7 @@ def test_a_copy_swapped_weights_and_the_disk_give_the_same_run(
     assert build_loss(loss, own).original_contents == contents
     swapped = run(tmp_path, loss, own)
     copied = run(tmp_path, loss, own, options={"original_model": tiny_llama()})
-    stored = [run(tmp_path, loss, own, original_logprobs=str(tmp_path / "outputs")) for _ in ("made", "found again")]
+    stored = [run(tmp_path, loss, own, original_logprobs=str(tmp_path / "outputs")) for _ in ("written", "read")]
     other = run(tmp_path, loss, own, options={"original_model": tiny_llama(seed=1)})
     for losses, weights in (copied, *stored):
         assert losses == pytest.approx(swapped[0], rel=1e-4, abs=1e-5)
@@ -112,21 +126,21 @@ def test_a_copy_swapped_weights_and_the_disk_give_the_same_run(
     assert not torch.allclose(other[1], swapped[1], atol=1e-4)
 
 
-def test_hidden_states_of_a_classifier_are_found_whatever_the_padding(tmp_path: Path) -> None:
+def test_stored_hidden_states_of_a_classifier_do_not_depend_on_padding(tmp_path: Path) -> None:
     rows = [text_class_rows(5, seed=seed) for seed in (0, 1)]
     changes: Row = {"model": None, "forget": rows[0], "retain": rows[1], "per_device_train_batch_size": 3}
     changes |= {
         "gradient_accumulation_steps": 1,
         "per_device_eval_batch_size": 1,
-    }  # other padding on disk than in training
-    found = []
+    }  # pads differently on disk and in training
+    runs = []
     for folder in (None, str(tmp_path / "outputs")):
-        found.append(run(tmp_path, "rmu", {"layer": 0}, **{**changes, "model": tiny_bert()}, original_logprobs=folder))
-    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
-    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-4, atol=1e-5)
+        runs.append(run(tmp_path, "rmu", {"layer": 0}, **{**changes, "model": tiny_bert()}, original_logprobs=folder))
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-4)
+    torch.testing.assert_close(runs[1][1], runs[0][1], rtol=1e-4, atol=1e-5)
 
 
-def test_an_adapter_is_the_original_model_when_it_is_off(tmp_path: Path) -> None:
+def test_the_original_model_of_an_adapter_is_the_model_with_the_adapter_disabled(tmp_path: Path) -> None:
     lora = {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "up_proj"])}
     swapped = run(tmp_path, "npo", options=lora)
     stored = run(tmp_path, "npo", options=lora, original_logprobs=str(tmp_path / "outputs"))
@@ -135,7 +149,7 @@ def test_an_adapter_is_the_original_model_when_it_is_off(tmp_path: Path) -> None
     assert full[0][0] == pytest.approx(stored[0][0], rel=1e-4)
 
 
-def test_no_second_forward_pass_is_made_with_outputs_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_on_disk_save_the_second_forward_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def passes(**changes: Any) -> int:
         trainer = make(tmp_path, "npo", retain=None, gradient_accumulation_steps=1, **changes)
         calls: list[int] = []
@@ -147,7 +161,7 @@ def test_no_second_forward_pass_is_made_with_outputs_on_disk(tmp_path: Path, mon
     assert passes(original_logprobs=str(tmp_path / "outputs")) == 3
 
 
-def test_what_is_stored_is_what_the_loss_reads(tmp_path: Path) -> None:
+def test_only_what_the_loss_reads_is_stored(tmp_path: Path) -> None:
     def stored(loss: str, own: Row | None = None) -> tuple[dict[str, list[int]], int]:
         folder = tmp_path / f"{loss}{len(own or {})}"
         make(tmp_path / "run", loss, own, original_logprobs=str(folder))
@@ -169,7 +183,7 @@ def test_what_is_stored_is_what_the_loss_reads(tmp_path: Path) -> None:
     assert {tuple(s[1:]) for name, s in shapes.items() if name.endswith("hidden")} == {(1, 32)}
 
 
-def test_large_outputs_go_to_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_outputs_are_split_over_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = run(tmp_path / "run", "next_best", original_logprobs=str(tmp_path / "one"))
     monkeypatch.setattr(on_disk, "SHARD_BYTES", 500)
     many = run(tmp_path / "run", "next_best", original_logprobs=str(tmp_path / "many"), per_device_eval_batch_size=1)
@@ -231,12 +245,12 @@ def test_a_row_that_is_not_on_disk_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a row of the batch is not in"):
         stored(model, collate(text_rows(3, seed=9)))
     for skip in (False, True):
-        found, known = stored(model, collate(text_rows(3)), skip), predict(model, collate(text_rows(3)), skip)
-        torch.testing.assert_close(found.nll_L, known.nll_L, rtol=1e-5, atol=1e-6)
-        assert torch.equal(found.rows_L, known.rows_L) and torch.equal(found.labels_L, known.labels_L)
+        read, known = stored(model, collate(text_rows(3)), skip), predict(model, collate(text_rows(3)), skip)
+        torch.testing.assert_close(read.nll_L, known.nll_L, rtol=1e-5, atol=1e-6)
+        assert torch.equal(read.rows_L, known.rows_L) and torch.equal(read.labels_L, known.labels_L)
 
 
-def test_keys_are_those_of_the_row_whatever_the_batch() -> None:
+def test_the_key_of_a_row_does_not_depend_on_its_batch() -> None:
     rows = text_rows(4)
     keys = labelled_batch_hashes(collate(rows))
     assert labelled_batch_hashes(collate(rows[2:])) == keys[2:]
@@ -246,7 +260,7 @@ def test_keys_are_those_of_the_row_whatever_the_batch() -> None:
     assert labelled_batch_hashes(collate(changed))[0] != keys[0]
 
 
-def test_contradicting_sources_are_errors(tmp_path: Path) -> None:
+def test_two_sources_of_the_original_model_are_an_error(tmp_path: Path) -> None:
     model = tiny_llama()
     for options, changes in (
         ({"original_model": model}, {}),
@@ -262,17 +276,19 @@ def test_contradicting_sources_are_errors(tmp_path: Path) -> None:
 # The dual weight
 
 
-@pytest.mark.parametrize(("upon", "saved"), [("step", 4), ("epoch", 3), ("epoch", 6)])  # within an epoch and at its end
+@pytest.mark.parametrize(
+    ("upon", "saved"), [("step", 4), ("epoch", 3), ("epoch", 6)]
+)  # checkpoints within an epoch and at its end
 def test_a_dual_weight_follows_the_retain_loss_and_survives_a_restart(upon: str, saved: int, tmp_path: Path) -> None:
     own = {"eps": 0.1, "eta": 0.5, "warmup_epochs": 1, "update_upon": upon, "alpha": 2.0}
     changes: Row = {"max_steps": 9, "save_strategy": "steps", "save_steps": saved, "learning_rate": 5e-3}
     whole = make(tmp_path, "pdu", own, **changes)
     whole.train()
     logged = [line["retain_weight"] for line in whole.state.log_history if "retain_weight" in line]
-    warm = 2 if upon == "step" else 1  # an epoch is two steps: five rows, two a batch, two batches a step
+    warm = 2 if upon == "step" else 1  # an epoch has two steps: five rows, two per batch, two batches per step
     assert (
         logged[: warm + 1] == [2.0] * warm + [logged[warm]] and logged[-1] > logged[warm] > 2.0
-    )  # the bound is broken
+    )  # the bound is exceeded
     again = make(tmp_path, "pdu", own, **changes)
     again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{saved}"))
     assert again.loss.dual is not None and whole.loss.dual is not None
@@ -293,19 +309,25 @@ def test_a_dual_weight_is_updated_by_the_retain_loss_of_the_whole_step(tmp_path:
         retain = predict(model, collate(rows["retain"])).nll_L.mean().item()
     for size, accumulation in ((4, 1), (1, 4), (2, 2)):
         trainer = make(
-            tmp_path, "pdu", own, model=tiny_llama(), **rows, max_steps=1, per_device_train_batch_size=size,
+            tmp_path,
+            "pdu",
+            own,
+            model=tiny_llama(),
+            **rows,
+            max_steps=1,
+            per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulation,
-        )  # fmt: skip
+        )
         trainer.train()
         assert trainer.loss.dual is not None and trainer.loss.dual.value == pytest.approx(retain, rel=1e-5)
     per_row = [predict(model, collate([row])).nll_L.mean().item() for row in rows["retain"]]
-    assert abs(sum(per_row) / 4 - retain) > 1e-3  # a mean of means would show
+    assert abs(sum(per_row) / 4 - retain) > 1e-3  # a mean of means would differ
 
 
-# Losses of one's own, alternate answers
+# Custom losses, alternate answers
 
 
-def test_a_function_given_to_the_trainer_is_its_loss(tmp_path: Path) -> None:
+def test_a_function_can_be_the_loss_of_a_trainer(tmp_path: Path) -> None:
     def square(predictions: Predictions, original: None) -> Tensor:
         return (-2 * predictions.nll_L).exp()
 
@@ -318,7 +340,7 @@ def test_a_function_given_to_the_trainer_is_its_loss(tmp_path: Path) -> None:
     assert built.loss.settings == {"beta": 0.7} and built.loss.name == "npo"
 
 
-def test_a_loss_is_named_in_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_can_name_a_function_as_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "named_loss_for_test.py").write_text(
         "def rise(predictions, original, *, scale=1.0):\n    return -scale * predictions.nll_L\n"
     )
@@ -333,7 +355,7 @@ def raw_rows(n: int, **extra: str) -> list[Row]:
     return [{"question": f"{QUESTION} {'.' * (i + 1)}", "answer": ANSWER, **extra} for i in range(n)]
 
 
-def test_idk_needs_raw_rows_alone(tmp_path: Path) -> None:
+def test_idk_needs_only_raw_rows(tmp_path: Path) -> None:
     trainer = make(
         tmp_path, "idk", forget=raw_rows(3), retain=None, options={"processing_class": tokenizer()}, max_length=60
     )
@@ -343,11 +365,11 @@ def test_idk_needs_raw_rows_alone(tmp_path: Path) -> None:
         make(tmp_path, "dpo", forget=raw_rows(3), retain=None, options={"processing_class": tokenizer()})
     with pytest.raises(DataError, match="loss 'idk' needs an alternate answer for each forget row, row 0 has none"):
         make(tmp_path, "idk", forget=text_rows(3), retain=None)
-    given = raw_rows(3, alternate="in Bonn .")
-    make(tmp_path, "altpo", forget=given, retain=None, options={"processing_class": tokenizer()}).train()
+    with_alternates = raw_rows(3, alternate="in Bonn .")
+    make(tmp_path, "altpo", forget=with_alternates, retain=None, options={"processing_class": tokenizer()}).train()
 
 
-def test_rmu_trains_the_weights_that_train_only_names(tmp_path: Path) -> None:
+def test_train_only_names_the_weights_that_rmu_trains(tmp_path: Path) -> None:
     model = tiny_llama()
     first = copy.deepcopy(model.state_dict())
     chosen = ["*.layers.0.mlp.down_proj.weight"]

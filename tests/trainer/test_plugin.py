@@ -44,7 +44,7 @@ def plugins() -> Iterator[None]:
 
     @register_loss("square_root")
     def square_root(predictions: Predictions, original: None, *, offset: float = 1e-3) -> Tensor:
-        """The square root of `p + offset` per label, p its probability.
+        """Return the square root of `p + offset` per label, p its probability.
 
         This line is not on the card.
         """
@@ -100,7 +100,7 @@ def test_the_card_describes_what_the_package_does_not_know(plugins: None, tmp_pa
     assert rows["what the constraint allows"] == (
         "Steps that leave the first inputs of each layer alone: `D diag(0, ..., 0, 1, ..., 1)`."
     )
-    assert rows["what the loss computes"] == "The square root of `p + offset` per label, p its probability."
+    assert rows["what the loss computes"] == "the square root of `p + offset` per label, p its probability."
     assert rows["settings of the constraint"] == "count = 3"
     assert rows["retained energy: what steps may not change"] == "no cut by energy with this constraint"
     assert "| poems_recited | forget | not measured | 0.125 | not measured | 4 |" in card

@@ -1,4 +1,4 @@
-"""Laws of presets: each is a set of valid settings; what is given besides wins; a file's preset yields to the flag."""
+"""Laws of presets: each is valid; explicit settings take precedence, and a flag over the preset of a file."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from hf_unlearn.trainer.presets import PRESETS
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_holds_as_it_is_written(name: str, tmp_path: Path) -> None:
+def test_every_preset_is_valid_and_applied(name: str, tmp_path: Path) -> None:
     config = UnlearningConfig.from_preset(name, str(tmp_path), use_cpu=True)
     assert {setting: getattr(config, setting) for setting in PRESETS[name]} == dict(PRESETS[name])
     assert config.output_dir == str(tmp_path)
 
 
-def test_what_is_given_wins(tmp_path: Path) -> None:
+def test_explicit_settings_take_precedence(tmp_path: Path) -> None:
     config = UnlearningConfig.from_preset("paper", str(tmp_path), use_cpu=True, momentum=0.5)
     assert (config.loss, config.momentum, config.relative_step) == ("pgu", 0.5, False)
-    assert UnlearningConfig(str(tmp_path), use_cpu=True).loss != "pgu"  # presets leave the defaults alone
+    assert UnlearningConfig(str(tmp_path), use_cpu=True).loss != "pgu"  # presets do not change the defaults
 
 
-def test_settings_of_another_choice_go_with_it(tmp_path: Path) -> None:
+def test_settings_of_a_choice_are_dropped_with_it(tmp_path: Path) -> None:
     ridge = UnlearningConfig.from_preset("paper", str(tmp_path), use_cpu=True, constraint="ridge")
     assert ridge.constraint_settings is None and ridge.loss_settings == PRESETS["paper"]["loss_settings"]
     own = {"strength": 0.5}
-    given = UnlearningConfig.from_preset(
+    explicit = UnlearningConfig.from_preset(
         "paper", str(tmp_path), use_cpu=True, constraint="ridge", constraint_settings=own
     )
-    assert given.constraint_settings == own
+    assert explicit.constraint_settings == own
     same = UnlearningConfig.from_preset("paper", str(tmp_path), use_cpu=True, constraint="energy")
     assert same.constraint_settings == PRESETS["paper"]["constraint_settings"]
 
@@ -47,7 +47,7 @@ def test_an_unknown_preset_names_the_known_ones(capsys: pytest.CaptureFixture[st
     assert "unknown preset 'best'" in capsys.readouterr().err
 
 
-def test_defaults_yield_to_the_preset_it_to_the_file_and_that_to_flags(
+def test_precedence_is_flags_then_file_then_preset_then_defaults(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[UnlearningConfig] = []
@@ -72,10 +72,13 @@ def test_defaults_yield_to_the_preset_it_to_the_file_and_that_to_flags(
     for argv in calls:
         with pytest.raises(Stop):
             main(["run", *argv])
-    found = [(config.loss, config.learning_rate, config.num_train_epochs) for config in seen]
+    settings = [(config.loss, config.learning_rate, config.num_train_epochs) for config in seen]
     usual = UnlearningConfig(str(tmp_path), use_cpu=True)
-    assert found == [
-        ("pgu", 0.5, 100), (usual.loss, 0.5, usual.num_train_epochs), ("pgu", 0.25, 100), ("pgu", 0.05, 3),
+    assert settings == [
+        ("pgu", 0.5, 100),
+        (usual.loss, 0.5, usual.num_train_epochs),
+        ("pgu", 0.25, 100),
+        ("pgu", 0.05, 3),
         ("npo", 0.05, 100),
-    ]  # fmt: skip
+    ]
     assert (seen[-1].constraint_settings, seen[-1].loss_settings) == (None, None)

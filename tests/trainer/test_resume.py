@@ -1,4 +1,5 @@
-"""A run that was interrupted ends in the same weights, to the bit, as one that was not; or says why it cannot."""
+"""Laws of resuming: an interrupted run ends with the same weights, to the bit, as one that was not interrupted, or an
+error says why it cannot."""
 
 from __future__ import annotations
 
@@ -61,15 +62,15 @@ def test_resuming_gives_the_weights_of_the_uninterrupted_run(case: str, tmp_path
     start = weights(again)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert again.state.global_step == whole.state.global_step == 8
-    wanted, found = weights(whole), weights(again)
-    for name in wanted:
-        assert torch.equal(found[name], wanted[name]), name
-    assert any(not torch.equal(start[name], wanted[name]) for name in wanted)
-    assert again.constrainer.drift().by_layer == whole.constrainer.drift().by_layer  # the anchors are the same
+    expected, resumed = weights(whole), weights(again)
+    for name in expected:
+        assert torch.equal(resumed[name], expected[name]), name
+    assert any(not torch.equal(start[name], expected[name]) for name in expected)
+    assert again.constrainer.drift().by_layer == whole.constrainer.drift().by_layer  # so the anchors are the same
 
 
 def test_early_stopping_resumes_between_evaluations(tmp_path: Path) -> None:
-    """The stretch that is shortened begins before the checkpoint: its start travels with it."""
+    """The steps that are shortened begin before the checkpoint, which therefore stores their start."""
     changes = {"loss": "grad_ascent", "forget_metric": "loss", "eval_strategy": "steps", "eval_steps": 4}
     changes |= {"holdout": HOLDOUT, "max_steps": 20, "learning_rate": 4e-3, "constraint": "none"}
     whole = make(tmp_path, "energy, sgd", **changes)
@@ -79,11 +80,11 @@ def test_early_stopping_resumes_between_evaluations(tmp_path: Path) -> None:
     again = make(tmp_path, "energy, sgd", **changes)
     again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{last}"))
     assert again.stop_reason == whole.stop_reason
-    wanted, found = weights(whole), weights(again)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    expected, resumed = weights(whole), weights(again)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
-def test_a_run_that_had_stopped_is_taken_up_as_it_ended(tmp_path: Path) -> None:
+def test_a_run_that_had_ended_is_loaded_as_it_ended(tmp_path: Path) -> None:
     changes = {"loss": "grad_ascent", "forget_metric": "loss", "eval_strategy": "steps", "eval_steps": 2}
     changes |= {"holdout": HOLDOUT, "max_steps": 20, "save_steps": 2, "constraint": "none"}
     whole = make(tmp_path, "energy, sgd", **changes)
@@ -92,11 +93,11 @@ def test_a_run_that_had_stopped_is_taken_up_as_it_ended(tmp_path: Path) -> None:
     again = make(tmp_path, "energy, sgd", **changes)
     again.train(resume_from_checkpoint=True)
     assert again.stop_reason == whole.stop_reason and again.state.global_step == whole.state.global_step
-    wanted, found = weights(whole), weights(again)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    expected, resumed = weights(whole), weights(again)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
-def test_an_incomplete_checkpoint_is_never_taken_for_whole(tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_is_never_used(tmp_path: Path) -> None:
     make(tmp_path, "energy, sgd", save_steps=2).train()
     newest = tmp_path / "checkpoint-8"
     assert find_checkpoint(True, tmp_path) == newest
@@ -112,7 +113,7 @@ def test_an_incomplete_checkpoint_is_never_taken_for_whole(tmp_path: Path) -> No
     assert find_checkpoint(True, tmp_path / "empty") is None and find_checkpoint(None, tmp_path) is None
 
 
-def test_old_checkpoints_go_only_when_a_newer_one_is_sealed(tmp_path: Path) -> None:
+def test_old_checkpoints_are_removed_only_after_a_newer_one_is_sealed(tmp_path: Path) -> None:
     make(tmp_path, "energy, sgd", save_steps=2, save_total_limit=2).train()
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
     assert all(read_seal(p) is not None for p in tmp_path.glob("checkpoint-*"))
@@ -127,7 +128,9 @@ def test_old_checkpoints_go_only_when_a_newer_one_is_sealed(tmp_path: Path) -> N
         ({"loss": "npo"}, "with loss"),
     ],
 )
-def test_another_run_is_refused_in_one_line(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused_in_one_line(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     make(tmp_path, "energy, sgd", max_steps=3).train()
     with pytest.raises(SettingsError, match=message) as raised:
         make(tmp_path, "energy, sgd", **changes).train(resume_from_checkpoint=True)
@@ -147,21 +150,24 @@ def test_other_statistics_or_processes_are_refused(changed: str, tmp_path: Path)
 
 
 def kill_and_finish(folder: Path, kills: int, seed: int) -> tuple[dict[str, Tensor], int]:
-    """Start the run again and again, killing it after a random while, until it has been killed so often; finish it."""
-    chance, killed = random.Random(seed), 0
+    """Start the run repeatedly and kill it after a random time, `kills` times in all; then let it finish."""
+    rng, killed = random.Random(seed), 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     while not (folder / "end.safetensors").exists():
         process = subprocess.Popen(
-            [sys.executable, str(HELPERS / "killed_run.py"), str(folder)], env=environment, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
+            [sys.executable, str(HELPERS / "killed_run.py"), str(folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
         assert process.stdout is not None
         if killed < kills:
-            if chance.random() < 0.8:
-                process.stdout.readline()  # past the imports: in training or saving
-                time.sleep(chance.uniform(0.0, 0.6))
+            if rng.random() < 0.8:
+                process.stdout.readline()  # after the imports: in training or saving
+                time.sleep(rng.uniform(0.0, 0.6))
             else:
-                time.sleep(chance.uniform(2.0, 8.0))
+                time.sleep(rng.uniform(2.0, 8.0))
             killed += process.poll() is None
             process.kill()
         assert process.wait(timeout=120) in (0, -9)
@@ -169,7 +175,7 @@ def kill_and_finish(folder: Path, kills: int, seed: int) -> tuple[dict[str, Tens
 
 
 def killed_runs(tmp_path: Path, kills: int) -> None:
-    """Runs that are killed at random moments, as many as it takes for so many kills."""
+    """Check runs that are killed at random moments, as many runs as `kills` kills take."""
     (tmp_path / "whole").mkdir()
     wanted, _ = kill_and_finish(tmp_path / "whole", 0, seed=0)
     start = trained(tiny_llama())
@@ -178,15 +184,15 @@ def killed_runs(tmp_path: Path, kills: int) -> None:
     while killed < kills:
         folder = tmp_path / f"killed{runs}"
         folder.mkdir()
-        found, more = kill_and_finish(folder, kills - killed, seed=runs)
+        weights_at_end, more = kill_and_finish(folder, kills - killed, seed=runs)
         runs, killed = runs + 1, killed + more
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        assert all(torch.equal(weights_at_end[name], wanted[name]) for name in wanted)
 
 
-def test_a_run_killed_three_times_ends_in_the_same_weights(tmp_path: Path) -> None:
+def test_a_run_killed_three_times_ends_with_the_same_weights(tmp_path: Path) -> None:
     killed_runs(tmp_path, 3)
 
 
 @pytest.mark.slow
-def test_a_run_killed_twenty_times_ends_in_the_same_weights(tmp_path: Path) -> None:
+def test_a_run_killed_twenty_times_ends_with_the_same_weights(tmp_path: Path) -> None:
     killed_runs(tmp_path, 20)

@@ -1,7 +1,7 @@
-"""Trackers get the curves of drift, leak, forget and retain rows through Trainer's callbacks: `report_to` is enough.
+"""Trackers receive the curves of drift, leak, forget and retain rows from Trainer's callbacks: `report_to` is enough.
 
-The event file is read back record by record (TFRecord: length, checksum, bytes, checksum), not by the writer's library
-alone; a tracker that is a plain callback sees the same values.
+The event file is read record by record (TFRecord: length, checksum, bytes, checksum) and not with the library that
+wrote it; a tracker that is a plain callback sees the same values.
 """
 
 from __future__ import annotations
@@ -19,12 +19,19 @@ from transformers import Trainer, TrainerCallback
 
 from hf_unlearn.trainer.trainer import UnlearningTrainer
 
-CURVES = ("train/loss", "train/retain_drift", "train/retain_kl", "train/leak", "eval/forget_probability",
-          "eval/retain_probability", "eval/retain_loss")  # fmt: skip
+CURVES = (
+    "train/loss",
+    "train/retain_drift",
+    "train/retain_kl",
+    "train/leak",
+    "eval/forget_probability",
+    "eval/retain_probability",
+    "eval/retain_loss",
+)
 
 
 class Fake(TrainerCallback):
-    """What a tracker of one's own sees."""
+    """Records what a custom tracker sees."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
@@ -42,26 +49,39 @@ def records(path: Path) -> Iterator[bytes]:
 
 
 def curves(folder: Path) -> dict[str, dict[int, float]]:
-    """Value by step and tag, of all event files below `folder`."""
+    """Return the values by tag and step, from all event files below `folder`."""
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
-    found: dict[str, dict[int, float]] = defaultdict(dict)
+    values: dict[str, dict[int, float]] = defaultdict(dict)
     for path in folder.rglob("events.out.tfevents.*"):
         for record in records(path):
             event = event_pb2.Event.FromString(record)
             for value in event.summary.value:
                 if value.HasField("simple_value"):
-                    found[value.tag][event.step] = value.simple_value
-    return found
+                    values[value.tag][event.step] = value.simple_value
+    return values
 
 
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, fake: Fake, **changes: Any) -> dict[str, dict[int, float]]:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(folder / "events"))
-    args = settings(folder / "run", report_to="tensorboard", eval_strategy="steps", eval_steps=2,
-                    constraint="energy", constraint_settings={"energy": 0.9}, **changes)  # fmt: skip
+    args = settings(
+        folder / "run",
+        report_to="tensorboard",
+        eval_strategy="steps",
+        eval_steps=2,
+        constraint="energy",
+        constraint_settings={"energy": 0.9},
+        **changes,
+    )
     trainer = UnlearningTrainer(
-        tiny_gpt2(), args, FORGET, RETAIN, holdout_dataset=HOLDOUT, eval_dataset={"retain": RETAIN}, callbacks=[fake],
+        tiny_gpt2(),
+        args,
+        FORGET,
+        RETAIN,
+        holdout_dataset=HOLDOUT,
+        eval_dataset={"retain": RETAIN},
+        callbacks=[fake],
         statistics=_statistics(),
-    )  # fmt: skip
+    )
     trainer.train()
     return curves(folder / "events")
 
@@ -72,24 +92,24 @@ def _statistics() -> Any:
     return collect_statistics(tiny_gpt2(), RETAIN, fisher=True, progress=False)
 
 
-def test_the_curves_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_curve_reaches_the_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboardX")
     fake = Fake()
-    found = run(tmp_path, monkeypatch, fake, forget_target=0.0)
+    tracked = run(tmp_path, monkeypatch, fake, forget_target=0.0)
     for name in CURVES:
-        assert len(found[name]) >= 3, f"{name}: {found[name]}"
+        assert len(tracked[name]) >= 3, f"{name}: {tracked[name]}"
         logged = name.removeprefix("train/").replace("eval/", "eval_")
         seen = {line["step"]: line[logged] for line in fake.lines if logged in line}
-        assert found[name] == pytest.approx(seen, rel=1e-5)
-    drift = [found["train/retain_drift"][step] for step in sorted(found["train/retain_drift"])]
+        assert tracked[name] == pytest.approx(seen, rel=1e-5)
+    drift = [tracked["train/retain_drift"][step] for step in sorted(tracked["train/retain_drift"])]
     assert drift == sorted(drift) and drift[-1] > 0
-    probability = found["eval/forget_probability"]
+    probability = tracked["eval/forget_probability"]
     assert probability[max(probability)] < probability[min(probability)]
 
 
 def test_trainers_own_log_has_no_drift(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: without our `log` the curves are missing."""
+    """Negative control: with Trainer's `log` the curves are missing."""
     pytest.importorskip("tensorboardX")
     monkeypatch.setattr(UnlearningTrainer, "log", Trainer.log)
-    found = run(tmp_path, monkeypatch, Fake(), forget_target=0.0)
-    assert found["train/loss"] and not {"train/retain_drift", "train/leak"} & set(found)
+    tracked = run(tmp_path, monkeypatch, Fake(), forget_target=0.0)
+    assert tracked["train/loss"] and not {"train/retain_drift", "train/leak"} & set(tracked)

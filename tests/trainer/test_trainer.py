@@ -1,5 +1,5 @@
-"""Laws of `UnlearningTrainer`: what retain data see never moves, whatever the optimizer does; and runs stop in time.
-Each guarantee has a negative control."""
+"""Laws of `UnlearningTrainer`: retain outputs do not change, whatever the optimizer does, and runs stop in time. Each
+guarantee has a negative control."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from hf_unlearn.trainer.trainer import UnlearningTrainer
 MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama}
 
 
-# Optimizer settings under which a step is not a multiple of the gradient: the guarantee must not depend on it.
+# With these optimizer settings a step is not a multiple of the gradient, and the guarantee must hold all the same.
 HARD = {"weight_decay": 0.1, "gradient_accumulation_steps": 2, "max_grad_norm": 1.0, "per_device_train_batch_size": 1}
 
 
@@ -58,7 +58,7 @@ def test_without_constraint_retain_logits_move(name: str, optim: str, tmp_path: 
 
 
 def test_bf16_autocast_keeps_the_guarantee(tmp_path: Path) -> None:
-    """The weights keep it exactly; a bf16 forward pass adds its own rounding, to the original's logits as well."""
+    """The weights keep it exactly; a bf16 forward pass adds its own rounding, to the original logits too."""
 
     def changes(constraint: str) -> dict[str, float]:
         model = tiny_llama()
@@ -80,24 +80,31 @@ def test_bf16_autocast_keeps_the_guarantee(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loss", ["ce_u", "npo", "pgu"])
-def test_accumulated_rows_of_unequal_length_make_the_step_of_one_batch(loss: str, tmp_path: Path) -> None:
+def test_accumulating_rows_of_unequal_length_gives_the_step_of_one_batch(loss: str, tmp_path: Path) -> None:
     assert len({len(row["input_ids"]) for row in FORGET}) == 4
 
     def step(batch: int, accumulate: int) -> dict[str, Tensor]:
         model = tiny_llama()
         args = settings(
-            tmp_path, loss=loss, learning_rate=1e-2, max_steps=1, relative_step=False, max_grad_norm=0.0,
-            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, constraint="none",
-        )  # fmt: skip
+            tmp_path,
+            loss=loss,
+            learning_rate=1e-2,
+            max_steps=1,
+            relative_step=False,
+            max_grad_norm=0.0,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate,
+            constraint="none",
+        )
         trainer = UnlearningTrainer(model, args, FORGET)
         trainer.train()
         assert trainer.state.global_step == 1
         return trained(model)
 
-    start, whole, parts = trained(tiny_llama()), step(4, 1), step(1, 4)
-    assert max((whole[n] - start[n]).abs().max().item() for n in whole) > 2e-5
-    for name in whole:
-        torch.testing.assert_close(parts[name], whole[name], atol=1e-6, rtol=1e-5)
+    start, one_batch, accumulated = trained(tiny_llama()), step(4, 1), step(1, 4)
+    assert max((one_batch[n] - start[n]).abs().max().item() for n in one_batch) > 2e-5
+    for name in one_batch:
+        torch.testing.assert_close(accumulated[name], one_batch[name], atol=1e-6, rtol=1e-5)
 
 
 def test_log_lines_have_drift_leak_and_predicted_divergence(tmp_path: Path) -> None:
@@ -126,19 +133,22 @@ def test_log_lines_of_an_unconstrained_run_show_the_drift(tmp_path: Path) -> Non
 def test_evaluation_of_a_dict_equals_the_row_scores_of_each_split(tmp_path: Path) -> None:
     model = tiny_llama()
     trainer = UnlearningTrainer(
-        model, settings(tmp_path, per_device_eval_batch_size=3), FORGET, RETAIN,
+        model,
+        settings(tmp_path, per_device_eval_batch_size=3),
+        FORGET,
+        RETAIN,
         eval_dataset={"forget": FORGET, "holdout": HOLDOUT},
-    )  # fmt: skip
-    found = trainer.evaluate()
+    )
+    metrics = trainer.evaluate()
     for split, rows in (("forget", FORGET), ("holdout", HOLDOUT)):
         scores = score_rows(model, rows, PaddingCollator(), batch_size=1)
         for metric in ("loss", "probability", "accuracy", "entropy"):
             expected = getattr(scores, metric).mean()
-            assert found[f"eval_{split}_{metric}"] == pytest.approx(expected, rel=1e-5), (split, metric)
-    assert found["eval_forget_loss"] != found["eval_holdout_loss"]
+            assert metrics[f"eval_{split}_{metric}"] == pytest.approx(expected, rel=1e-5), (split, metric)
+    assert metrics["eval_forget_loss"] != metrics["eval_holdout_loss"]
 
 
-def test_a_saved_folder_has_no_pickle_and_gives_the_same_logits(tmp_path: Path) -> None:
+def test_a_saved_folder_has_no_pickle_and_loads_to_the_same_logits(tmp_path: Path) -> None:
     model = tiny_gpt2()
     trainer = UnlearningTrainer(model, settings(tmp_path / "out", max_steps=2), FORGET, RETAIN)
     trainer.train()
@@ -151,7 +161,7 @@ def test_a_saved_folder_has_no_pickle_and_gives_the_same_logits(tmp_path: Path) 
     assert (logits(again, FORGET) - logits(tiny_gpt2(), FORGET)).abs().max() > 1e-4
 
 
-def test_an_optimizer_has_its_hooks_once_whatever_is_called_how_often(tmp_path: Path) -> None:
+def test_an_optimizer_gets_its_hooks_only_once(tmp_path: Path) -> None:
     trainer = UnlearningTrainer(tiny_gpt2(), settings(tmp_path, max_steps=1), FORGET, RETAIN)
     attached: list[Any] = []
     attach = trainer.constrainer.attach
@@ -168,7 +178,7 @@ def test_an_optimizer_has_its_hooks_once_whatever_is_called_how_often(tmp_path: 
 
 
 class Line:
-    """Stands in for a StepConstrainer whose weights are one number; the metric is a function of it."""
+    """A stand-in for a StepConstrainer: its weights are one number, and the metric is a function of that number."""
 
     def __init__(self, forget: Callable[[float], float], holdout: float = 0.3) -> None:
         self.weight, self.forget, self.holdout, self.scored = torch.zeros(()), forget, holdout, 0
@@ -191,29 +201,31 @@ class Line:
 
 
 def walk(line: Line, metric: str = "probability", target: float | None = None) -> tuple[OverUnlearningCallback, int]:
-    """Take steps of length 1 with an evaluation after each until the callback stops; the number of steps, at most 9."""
+    """Take up to 9 steps of length 1, each with an evaluation, until the callback stops; return their number."""
     callback, control = OverUnlearningCallback(line, metric, line.score, target), TrainerControl()  # type: ignore
     callback.on_train_begin(None, SimpleNamespace(global_step=0), control)  # type: ignore[arg-type]
     for step in range(1, 10):
         line.weight = torch.tensor(float(step))
-        found = {f"eval_forget_{metric}": line.forget(step)}
-        callback.on_evaluate(None, SimpleNamespace(global_step=step), control, found)  # type: ignore[arg-type]
+        metrics = {f"eval_forget_{metric}": line.forget(step)}
+        callback.on_evaluate(None, SimpleNamespace(global_step=step), control, metrics)  # type: ignore[arg-type]
         if control.should_training_stop:
             return callback, step
     return callback, 9
 
 
 def test_the_last_step_is_halved_until_it_ends_just_beyond_the_mark() -> None:
-    line = Line(lambda w: 0.9 - 0.2 * w)  # passes 0.3 at w = 3
+    line = Line(lambda w: 0.9 - 0.2 * w)  # reaches 0.3 at w = 3
     callback, step = walk(line)
     assert step == 3 and line.weight == 3  # reached exactly
-    line = Line(lambda w: 0.9 - 0.25 * w)  # passes 0.3 at w = 2.4
+    line = Line(lambda w: 0.9 - 0.25 * w)  # reaches 0.3 at w = 2.4
     callback, step = walk(line)
     assert step == 3 and 2.4 <= line.weight <= 2.48 and f"step {line.weight:g}" in (callback.reason or "")
-    line = Line(lambda w: 0.9 if w < 2.001 else 0.0)  # a cliff: the last halving is kept, not the far end
+    line = Line(
+        lambda w: 0.9 if w < 2.001 else 0.0
+    )  # a cliff: the result of the last halving is kept, and not the end of the step
     callback, step = walk(line)
     assert step == 3 and line.weight == 2 + 2**-6
-    assert callback.mark == 0.3  # of the original weights, though held-out rows moved since
+    assert callback.mark == 0.3  # that of the original weights, although the metric of held-out rows has changed since
 
 
 def test_the_first_step_is_shortened_like_any_other() -> None:
@@ -221,7 +233,7 @@ def test_the_first_step_is_shortened_like_any_other() -> None:
     assert walk(line)[1] == 1 and 0.75 <= line.weight <= 0.775
 
 
-def test_what_is_forgotten_at_the_start_takes_no_step() -> None:
+def test_a_run_whose_rows_are_forgotten_at_the_start_takes_no_step() -> None:
     line, control = Line(lambda w: 0.1), TrainerControl()
     callback = OverUnlearningCallback(line, "probability", line.score)  # type: ignore[arg-type]
     state = SimpleNamespace(global_step=0)
@@ -241,13 +253,13 @@ def test_a_loss_rises_to_its_mark() -> None:
     assert walk(line, "loss")[1] == 3 and 2.2 <= line.weight <= 2.22
 
 
-def test_an_explicit_target_scores_nothing_and_keeps_the_whole_step() -> None:
+def test_a_target_needs_no_scores_and_keeps_the_entire_step() -> None:
     line = Line(lambda w: 0.9 - 0.25 * w)
     callback, step = walk(line, target=0.3)
     assert step == 3 and line.weight == 3 and line.scored == 0 and "the target 0.3" in (callback.reason or "")
 
 
-def test_evaluations_of_other_splits_decide_nothing() -> None:
+def test_evaluations_of_other_splits_do_not_stop_a_run() -> None:
     line, control = Line(lambda w: 0.0), TrainerControl()
     callback = OverUnlearningCallback(line, "probability", line.score)  # type: ignore[arg-type]
     state = SimpleNamespace(global_step=1)
@@ -256,14 +268,20 @@ def test_evaluations_of_other_splits_decide_nothing() -> None:
     assert not control.should_training_stop
 
 
-def test_a_run_stops_just_where_forget_rows_reach_what_holdout_rows_had(tmp_path: Path) -> None:
+def test_a_run_stops_when_forget_rows_reach_the_original_loss_of_held_out_rows(tmp_path: Path) -> None:
     model = tiny_llama()
     start, mark = (score_rows(model, rows, PaddingCollator()).loss.mean() for rows in (FORGET, HOLDOUT))
     assert start < mark - 0.1
     args = settings(
-        tmp_path, max_steps=40, learning_rate=2e-2, loss="grad_ascent", forget_metric="loss", eval_strategy="steps",
-        eval_steps=2, logging_steps=1,
-    )  # fmt: skip
+        tmp_path,
+        max_steps=40,
+        learning_rate=2e-2,
+        loss="grad_ascent",
+        forget_metric="loss",
+        eval_strategy="steps",
+        eval_steps=2,
+        logging_steps=1,
+    )
     trainer = UnlearningTrainer(model, args, FORGET, RETAIN, holdout_dataset=HOLDOUT)
     trainer.train()
     loss = score_rows(model, FORGET, PaddingCollator()).loss.mean()
@@ -288,9 +306,13 @@ def test_a_drift_budget_is_never_exceeded(tmp_path: Path) -> None:
     def run(budget: float | None) -> UnlearningTrainer:
         model = tiny_gpt2()
         args = settings(
-            tmp_path, constraint="ridge", constraint_settings=None, learning_rate=1e-2, max_steps=12,
+            tmp_path,
+            constraint="ridge",
+            constraint_settings=None,
+            learning_rate=1e-2,
+            max_steps=12,
             max_retain_drift=budget,
-        )  # fmt: skip
+        )
         trainer = UnlearningTrainer(model, args, FORGET, RETAIN)
         trainer.train()
         return trainer
@@ -303,7 +325,7 @@ def test_a_drift_budget_is_never_exceeded(tmp_path: Path) -> None:
     assert 0 < bounded.constrainer.drift().relative <= budget
 
 
-def test_a_nan_loss_raises_and_gives_back_the_original_weights(nan_after_first: str, tmp_path: Path) -> None:
+def test_a_nan_loss_raises_and_restores_the_original_weights(nan_after_first: str, tmp_path: Path) -> None:
     model = tiny_gpt2()
     before = trained(model)
     trainer = UnlearningTrainer(model, settings(tmp_path, loss=nan_after_first, learning_rate=0.1), FORGET, RETAIN)
@@ -337,7 +359,7 @@ def build(tmp_path: Path, forget: Any = FORGET, retain: Any = None, statistics: 
     ],
     ids=lambda value: next(iter(value), "nothing") if isinstance(value, dict) else None,
 )
-def test_a_wrong_request_is_refused_with_its_reason(
+def test_a_wrong_argument_is_refused_with_the_reason(
     options: dict, error: type[Exception], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=message):
@@ -351,7 +373,7 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
     build(tmp_path, statistics=collect_statistics(tiny_gpt2(), RETAIN, progress=False))
 
 
-def test_grad_diff_reads_paired_retain_rows_and_holds_their_loss(tmp_path: Path) -> None:
+def test_grad_diff_reads_paired_retain_rows_and_keeps_their_loss_low(tmp_path: Path) -> None:
     def retain_loss(loss: str) -> float:
         model = tiny_gpt2()
         args = settings(tmp_path, loss=loss, constraint="none", max_steps=8, learning_rate=1e-2)
@@ -374,7 +396,7 @@ class Normed(nn.Module):
         return self.second(torch.tanh(self.norm(self.first(pixel_values))))
 
 
-def test_forget_batches_do_not_enter_batch_norm_statistics(tmp_path: Path) -> None:
+def test_forget_batches_do_not_change_batch_norm_statistics(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Normed()
     with torch.no_grad():
@@ -387,10 +409,12 @@ def test_forget_batches_do_not_enter_batch_norm_statistics(tmp_path: Path) -> No
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, before[name]), name
     model.train()(torch.randn(8, 6))
-    assert not torch.equal(model.norm.running_mean, before["norm.running_mean"])  # they would have moved
+    assert not torch.equal(
+        model.norm.running_mean, before["norm.running_mean"]
+    )  # negative control: a forward pass in training mode changes it
 
 
-def test_images_keep_their_retain_logits_too(tmp_path: Path) -> None:
+def test_retain_logits_of_images_stay_the_same_too(tmp_path: Path) -> None:
     model, retain, forget = tiny_vit(width=32), image_rows(2, 1), image_rows(4, 2)
     pixels = [torch.stack([row["pixel_values"] for row in rows]) for rows in (retain, forget)]
     before = [model(p).logits.detach() for p in pixels]
@@ -416,13 +440,15 @@ def test_gradient_checkpointing_counts_rows_once_and_keeps_the_guarantee(name: s
 
 
 def test_bf16_weights_are_anchored(tmp_path: Path) -> None:
-    """bf16 keeps 8 bits: the anchor holds the move to the allowed space up to their rounding, however many steps."""
+    """bf16 has 8 significant bits: the anchor keeps the move in the allowed space up to rounding, after any number of
+    steps."""
 
     def drift(steps: int, constraint: str) -> float:
         model = tiny_llama().to(torch.bfloat16)
         args = settings(tmp_path, max_steps=steps, learning_rate=2e-2, constraint=constraint)
-        trainer = UnlearningTrainer(model, args, FORGET, RETAIN, statistics=collect_statistics(model, RETAIN,
-                                    progress=False))  # fmt: skip
+        trainer = UnlearningTrainer(
+            model, args, FORGET, RETAIN, statistics=collect_statistics(model, RETAIN, progress=False)
+        )
         trainer.train()
         assert next(model.parameters()).dtype == torch.bfloat16
         return trainer.constrainer.drift().relative
@@ -431,7 +457,7 @@ def test_bf16_weights_are_anchored(tmp_path: Path) -> None:
     assert short < 5e-3 and long < 5e-3 and drift(60, "none") > 20 * long
 
 
-def test_the_learning_rate_falls_exponentially_to_the_final_one(tmp_path: Path) -> None:
+def test_the_learning_rate_falls_exponentially_to_its_final_value(tmp_path: Path) -> None:
     args = settings(tmp_path, max_steps=8, learning_rate=0.04, final_learning_rate=0.01, logging_steps=1)
     trainer = UnlearningTrainer(tiny_gpt2(), args, FORGET, RETAIN)
     trainer.train()
@@ -445,7 +471,7 @@ def test_the_learning_rate_falls_exponentially_to_the_final_one(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "seen"),
+    ("name", "value", "message"),
     [
         ("learning_rate", -1.0, "learning_rate must be at least 0 and finite, got -1.0"),
         ("learning_rate", float("nan"), "learning_rate must be at least 0 and finite, got nan"),
@@ -457,23 +483,31 @@ def test_the_learning_rate_falls_exponentially_to_the_final_one(tmp_path: Path) 
         ("seed", -1, "seed must be at least 0 and below 4294967296, got -1"),
     ],
 )
-def test_a_setting_out_of_range_is_told_before_anything_is_loaded(
-    tmp_path: Path, name: str, value: float, seen: str
+def test_a_setting_out_of_range_is_reported_before_anything_is_loaded(
+    tmp_path: Path, name: str, value: float, message: str
 ) -> None:
-    with pytest.raises(SettingsError, match=seen):
+    with pytest.raises(SettingsError, match=message):
         settings(tmp_path, **{name: value})
 
 
 def test_a_retain_drop_is_never_exceeded(tmp_path: Path) -> None:
-    """With the budget the weights of the last evaluation within it are kept; without it the same run loses more."""
+    """With the budget the weights of the last evaluation within it are kept; without it the run loses more."""
 
     def run(budget: float | None) -> tuple[float, UnlearningTrainer]:
         model = tiny_gpt2()
-        before = score_rows(model, FORGET, PaddingCollator()).loss.mean()  # rows that are sure to get worse
+        before = score_rows(model, FORGET, PaddingCollator()).loss.mean()  # rows that certainly get worse
         args = settings(
-            tmp_path, constraint="none", constraint_settings=None, loss="grad_ascent", learning_rate=1e-2, max_steps=12,
-            eval_strategy="steps", eval_steps=1, forget_metric="loss", max_retain_drop=budget,
-        )  # fmt: skip
+            tmp_path,
+            constraint="none",
+            constraint_settings=None,
+            loss="grad_ascent",
+            learning_rate=1e-2,
+            max_steps=12,
+            eval_strategy="steps",
+            eval_steps=1,
+            forget_metric="loss",
+            max_retain_drop=budget,
+        )
         trainer = UnlearningTrainer(model, args, FORGET, RETAIN, eval_dataset={"retain": FORGET})
         trainer.train()
         return float(score_rows(model, FORGET, PaddingCollator()).loss.mean() - before), trainer
@@ -488,7 +522,7 @@ def test_a_retain_drop_is_never_exceeded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loss", ["next_best", "npo", "pgu"])
-def test_no_forget_batch_enters_the_statistics_of_batch_norms(loss: str, tmp_path: Path) -> None:
+def test_no_forget_batch_changes_the_running_statistics_of_batch_norms(loss: str, tmp_path: Path) -> None:
     model, rows = kinds.drawn(kinds.resnet, 1.5)(), image_rows(12)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     args = UnlearningConfig(str(tmp_path), loss=loss, constraint="none", max_steps=2, use_cpu=True, disable_tqdm=True)
@@ -496,5 +530,5 @@ def test_no_forget_batch_enters_the_statistics_of_batch_norms(loss: str, tmp_pat
     trainer.train()
     assert len(before) > 3 and all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     model.train()
-    model(**PaddingCollator()(rows[:6]))  # the control: a pass in training mode does enter
+    model(**PaddingCollator()(rows[:6]))  # negative control: a forward pass in training mode does
     assert not all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())

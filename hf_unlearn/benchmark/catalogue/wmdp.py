@@ -6,7 +6,7 @@ from hf_unlearn.benchmark.registry import Benchmark, Column, register_benchmark
 register_benchmark(
     "wmdp",
     Benchmark(
-        about="hazardous knowledge (Li et al., ICML 2024, arXiv 2403.03218); judged by lm-evaluation-harness",
+        about="hazardous knowledge (Li et al., ICML 2024, arXiv 2403.03218); measured by lm-evaluation-harness",
         defaults={
             **COMMON_DEFAULTS,
             "model_name_or_path": "HuggingFaceH4/zephyr-7b-beta",

@@ -4,13 +4,13 @@ Each attack runs on both models and restores their weights.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import nn
 
 from hf_unlearn.core.provenance import hardware, package_versions
 from hf_unlearn.core.sharding import require_whole
+from hf_unlearn.data.formats import Rows
 from hf_unlearn.evaluation.attacks.registry import ATTACKS
 from hf_unlearn.evaluation.attacks.subject import (
     AuditSettings,
@@ -25,11 +25,7 @@ from hf_unlearn.evaluation.evaluate import ModelOrScope, encode_splits, metric_v
 from hf_unlearn.evaluation.measurements import MeasurementTools
 from hf_unlearn.evaluation.metrics.classification import AnamnesisIndex
 from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
-from hf_unlearn.evaluation.row_scores import Rows
-from hf_unlearn.models.tasks import Collator
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from hf_unlearn.models.tasks import Collator, ProcessingClass
 
 __all__ = ["ATTACKS", "AuditSettings", "Shadow", "audit", "verdict"]
 
@@ -45,7 +41,7 @@ def audit(
     attacks: Sequence[str] | None = None,
     settings: AuditSettings | None = None,
     shadows: Sequence[Shadow] = (),
-    processing_class: "PreTrainedTokenizerBase | None" = None,
+    processing_class: "ProcessingClass | None" = None,
     collator: Collator | None = None,
     batch_size: int = 16,
 ) -> UnlearningReport:

@@ -14,11 +14,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from hf_unlearn.data.formats import Row, Rows
 from hf_unlearn.data.wrong_answers import ALTERNATIVES
 from hf_unlearn.evaluation.attacks.registry import register_attack
 from hf_unlearn.evaluation.attacks.subject import NotRun, Outcome, Subject
 from hf_unlearn.evaluation.metrics.intervals import auc, bootstrap_auc, bootstrap_mean, undefined
-from hf_unlearn.evaluation.row_scores import Row, Rows, map_rows
+from hf_unlearn.evaluation.row_scores import map_rows
 from hf_unlearn.models.tasks import IGNORED, context_length
 
 FOLDS = 5

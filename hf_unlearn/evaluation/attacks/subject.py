@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from hf_unlearn.data.formats import Rows
 from hf_unlearn.evaluation.measurements import Columns, MeasurementTools, measure
 from hf_unlearn.evaluation.metrics.intervals import Estimate
-from hf_unlearn.evaluation.row_scores import Rows, score_rows
+from hf_unlearn.evaluation.row_scores import score_rows
 
 Memory = Literal["more", "less", "either", "chance", "none"]
 

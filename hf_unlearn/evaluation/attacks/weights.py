@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hf_unlearn.data.formats import Row, Rows
 from hf_unlearn.evaluation.attacks.registry import register_attack
 from hf_unlearn.evaluation.attacks.subject import Memory, NotRun, Outcome, Subject
 from hf_unlearn.evaluation.metrics.classification import relearn_steps
 from hf_unlearn.evaluation.metrics.intervals import Estimate, bootstrap_mean, undefined
-from hf_unlearn.evaluation.row_scores import Row, Rows
 from hf_unlearn.models.adapters import lora_layers
 from hf_unlearn.models.forward import output_logits, predict
 from hf_unlearn.models.layers import find_layers, layer_at, parameter_of

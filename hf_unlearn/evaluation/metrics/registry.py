@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from hf_unlearn.core.registry import Registry
+from hf_unlearn.data.formats import Rows
 from hf_unlearn.data.wrong_answers import ALTERNATIVES
 from hf_unlearn.errors import DataError
 from hf_unlearn.evaluation.measurements import MEASUREMENTS
 from hf_unlearn.evaluation.metrics.base import EACH_SPLIT, RETRAINED, MeasuredColumns, UnlearningMetric, first_present
 from hf_unlearn.evaluation.metrics.intervals import Estimate
-from hf_unlearn.evaluation.row_scores import Rows
 
 METRICS: Registry[type[UnlearningMetric]] = Registry("metric", "hf_unlearn.evaluation.metrics")
 
