@@ -1,35 +1,37 @@
 """Make the untrained tiny GPT-2 of recipes/tofu_tiny_gpt2.yaml: a transformers folder with its own tokenizer.
 
-The tokenizer is a byte-level BPE trained on TOFU question-answer texts; the weights are random. The same rows and seed
-give the same files, so that models fine-tuned from it are found again in the cache.
+The tokenizer is a byte-level BPE trained on the questions and answers of TOFU. The weights are random. The same rows
+and seed give the same files, so fine-tuned models are reused from the cache.
 """
 
 import argparse
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from hf_unlearn.core.files import check_output, replace_folder
-from hf_unlearn.data.splits import load_rows
-from hf_unlearn.errors import SettingsError, UnlearningError
+from hf_unlearn import OutputError, SettingsError, UnlearningError
+from hf_unlearn.data import load_rows
 
 END = "<|endoftext|>"
 VOCABULARY, CONTEXT, LAYERS, WIDTH, HEADS = 2048, 256, 4, 192, 6
 
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with one special token, which ends and pads."""
+    """Train a byte-level BPE with one special token, used for end of text and padding."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=VOCABULARY,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=END, model_max_length=CONTEXT
@@ -37,18 +39,29 @@ def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
 
 
 def make_model(end: int, seed: int) -> GPT2LMHeadModel:
-    """A random GPT-2 without dropout: it is to memorise, and steps of fixed size are to see the true gradient."""
+    """Return a random GPT-2 without dropout, so that it memorises and fixed-size steps use the exact gradient."""
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=CONTEXT, n_layer=LAYERS, n_embd=WIDTH, n_head=HEADS,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=end, eos_token_id=end, pad_token_id=end,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        n_positions=CONTEXT,
+        n_layer=LAYERS,
+        n_embd=WIDTH,
+        n_head=HEADS,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
     return GPT2LMHeadModel(config)
 
 
 def make(dataset: str, output_dir: str, rows: str, seed: int, overwrite: bool) -> str:
-    """Write tokenizer and model to `output_dir`; returns a line that says what was made."""
-    check_output(output_dir, overwrite)
+    """Write tokenizer and model to `output_dir`; return a one-line summary."""
+    folder = Path(output_dir)
+    if not overwrite and folder.exists() and any(folder.iterdir()):
+        raise OutputError(f"{folder} is not empty; choose another folder, or pass --overwrite_output_dir")
     if not re.fullmatch(r"\d*:\d*", rows):
         raise SettingsError(f"--rows {rows!r} is malformed; write start:stop, such as 0:800")
     data = load_rows(dataset, f"full[{rows}]", "tokenizer")
@@ -58,9 +71,8 @@ def make(dataset: str, output_dir: str, rows: str, seed: int, overwrite: bool) -
             f"{len(data)} rows give only {len(tokenizer)} of {VOCABULARY} tokens; take more with --rows"
         )
     model = make_model(tokenizer.eos_token_id, seed)
-    with replace_folder(output_dir, overwrite) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return f"{model.num_parameters():,} random parameters, {len(tokenizer)} tokens from {len(data)} rows: {output_dir}"
 
 

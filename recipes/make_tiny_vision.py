@@ -1,14 +1,15 @@
-"""Make an untrained small vision model with its image processor: a transformers folder.
+"""Make a small untrained vision model with its image processor: a transformers folder.
 
     python recipes/make_tiny_vision.py vit outputs/tiny_vit_mnist --channels 1 --image_size 28
     python recipes/make_tiny_vision.py vit outputs/tiny_vit_digits --channels 1 --image_size 8
     python recipes/make_tiny_vision.py resnet outputs/tiny_resnet --channels 3 --image_size 32
 
-The same arguments give the same files, so that models fine-tuned from it are found again in the cache.
+The same arguments give the same files, so fine-tuned models are reused from the cache.
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 from transformers import (
@@ -20,32 +21,40 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from hf_unlearn.core.files import check_output, replace_folder
-from hf_unlearn.errors import UnlearningError
-
 
 def make_vit(size: int, channels: int, classes: int) -> PreTrainedModel:
-    """Four blocks of width 96 on patches of 4 x 4, for 8 pixels a side of width 64 on 2 x 2.
+    """Return a ViT with four blocks of width 96 on 4 x 4 patches (width 64 on 2 x 2 patches for 8-pixel images).
 
-    No dropout: steps of fixed size are to see the true gradient.
+    It has no dropout, so that fixed-size steps use the exact gradient.
     """
     patch, width = (4, 96) if size > 8 else (2, 64)
     return ViTForImageClassification(
         ViTConfig(
-            image_size=size, patch_size=patch, num_channels=channels, hidden_size=width, num_hidden_layers=4,
-            num_attention_heads=4, intermediate_size=2 * width, num_labels=classes, hidden_dropout_prob=0.0,
+            image_size=size,
+            patch_size=patch,
+            num_channels=channels,
+            hidden_size=width,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=2 * width,
+            num_labels=classes,
+            hidden_dropout_prob=0.0,
         )
-    )  # fmt: skip
+    )
 
 
 def make_resnet(size: int, channels: int, classes: int) -> PreTrainedModel:
-    """Three stages of two basic blocks, 32 to 128 channels; its stem halves the image twice."""
+    """Return a ResNet with three stages of two basic blocks, 32 to 128 channels; the stem halves the image twice."""
     return ResNetForImageClassification(
         ResNetConfig(
-            num_channels=channels, embedding_size=32, hidden_sizes=[32, 64, 128], depths=[2, 2, 2],
-            layer_type="basic", num_labels=classes,
+            num_channels=channels,
+            embedding_size=32,
+            hidden_sizes=[32, 64, 128],
+            depths=[2, 2, 2],
+            layer_type="basic",
+            num_labels=classes,
         )
-    )  # fmt: skip
+    )
 
 
 MODELS = {"vit": make_vit, "resnet": make_resnet}
@@ -54,16 +63,14 @@ MODELS = {"vit": make_vit, "resnet": make_resnet}
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=MODELS)
-    parser.add_argument("folder")
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--image_size", type=int, default=32, help="pixels on a side")
     parser.add_argument("--channels", type=int, default=3)
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    try:
-        target = check_output(args.folder, False)
-    except UnlearningError as error:
-        print(f"make_tiny_vision.py: {error}", file=sys.stderr)
+    if args.folder.exists() and any(args.folder.iterdir()):
+        print(f"make_tiny_vision.py: {args.folder} is not empty; choose another folder", file=sys.stderr)
         return 2
     torch.manual_seed(args.seed)
     model = MODELS[args.kind](args.image_size, args.channels, args.classes)
@@ -71,10 +78,9 @@ def main() -> int:
     processor = ViTImageProcessorPil(
         size={"height": args.image_size, "width": args.image_size}, do_normalize=True, image_mean=half, image_std=half
     )
-    with replace_folder(target) as folder:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-    print(f"{target}: {model.num_parameters():,} parameters")
+    model.save_pretrained(args.folder)
+    processor.save_pretrained(args.folder)
+    print(f"{args.folder}: {model.num_parameters():,} parameters")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Every `optim=` of TrainingArguments: which hold the guarantee, and which are refused. The README has the table."""
+"""Every `optim=` of TrainingArguments: which hold the guarantee, and which are refused. docs/methods.md has the table."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from transformers.training_args import OptimizerNames
 
 from hf_unlearn.errors import SettingsError
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+TABLE = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 
 
 def row(title: str) -> set[str]:
-    found = re.search(rf"^\| {title} \| (.+) \|$", README, re.MULTILINE)
+    found = re.search(rf"^\| {title} \| (.+) \|$", TABLE, re.MULTILINE)
     assert found is not None, title
     return set(found[1].split(", "))
 

@@ -1,12 +1,13 @@
-"""CPU seconds of a request's statistics, by the PGU authors' code and by hf_unlearn, on the same net and images.
+"""Compare the CPU seconds that the PGU authors' code and hf_unlearn take for the statistics of a request.
 
-    python tests/benchmarks/authors.py CODE --net allcnn
-    python tests/benchmarks/authors.py CODE --net smallvgg   # minutes: theirs decompose an 8192 x 8192 Gram twice
+    python tests/performance/authors.py CODE --net allcnn
+    python tests/performance/authors.py CODE --net smallvgg   # minutes: theirs decomposes an 8192 x 8192 Gram twice
 
-`CODE` is a checkout of github.com/hnanhtuan/projected_gradient_unlearning. Theirs: `compute_svd` of the full set once,
-and `compute_retain_svd` at a request. Ours: `collect_statistics` once, and at a request collecting on the forget rows,
-the subtraction, and the decompositions that bind the constraint. Each runs in a process of its own, in turn.
-CPU seconds of all threads are counted: with OMP_NUM_THREADS=1 other work on the machine does not change them.
+`CODE` is a checkout of github.com/hnanhtuan/projected_gradient_unlearning. Both sides use the same net and images.
+Theirs calls `compute_svd` on the full set once, and `compute_retain_svd` at a request. Ours calls `collect_statistics`
+once; at a request it collects on the forget rows, subtracts, and decomposes to bind the constraint. Each side runs in
+its own process, one after the other. CPU seconds of all threads are counted: with OMP_NUM_THREADS=1 other work on the
+machine does not change them.
 """
 
 import argparse
@@ -30,19 +31,19 @@ def main() -> None:
     parser.add_argument("code", type=Path)
     parser.add_argument("--net", choices=["allcnn", "smallvgg"], default="allcnn")
     parser.add_argument("--full", type=int, default=1000, help="images of the full set")
-    parser.add_argument("--forget", type=int, default=250, help="of which so many are forgotten")
-    parser.add_argument("--rounds", type=int, default=1, help="the median is taken")
-    parser.add_argument("--side", choices=["theirs", "ours"], help="time one of them in this process")
+    parser.add_argument("--forget", type=int, default=250, help="number of forgotten images")
+    parser.add_argument("--rounds", type=int, default=1, help="number of rounds; the median is reported")
+    parser.add_argument("--side", choices=["theirs", "ours"], help="time only this side, in this process")
     args = parser.parse_args()
     if args.side:
         print(json.dumps((theirs if args.side == "theirs" else ours)(args)))
         return
     times: dict[str, list[list[float]]] = {"theirs": [], "ours": []}
     for _ in range(args.rounds):
-        for side, found in times.items():
+        for side, measured in times.items():
             program = [sys.executable, *sys.argv, "--side", side]
             done = subprocess.run(program, capture_output=True, text=True, check=True)
-            found.append(json.loads(done.stdout.splitlines()[-1]))
+            measured.append(json.loads(done.stdout.splitlines()[-1]))
     once, request = ({s: sorted(row[k] for row in rows)[len(rows) // 2] for s, rows in times.items()} for k in (0, 1))
     print(f"| {args.net}, {args.full} images, {args.forget} forgotten | theirs, s | ours, s | ratio |")
     print("|---|---:|---:|---:|")
@@ -85,13 +86,10 @@ def theirs(args: argparse.Namespace) -> tuple[float, float]:
 
 
 def ours(args: argparse.Namespace) -> tuple[float, float]:
-    sys.path[:0] = [str(HERE.parents[1] / "recipes"), str(HERE.parents[1])]
+    sys.path[:0] = [str(HERE.parents[1] / "recipes" / "experiments"), str(HERE.parents[1])]
     from seed_nets import NETS
 
-    from hf_unlearn.constraints.binding import bind_constraints
-    from hf_unlearn.constraints.energy import EnergyConstraint
-    from hf_unlearn.data.batches import PaddingCollator
-    from hf_unlearn.statistics.collect import collect_statistics
+    from hf_unlearn import EnergyConstraint, PaddingCollator, bind_constraints, collect_statistics
 
     model = seeded(NETS[args.net])
     rows = [{"pixel_values": image, "labels": 0} for image in images_of(args.full)]

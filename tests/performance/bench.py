@@ -1,9 +1,9 @@
-"""How much collecting and constraining cost next to plain passes and steps: `make bench`.
+"""Measure the cost of collecting and constraining relative to plain passes and steps: `make bench`.
 
-Every figure is a ratio of medians over rounds in which both sides are timed one after the other, in one process, in
-CPU seconds of all its threads, so that other work on the machine matters little; `processes` and `request` are by the
-clock.
-Written as JSON, and as the Markdown table of recipes/README.md. `authors.py` beside it measures PGU's own code.
+Every figure is a ratio of medians. In each round both sides run one after the other in one process. CPU seconds of all
+threads are counted, so other work on the machine has little effect; `processes` and `request` use wall-clock time. The
+figures are written as JSON and printed as the Markdown table of docs/results/speed.md. `authors.py` measures the code
+of the PGU authors.
 """
 
 import argparse
@@ -23,16 +23,19 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback
 
+from hf_unlearn import (
+    UnlearningConfig,
+    UnlearningTrainer,
+    build_constraint,
+    collect_statistics,
+    constrain_optimizer,
+    freeze_unprotected,
+)
 from hf_unlearn.cli.setup import hush
-from hf_unlearn.constraints.registry import CONSTRAINTS, build_constraint
-from hf_unlearn.constraints.step_constrainer import constrain_optimizer
+from hf_unlearn.constraints import CONSTRAINTS
 from hf_unlearn.core.provenance import hardware, package_versions
-from hf_unlearn.demo.digits import run_digits
-from hf_unlearn.models.trainable import freeze_unprotected
-from hf_unlearn.statistics.collect import collect_statistics
-from hf_unlearn.statistics.eigen import eigendecomposition
-from hf_unlearn.trainer.config import UnlearningConfig
-from hf_unlearn.trainer.trainer import UnlearningTrainer
+from hf_unlearn.demo import run_digits
+from hf_unlearn.statistics import eigendecomposition
 
 HERE = Path(__file__).resolve().parent
 VOCABULARY, LENGTH = 2048, 256
@@ -64,10 +67,15 @@ def llama(width: int, layers: int) -> LlamaForCausalLM:
     """A Llama of random weights, MLP 3.5 times as wide as its width."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=7 * width // 2, num_hidden_layers=layers,
-        num_attention_heads=width // 64, num_key_value_heads=width // 64, max_position_embeddings=LENGTH,
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=7 * width // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        max_position_embeddings=LENGTH,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -90,8 +98,8 @@ def in_turn(first: Callable[[], Any], second: Callable[[], Any], rounds: int) ->
 
 
 def batches(rows: list[dict[str, list[int]]], size: int) -> list[dict[str, torch.Tensor]]:
-    parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-    return [{key: torch.tensor([row[key] for row in part]) for key in part[0]} for part in parts]
+    chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return [{key: torch.tensor([row[key] for row in part]) for key in part[0]} for part in chunks]
 
 
 def collecting(width: int, layers: int, rounds: int) -> list[Figure]:
@@ -111,40 +119,42 @@ def collecting(width: int, layers: int, rounds: int) -> list[Figure]:
         model.zero_grad()
         model.requires_grad_(False)
 
-    found = []
+    figures = []
     for fisher, plain, name in ((False, forward, "forward"), (True, both, "forward and backward")):
         collect = lambda fisher=fisher: collect_statistics(  # noqa: E731
             model, rows, fisher=fisher, batch_size=size, progress=False
         )
         what = f"collecting {'Grams and Fishers' if fisher else 'Grams'}, width {width}"
-        found.append(Figure("collecting", what, name, *in_turn(collect, plain, rounds)))
-    return found
+        figures.append(Figure("collecting", what, name, *in_turn(collect, plain, rounds)))
+    return figures
 
 
 def stepping(width: int, layers: int, rounds: int) -> list[Figure]:
     """The optimizer's step with and without a constraint; and the whole step, forward and backward passes included."""
-    found = []
+    figures = []
     retain = collect_statistics(llama(width, layers), rows_of(8), fisher=True, batch_size=4, progress=False)
     for optim, make in (("SGD", torch.optim.SGD), ("AdamW", torch.optim.AdamW)):
         for name, all_settings in SETTINGS.items():
-            for own in all_settings:
+            for settings in all_settings:
                 sides = []
                 for constrained in (True, False):
                     model = llama(width, layers)
                     freeze_unprotected(model, retain.layers)
                     optimizer = make([p for p in model.parameters() if p.requires_grad], lr=1e-6)
                     if constrained:
-                        constrain_optimizer(optimizer, model, retain, build_constraint(name, own))
+                        constrain_optimizer(optimizer, model, retain, build_constraint(name, settings))
                     model(**batches(rows_of(2), 2)[0]).loss.backward()
                     sides.append((model, optimizer))
-                label = name + "".join(f" {value:g}" for value in own.values())
+                label = name + "".join(f" {value:g}" for value in settings.values())
                 steps = [optimizer.step for _, optimizer in sides]
-                found.append(Figure("step", f"{optim}, {label}", "plain step", *in_turn(*steps, rounds)))
+                figures.append(Figure("step", f"{optim}, {label}", "plain step", *in_turn(*steps, rounds)))
                 for tokens in (2048,):
                     whole = [whole_step(model, optimizer, tokens // LENGTH) for model, optimizer in sides]
                     what = f"{optim}, {label}, {tokens} tokens"
-                    found.append(Figure("whole step", what, "plain whole step", *in_turn(*whole, max(3, rounds // 2))))
-    return found
+                    figures.append(
+                        Figure("whole step", what, "plain whole step", *in_turn(*whole, max(3, rounds // 2)))
+                    )
+    return figures
 
 
 def whole_step(model: nn.Module, optimizer: torch.optim.Optimizer, rows: int) -> Callable[[], None]:
@@ -166,9 +176,16 @@ def trainer_step(width: int, layers: int, rounds: int) -> list[Figure]:
         def train() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 args = UnlearningConfig(
-                    folder, use_cpu=True, disable_tqdm=True, max_steps=3, per_device_train_batch_size=8,
-                    eval_strategy="no", loss="next_best", constraint=constraint, logging_strategy="no",
-                )  # fmt: skip
+                    folder,
+                    use_cpu=True,
+                    disable_tqdm=True,
+                    max_steps=3,
+                    per_device_train_batch_size=8,
+                    eval_strategy="no",
+                    loss="next_best",
+                    constraint=constraint,
+                    logging_strategy="no",
+                )
                 trainer = UnlearningTrainer(llama(width, layers), args, rows_of(8, seed=1), statistics=retain)
                 trainer.remove_callback(PrinterCallback)
                 trainer.train()
@@ -183,27 +200,29 @@ def trainer_step(width: int, layers: int, rounds: int) -> list[Figure]:
 
 
 def decomposing(rounds: int) -> list[Figure]:
-    """The eigen-decomposition of a Gram against the product that makes it of four times as many rows; and that of a
-    quarter as many rows as features, in their span, against the full one."""
-    found = []
+    """Compare the eigen-decomposition of a Gram with the product of four times as many rows that makes it.
+
+    Also compare the decomposition of a quarter as many rows as features, in their span, with the full one.
+    """
+    figures = []
     for width in (256, 512, 1024, 2048):
         rows = torch.randn(4 * width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         gram = rows.T @ rows
         times = in_turn(lambda gram=gram: eigendecomposition(gram), lambda rows=rows: rows.T @ rows, rounds)
-        found.append(Figure("decomposition", f"eigh in float64, width {width}", "its product", *times))
+        figures.append(Figure("decomposition", f"eigh in float64, width {width}", "its product", *times))
         few = rows[: width // 4].T @ rows[: width // 4]
         times = in_turn(
             lambda few=few: eigendecomposition(few, len(few) // 4), lambda few=few: eigendecomposition(few), rounds
         )
-        found.append(Figure("decomposition", f"of {width // 4} rows, width {width}", "eigh in float64", *times))
-    return found
+        figures.append(Figure("decomposition", f"of {width // 4} rows, width {width}", "eigh in float64", *times))
+    return figures
 
 
 def eva(width: int, layers: int, rounds: int) -> list[Figure]:
     """The statistics, decomposed, against PEFT's EVA (incremental SVD of layer inputs), rank 16, of two batches each.
 
-    EVA goes round its rows until the components have converged, which on random ones takes hours: with a threshold that
-    all similarities pass it stops once it has compared two batches.
+    EVA repeats its rows until the components have converged, which takes hours on random rows. With a threshold that
+    all similarities pass, it stops after comparing two batches.
     """
     from peft import EvaConfig, LoraConfig, get_peft_model
     from peft.tuners.lora.eva import initialize_lora_eva_weights
@@ -212,14 +231,17 @@ def eva(width: int, layers: int, rounds: int) -> list[Figure]:
 
     def ours() -> None:
         model = llama(width, layers)
-        found = collect_statistics(model, rows, batch_size=8, progress=False)
-        found.decompose(found.layers)
+        collected = collect_statistics(model, rows, batch_size=8, progress=False)
+        collected.decompose(collected.layers)
 
     def theirs() -> None:
         config = LoraConfig(
-            r=16, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0), target_modules="all-linear",
+            r=16,
+            init_lora_weights="eva",
+            eva_config=EvaConfig(rho=1.0),
+            target_modules="all-linear",
             task_type="CAUSAL_LM",
-        )  # fmt: skip
+        )
         config.eva_config.tau = -1.0  # type: ignore[union-attr]
         model = get_peft_model(llama(width, layers), config, low_cpu_mem_usage=True)
         initialize_lora_eva_weights(model, batches(rows, 8), show_progress_bar=False)
@@ -254,13 +276,15 @@ def processes(width: int, layers: int) -> list[Figure]:
 
 def request() -> list[Figure]:
     """Retraining in the demonstration against a request: forget rows, decompositions, steps, stopping rule."""
-    found = []
+    figures = []
     for forget in ("class:3", "rows:140"):
         with tempfile.TemporaryDirectory() as folder:
             (report,) = run_digits(f"{folder}/out", forget, None, seed=0).values()
-        own = report.timings["subtract"] + report.timings["unlearn"]
-        found.append(Figure("request", f"retraining, digits {forget}", "the request", report.timings["retrain"], own))
-    return found
+        request_seconds = report.timings["subtract"] + report.timings["unlearn"]
+        figures.append(
+            Figure("request", f"retraining, digits {forget}", "the request", report.timings["retrain"], request_seconds)
+        )
+    return figures
 
 
 def markdown(figures: list[Figure]) -> str:
@@ -296,18 +320,20 @@ def main() -> None:
     }
     figures: list[Figure] = []
     for name in args.only or groups:
-        found = groups[name]()
-        print("\n".join(markdown(found).splitlines()[2 if figures else 0 :]), flush=True)
-        figures += found
-    about = {
+        figures_of_group = groups[name]()
+        print("\n".join(markdown(figures_of_group).splitlines()[2 if figures else 0 :]), flush=True)
+        figures += figures_of_group
+    record = {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "hardware": f"{hardware()}, {torch.get_num_threads()} threads",
         "versions": package_versions(),
         "model": f"Llama of width {args.width}, {args.layers} layers, rows of {LENGTH} tokens",
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(about | {"figures": [asdict(f) | {"ratio": f.ratio} for f in figures]}, indent=1))
-    print(f"\n{about['model']}; {about['hardware']}; saved to {args.output}")
+    args.output.write_text(
+        json.dumps(record | {"figures": [asdict(f) | {"ratio": f.ratio} for f in figures]}, indent=1)
+    )
+    print(f"\n{record['model']}; {record['hardware']}; saved to {args.output}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Peak memory (Linux), in MB above the interpreter: `memory.py plain|collect|CONSTRAINT WIDTH LAYERS`."""
+"""Print the peak memory (Linux) in MB above the interpreter: `memory.py plain|collect|CONSTRAINT WIDTH LAYERS`."""
 
 import sys
 from pathlib import Path
@@ -6,10 +6,7 @@ from pathlib import Path
 import torch
 from bench import batches, llama, rows_of
 
-from hf_unlearn.constraints.registry import build_constraint
-from hf_unlearn.constraints.step_constrainer import constrain_optimizer
-from hf_unlearn.models.trainable import freeze_unprotected
-from hf_unlearn.statistics.collect import collect_statistics
+from hf_unlearn import build_constraint, collect_statistics, constrain_optimizer, freeze_unprotected
 
 
 def peak() -> float:

@@ -1,4 +1,4 @@
-"""Seconds of collecting, each of the processes on its share of the rows: `torchrun ... share.py WIDTH LAYERS`."""
+"""Print the seconds of collecting when processes share the rows: `torchrun ... share.py WIDTH LAYERS`."""
 
 import os
 import sys
@@ -8,8 +8,8 @@ import torch
 from accelerate import PartialState
 from bench import llama, rows_of
 
+from hf_unlearn import collect_statistics
 from hf_unlearn.core.processes import is_main, leave, wait_for_all
-from hf_unlearn.statistics.collect import collect_statistics
 
 
 def main(width: int, layers: int) -> None:

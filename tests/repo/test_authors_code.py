@@ -1,13 +1,13 @@
-"""hf_unlearn against the PGU authors' code, run as it is on the same weights and batches; skipped where it is missing.
+"""Compare hf_unlearn with the unchanged code of the PGU authors on the same weights and batches.
 
-`PGU_AUTHORS_CODE` names a checkout of github.com/hnanhtuan/projected_gradient_unlearning (`tests/authors.py` says how
-it is run). Equal to rounding: Grams, retain Grams, bases, projections, and the weights after ten steps. Different on
-purpose, and shown here:
+`PGU_AUTHORS_CODE` names a checkout of github.com/hnanhtuan/projected_gradient_unlearning; the tests are skipped without
+it (`helpers/authors_code.py` documents how it is run). Equal up to rounding: Grams, retain Grams, bases, projections,
+and the weights after ten steps. Different on purpose, and tested here:
 - the rank: `unlearn.py` keeps the directions whose cumulated share is *at most* the threshold, `unlearn_class.py` one
   more; here it is the smallest rank that reaches the threshold, which is that of `unlearn_class.py`;
 - convolutions with a stride: theirs unfold every position, here the ones that the convolution reads;
-- what is not projected: theirs zeroes its gradient, here it is frozen;
-- below `offset` their first loss term goes on pushing, here it is zero (`test_losses.py`).
+- weights that are not projected: theirs zeroes their gradient, here they are frozen;
+- below `offset` their first loss term is still active, here it is zero (`tests/losses/test_losses.py`).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def theirs_name(layer: str) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """What their code left, what it started from, and hf_unlearn's statistics of the same."""
+    """The output of their code, its inputs, and the statistics of hf_unlearn for the same rows."""
 
     folder: Path
     model: nn.Module
@@ -65,8 +65,8 @@ class Run:
     retain: RetainStatistics
 
     def svd(self, kind: str, layer: str) -> tuple[Tensor, Tensor]:
-        found = load_file(self.folder / "svd.safetensors")
-        return found[f"{kind}.{theirs_name(layer)}.U"], found[f"{kind}.{theirs_name(layer)}.S"]
+        svd = load_file(self.folder / "svd.safetensors")
+        return svd[f"{kind}.{theirs_name(layer)}.U"], svd[f"{kind}.{theirs_name(layer)}.S"]
 
     def gram(self, kind: str, layer: str) -> Tensor:
         u_IK, s_K = self.svd(kind, layer)

@@ -1,5 +1,8 @@
-"""Laws of the recipes of the seed's scenarios: their settings are the authors', the nets have the published shapes, and
-a small run of each scenario forgets, judges, and ends with a table. Images are scikit-learn's digits, made larger."""
+"""Laws of the experiments with the scenarios of PGU.
+
+The settings are those of the authors, the nets have the published shapes, and a small run of each scenario forgets,
+evaluates, and ends with a table. The images are enlarged digits of scikit-learn.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,17 @@ from hf_unlearn.constraints.energy import EnergyConstraint
 from hf_unlearn.core.files import read_yaml
 from hf_unlearn.trainer.config import UnlearningConfig
 
+EXPERIMENTS = RECIPES / "experiments"
 SETTINGS = [
-    RECIPES / f"{name}.yaml"
+    EXPERIMENTS / f"{name}.yaml"
     for name in ("pgu_samples", "pgu_class", "pgu_poison", "image_rows", "image_class", "image_poison")
 ]
 
 
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(RECIPES))
-    spec = importlib.util.spec_from_file_location("pgu", RECIPES / "pgu.py")
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    spec = importlib.util.spec_from_file_location("pgu", EXPERIMENTS / "pgu.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "pgu", module)
@@ -38,7 +42,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digits as 16 x 16 colour images, in the form of CIFAR-10's file."""
+    """Digits as 16 x 16 colour images, in the format of the CIFAR-10 file."""
     images, labels = load_digits(return_X_y=True)
     pixels = (images.reshape(-1, 8, 8, 1) * 255 / 16).astype(np.uint8)
     pixels = pixels.repeat(2, axis=1).repeat(2, axis=2).repeat(3, axis=3)
@@ -71,7 +75,7 @@ def start(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, *argv: object) ->
 
 
 def few(path: Path, folder: Path, **changes: Any) -> Path:
-    """A copy of a settings file with few epochs, its batches as they are at this size."""
+    """Copy a settings file with few epochs and the other settings unchanged."""
     import yaml
 
     target = folder / path.name
@@ -89,26 +93,10 @@ def test_a_small_run_of_each_scenario_ends_with_a_table(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    files = [few(RECIPES / f"{name}.yaml", tmp_path) for name in recipe.SCENARIOS[task].settings]
+    files = [few(EXPERIMENTS / f"{name}.yaml", tmp_path) for name in recipe.SCENARIOS[task].settings]
     monkeypatch.setattr(recipe, "PAPER", 10000)  # so that more than one row of each class is forgotten
-    argv = (
-        task,
-        npz,
-        "--settings",
-        *files,
-        "--images",
-        500,
-        "--epochs",
-        3,
-        "--width",
-        0.0625,
-        "--net",
-        "smallvgg",
-        "--shadows",
-        1,
-        "--output_dir",
-        tmp_path / "out",
-    )
+    sizes = "--images 500 --epochs 3 --width 0.0625 --net smallvgg --shadows 1".split()
+    argv = (task, npz, "--settings", *files, *sizes, "--output_dir", tmp_path / "out")
     assert start(recipe, monkeypatch, *argv) == 0
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     names = [line.split("|")[2].strip() for line in table[2:]]

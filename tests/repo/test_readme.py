@@ -1,6 +1,8 @@
-"""The README's Python blocks run as they stand (the language model's name replaced by a small local one)."""
+"""The Python blocks of the README and the documentation run as printed (with a small local language model)."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,22 +10,84 @@ from helpers.paths import ROOT
 from helpers.tiny import requires_asset
 
 README = ROOT / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").rglob("*.md")]
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
+def blocks_of(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
 def block_with(text: str) -> str:
-    """The one block that contains `text`."""
-    (found,) = [block for block in BLOCKS if text in block]
-    return found
+    """Return the only block of the README and the documentation that contains `text`."""
+    (match,) = [block for page in PAGES for block in blocks_of(page) if text in block]
+    return match
 
 
-def test_the_table_of_losses_has_all_of_them() -> None:
+def broken_links(page: Path, text: str) -> list[str]:
+    """Links of a page to files and headings of this repository that do not exist."""
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        if not path.exists() or (anchor and anchor not in anchors_of(path.read_text(encoding="utf-8"))):
+            broken.append(f"{page.relative_to(ROOT)}: {target}")
+    return broken
+
+
+def anchors_of(text: str) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    assert broken_links(page, page.read_text(encoding="utf-8")) == []
+
+
+def test_the_search_finds_a_broken_link() -> None:
+    text = "[a](README.md#no-such-heading) [b](nowhere.md) [c](README.md#constraints) [d](https://example.org)"
+    assert broken_links(README, text) == ["README.md: README.md#no-such-heading", "README.md: nowhere.md"]
+
+
+def test_examples_of_extensions_run() -> None:
+    code = "\n".join(blocks_of(ROOT / "docs" / "extending.md"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def names_in_table(page: Path, header: str) -> list[str]:
+    """Return the code words in the first column of the table with this header, in alphabetical order."""
+    table = page.read_text(encoding="utf-8").partition(header)[2].partition("\n\n")[0]
+    first_cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    return sorted(re.findall(r"`(\w+)`", " ".join(first_cells)))
+
+
+def test_the_tables_have_every_loss_constraint_metric_and_attack() -> None:
+    from hf_unlearn.constraints import CONSTRAINTS
+    from hf_unlearn.evaluation import ATTACKS, METRICS
     from hf_unlearn.losses import LOSSES
 
-    table = README.read_text(encoding="utf-8").partition("| `loss` |")[2].partition("\n\n")[0]
-    first_cells = [line.split("|")[1] for line in table.splitlines()[2:]]
-    assert sorted(re.findall(r"`(\w+)`", " ".join(first_cells))) == sorted(LOSSES)
+    metrics = ROOT / "docs" / "metrics.md"
+    assert names_in_table(README, "| `loss` |") == sorted(LOSSES)
+    assert names_in_table(README, "| `constraint` |") == sorted(CONSTRAINTS)
+    assert names_in_table(metrics, "| metric |") == sorted(METRICS)
+    assert names_in_table(metrics, "| attack |") == sorted({*ATTACKS, "membership"})
+
+
+def test_contributing_has_the_rooms_and_the_number_of_arrows() -> None:
+    program = [sys.executable, str(ROOT / "tests" / "repo" / "import_arrows.py")]
+    printed = subprocess.run(program, capture_output=True, text=True, check=True).stdout
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for line in printed.splitlines()[:-2]:
+        floor, room, words = re.match(r" *(\d+)  (\S+) +(.*?) +-> ", line).groups()  # type: ignore[union-attr]
+        assert f"| {floor} | `{room}` | {words} |" in page
+    counts = re.match(r"(\d+) rooms on (\d+) floors, (\d+) arrows", printed.splitlines()[-2])
+    assert counts is not None and f"| version 0.2 | {counts[1]} | {counts[2]} | {counts[3]} |" in page
 
 
 def test_signature_block_holds() -> None:

@@ -1,4 +1,4 @@
-"""Laws of the recipes that make local rows and small models, and of the settings files of the benchmarks."""
+"""Laws of the recipes that prepare rows and small models, of the benchmark settings, and of the experiments."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.trainer import UnlearningTrainer
 
+EXPERIMENTS = RECIPES / "experiments"
+
 
 def recipe(name: str) -> ModuleType:
-    if str(RECIPES) not in sys.path:
-        sys.path.append(str(RECIPES))  # some import others, as scripts of one folder do
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
+    if str(EXPERIMENTS) not in sys.path:
+        sys.path.append(str(EXPERIMENTS))  # some experiments import others from their own folder
+    path = RECIPES / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path if path.exists() else EXPERIMENTS / path.name)
     assert spec is not None and spec.loader is not None
     module: ModuleType = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -68,7 +71,7 @@ def test_the_first_rows_alone_are_poisoned(kind: str, tmp_path: Path, monkeypatc
     ("argv", "words"),
     [
         (("sst2", "nowhere"), "cannot read nowhere/train.tsv: No such file"),
-        (("images", "nowhere.npz"), "nowhere.npz is no npz file with x_train"),
+        (("images", "nowhere.npz"), "nowhere.npz is not an npz file with x_train"),
     ],
 )
 def test_a_missing_source_is_one_line(
@@ -92,70 +95,45 @@ def test_a_small_vision_model_is_the_same_each_time(kind: str, tmp_path: Path, m
     assert start("make_tiny_vision", monkeypatch, kind, tmp_path / "a") == 2
 
 
-@pytest.mark.parametrize("name", ["benchmark_tofu_tiny_gpt2", "benchmark_tofu10_tiny_gpt2", "images", "minilm_sst2"])
-def test_a_settings_file_has_only_settings_that_there_are(name: str, tmp_path: Path) -> None:
-    settings = read_yaml(RECIPES / f"{name}.yaml")
-    own = {field.name for field in fields(BenchmarkArguments)}
-    BenchmarkArguments(**{key: value for key, value in settings.items() if key in own})
-    UnlearningConfig(str(tmp_path), use_cpu=True, **{key: value for key, value in settings.items() if key not in own})
+@pytest.mark.parametrize("path", sorted((RECIPES / "benchmarks").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_settings_file_has_only_settings_that_exist(path: Path, tmp_path: Path) -> None:
+    settings = read_yaml(path)
+    argument_names = {field.name for field in fields(BenchmarkArguments)}
+    BenchmarkArguments(**{key: value for key, value in settings.items() if key in argument_names})
+    UnlearningConfig(
+        str(tmp_path), use_cpu=True, **{key: value for key, value in settings.items() if key not in argument_names}
+    )
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "default").glob("*.yaml")), ids=lambda path: path.stem)
-def test_settings_of_the_default_say_nothing_of_the_method(path: Path) -> None:
-    """Data, model and mark: every key is known, and none is what the preset is to choose."""
-    method = {
-        "preset",
-        "loss",
-        "loss_settings",
-        "constraint",
-        "constraint_settings",
-        "layer_constraints",
-        "learning_rate",
-        "relative_step",
-        "optim",
-        "momentum",
-        "per_device_train_batch_size",
-        "num_train_epochs",
-        "adversary_steps",
-    }
-    given = set(read_yaml(path))
+def test_settings_of_the_default_do_not_set_the_method(path: Path) -> None:
+    """They set data, model and target: every key is known, and the preset chooses everything else."""
+    method = set(
+        "preset loss loss_settings constraint constraint_settings layer_constraints learning_rate relative_step optim "
+        "momentum per_device_train_batch_size num_train_epochs adversary_steps".split()
+    )
+    names_in_file = set(read_yaml(path))
     known = {field.name for kind in (BenchmarkArguments, UnlearningConfig) for field in fields(kind)}
-    assert method - {"preset"} <= known  # the control: these are what the settings are called
-    assert given <= known and not given & method
+    assert method - {"preset"} <= known  # the control: these settings exist
+    assert names_in_file <= known and not names_in_file & method
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Options of a benchmark that takes seconds: 32 digits learnt, 8 of them to be forgotten."""
+    """Options of a benchmark that takes seconds: 32 digits are learned, 8 of them are forgotten."""
     folder = tmp_path_factory.mktemp("digits")
     with pytest.MonkeyPatch.context() as patch:
         assert start("local_data", patch, "digits", "-", folder / "rows") == 0
-        made = ("vit", folder / "model", "--channels", 1, "--image_size", 8)
-        assert start("make_tiny_vision", patch, *made) == 0
-    return [
-        "images",
-        str(RECIPES / "default" / "digits_rows.yaml"),
-        "--model_name_or_path",
-        str(folder / "model"),
-        "--dataset_name",
-        str(folder / "rows"),
-        "--train",
-        "train[0:32]",
-        "--forget",
-        "train[0:8]",
-        "--holdout",
-        "test[0:32]",
-        "--fine_tune_epochs",
-        "12",
-        "--fine_tune_batch_size",
-        "16",
-        "--cache_dir",
-        str(folder / "cache"),
-        "--num_train_epochs",
-        "10",
-        "--use_cpu",
-        "True",
-    ]
+        argv = ("vit", folder / "model", "--channels", 1, "--image_size", 8)
+        assert start("make_tiny_vision", patch, *argv) == 0
+    paths = {"model_name_or_path": "model", "dataset_name": "rows", "cache_dir": "cache"}
+    options = (
+        "--train train[0:32] --forget train[0:8] --holdout test[0:32] --fine_tune_epochs 12 --fine_tune_batch_size 16 "
+        "--num_train_epochs 10 --use_cpu True"
+    ).split()
+    for flag, name in paths.items():
+        options += [f"--{flag}", str(folder / name)]
+    return ["images", str(RECIPES / "default" / "digits_rows.yaml"), *options]
 
 
 def test_the_default_is_compared_with_tuned_losses(
@@ -181,7 +159,7 @@ def test_the_default_is_compared_with_tuned_losses(
     assert start("floor", monkeypatch, tmp_path) == 2 and "retrained models of 0 seeds" in capsys.readouterr().err
 
 
-def test_what_retain_rows_buy_is_compared(
+def test_variants_with_retain_rows_are_compared(
     digits: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     assert start("retain_data", monkeypatch, *digits, "--seeds", "0") == 0
@@ -222,29 +200,29 @@ def test_two_sided_maps_are_compared_from_the_same_models(
 
 
 def test_moments_are_those_of_single_rows_and_the_joint_map_is_the_minimum(tmp_path: Path) -> None:
-    """A row's gradient by autograd alone; the price of the joint map by its own definition, in float64."""
+    """Compare with gradients of single rows by autograd, and with the definition of the joint map in float64."""
     module, model, rows = recipe("two_sided"), cases.tiny_vit(), cases.image_rows(64)
     collator = PaddingCollator()
     statistics = collect_statistics(model, rows, collator=collator, fisher=True, progress=False)
     models = RequestModels(original=model, collator=collator)
     request = DeletionRequest(models=models, rows=RequestRows(forget=rows[:2], evaluation={"retain": rows}))
-    found = module.moments(request, statistics, 16)
-    name = "vit.layers.0.mlp.fc1" if "vit.layers.0.mlp.fc1" in found else next(iter(found))
+    moments = module.moments(request, statistics, 16)
+    name = "vit.layers.0.mlp.fc1" if "vit.layers.0.mlp.fc1" in moments else next(iter(moments))
     weight = model.get_submodule(name).weight
     generator, total = torch.Generator().manual_seed(0), torch.zeros_like(weight)
     gram, fisher = statistics.gram_eigen(name), statistics.fisher_eigen(name)
     for start_at in range(0, len(rows), 16):
         logits = model(pixel_values=collator(rows[start_at : start_at + 16])["pixel_values"]).logits
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-        for one, label in zip(logits, drawn, strict=True):
-            (gradient,) = torch.autograd.grad(-one.log_softmax(-1)[label], weight, retain_graph=True)
+        for row_logits, label in zip(logits, drawn, strict=True):
+            (gradient,) = torch.autograd.grad(-row_logits.log_softmax(-1)[label], weight, retain_graph=True)
             total += (fisher.vectors_II.float().T @ gradient @ gram.vectors_II.float()).square()
-    torch.testing.assert_close(found[name], total / len(rows), rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(moments[name], total / len(rows), rtol=1e-3, atol=1e-9)
 
     trainer = UnlearningTrainer(
         model, UnlearningConfig(str(tmp_path), use_cpu=True), rows[:2], statistics=statistics, data_collator=collator
     )
-    module.together(statistics, found, False, False)(trainer)
+    module.together(statistics, moments, False, False)(trainer)
     (bound,) = (part.bound for part in trainer.constrainer.weights if part.owner == name and part.bound is not None)
     assert abs(bound.kept_OI.mean().item() - 0.7) < 1e-3
     step_OI = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -254,13 +232,13 @@ def test_moments_are_those_of_single_rows_and_the_joint_map_is_the_minimum(tmp_p
     allowed = bound(step_OI.float()).double().requires_grad_()
     price = (allowed - step_OI).square().sum() + (s_OO @ allowed @ a_II * allowed).sum() / scale
     (slope,) = torch.autograd.grad(price, allowed)
-    assert slope.abs().max() < 1e-3 * step_OI.abs().max()  # the control: not so for the step itself
+    assert slope.abs().max() < 1e-3 * step_OI.abs().max()  # the control: the slope of the step itself is not zero
     step_OI.requires_grad_()
     (steep,) = torch.autograd.grad((s_OO @ step_OI @ a_II * step_OI).sum() / scale, step_OI)
     assert steep.abs().max() > 0.1
 
 
-def test_statistics_that_are_collected_again_are_those_of_the_moment(tmp_path: Path) -> None:
+def test_statistics_collected_again_are_those_of_the_current_weights(tmp_path: Path) -> None:
     model, rows, collator = cases.tiny_vit(), cases.image_rows(6), PaddingCollator()
     config = UnlearningConfig(str(tmp_path), use_cpu=True, constraint="ridge")
     statistics = collect_statistics(model, rows, collator=collator, progress=False)

@@ -1,5 +1,8 @@
-"""Laws of the recipe of requests in a row: it ends with a table and a picture of every arm, goes on after a kill where
-it was, and does nothing twice. The models are small and hardly trained: what they forget is tested elsewhere."""
+"""Laws of the experiment with a series of requests.
+
+It ends with a table and a picture of every arm, resumes after a kill, and does nothing twice. The models are small and
+hardly trained: what they forget is tested elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from helpers.tiny import requires_asset, sharpen
 from hf_unlearn.deletion.ledger import Ledger
 from hf_unlearn.evaluation.report import UnlearningReport
 
-RECIPE = RECIPES / "sequential.py"
+RECIPE = RECIPES / "experiments" / "sequential.py"
 
 
 @pytest.fixture
@@ -43,10 +46,10 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         return sharpen(ViTForImageClassification(config))
 
     def few(count: int, seed: int, classes: bool) -> Any:
-        forget, left, holdout = plain(count, seed, classes)
-        return [rows[:6] for rows in forget], left[:40], holdout[:20]
+        forget, remaining, holdout = plain(count, seed, classes)
+        return [rows[:6] for rows in forget], remaining[:40], holdout[:20]
 
-    monkeypatch.setattr(module, "train_vit", small)
+    monkeypatch.setattr(module.digits_demo, "train_vit", small)
     monkeypatch.setattr(module, "digits_requests", few)
     monkeypatch.setattr("hf_unlearn.publishing.model_folder.save_plots", lambda report, folder: [])
     return module
@@ -85,45 +88,45 @@ def test_it_ends_with_a_table_of_every_arm(
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")] == table
 
 
-def test_killed_it_goes_on_and_nothing_is_done_twice(
+def test_a_killed_run_resumes_and_does_nothing_twice(
     recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    fulfilled: list[str] = []
     plain = recipe.fulfil_request
 
     def fulfil(request: Any, args: Any) -> Any:
-        if len(asked) == 2:
+        if len(fulfilled) == 2:
             raise KeyboardInterrupt
-        asked.append(Path(args.output_dir).parent.name + Path(args.output_dir).name)
+        fulfilled.append(Path(args.output_dir).parent.name + Path(args.output_dir).name)
         return plain(request, args)
 
     argv = ("digits", "--requests", 2, "--output_dir", tmp_path / "out")
     monkeypatch.setattr(recipe, "fulfil_request", fulfil)
     with pytest.raises(KeyboardInterrupt):
         start(recipe, monkeypatch, *argv)
-    asked[:] = ["two", "before", *asked]
+    fulfilled[:] = ["two", "before", *fulfilled]
     assert start(recipe, monkeypatch, *argv) == 0 and start(recipe, monkeypatch, *argv) == 0
-    assert asked[2:] == ["carried01", "carried02", "again01", "again02", "fresh01", "fresh02", "joint01"]
+    assert fulfilled[2:] == ["carried01", "carried02", "again01", "again02", "fresh01", "fresh02", "joint01"]
 
 
-def test_every_request_has_rows_of_its_own() -> None:
+def test_no_two_requests_share_a_row() -> None:
     spec = importlib.util.spec_from_file_location("sequential_plain", RECIPE)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for count, classes in ((10, False), (5, True)):
-        forget, left, holdout = module.digits_requests(count, 0, classes)
-        keys = [row["pixel_values"].tobytes() for rows in (*forget, left) for row in rows]
+        forget, remaining, holdout = module.digits_requests(count, 0, classes)
+        keys = [row["pixel_values"].tobytes() for rows in (*forget, remaining) for row in rows]
         assert len(forget) == count and len(keys) == 1437
         if classes:
             assert [{row["labels"] for row in rows} for rows in forget] == [{c} for c in range(5)]
-            assert {row["labels"] for row in left} == {row["labels"] for row in holdout} == {5, 6, 7, 8, 9}
+            assert {row["labels"] for row in remaining} == {row["labels"] for row in holdout} == {5, 6, 7, 8, 9}
         else:
             assert {len(rows) for rows in forget} == {14}
 
 
 @pytest.mark.slow
-def test_authors_in_a_row_by_the_command_line(
+def test_authors_are_forgotten_one_after_another_by_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, data = requires_asset("stories260K"), requires_asset("tofu/full.json").parent
@@ -134,7 +137,7 @@ def test_authors_in_a_row_by_the_command_line(
     few = ["--fine_tune_epochs", 1, "--max_length", 128, "--max_steps", 1, "--use_cpu", "True", "--eval_splits", ""]
     few += ["--model_name_or_path", model, "--dataset_name", data, "--cache_dir", tmp_path / "cache"]
     argv = ["tofu", "--requests", 2, "--output_dir", tmp_path / "out", *few]
-    for _ in range(2):  # the second time everything is there
+    for _ in range(2):  # the second time everything exists
         assert start(module, monkeypatch, *argv) == 0
     table = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [cells[0].strip() for cells in table[2:8]] == ["original", "carried", "again", "fresh", "joint", "retrained"]

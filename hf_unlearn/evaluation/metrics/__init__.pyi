@@ -6,6 +6,7 @@ from .intervals import bootstrap as bootstrap
 from .intervals import bootstrap_auc as bootstrap_auc
 from .intervals import bootstrap_mean as bootstrap_mean
 from .intervals import undefined as undefined
+from .membership import ShadowAttack as ShadowAttack
 from .registry import METRICS as METRICS
 from .registry import SUITES as SUITES
 from .registry import register_metric as register_metric
