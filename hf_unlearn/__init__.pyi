@@ -1,3 +1,6 @@
+from .benchmark import Benchmark as Benchmark
+from .benchmark import Column as Column
+from .benchmark import register_benchmark as register_benchmark
 from .constraints import BoundConstraint as BoundConstraint
 from .constraints import Constraint as Constraint
 from .constraints import EnergyConstraint as EnergyConstraint
@@ -12,6 +15,7 @@ from .constraints import register_constraint as register_constraint
 from .core import purge_history as purge_history
 from .data import PaddingCollator as PaddingCollator
 from .data import encode_dataset as encode_dataset
+from .data import load_rows as load_rows
 from .deletion import AdapterOptions as AdapterOptions
 from .deletion import DeletionRequest as DeletionRequest
 from .deletion import EvaluationOptions as EvaluationOptions
@@ -31,10 +35,16 @@ from .errors import SettingsError as SettingsError
 from .errors import StatisticsError as StatisticsError
 from .errors import UnlearningError as UnlearningError
 from .evaluation import AuditSettings as AuditSettings
+from .evaluation import Estimate as Estimate
 from .evaluation import MetricValue as MetricValue
+from .evaluation import NotRun as NotRun
+from .evaluation import Outcome as Outcome
+from .evaluation import Subject as Subject
 from .evaluation import UnlearningMetric as UnlearningMetric
 from .evaluation import UnlearningReport as UnlearningReport
 from .evaluation import audit as audit
+from .evaluation import bootstrap as bootstrap
+from .evaluation import bootstrap_mean as bootstrap_mean
 from .evaluation import evaluate_unlearning as evaluate_unlearning
 from .evaluation import register_attack as register_attack
 from .evaluation import register_metric as register_metric
@@ -47,6 +57,7 @@ from .models import Predictions as Predictions
 from .models import freeze_unprotected as freeze_unprotected
 from .models import register_layer as register_layer
 from .publishing import push_unlearned_model as push_unlearned_model
+from .statistics import CollectionOptions as CollectionOptions
 from .statistics import RetainStatistics as RetainStatistics
 from .statistics import collect_statistics as collect_statistics
 from .trainer import UnlearningConfig as UnlearningConfig

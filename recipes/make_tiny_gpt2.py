@@ -14,8 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from hf_unlearn import OutputError, SettingsError, UnlearningError
-from hf_unlearn.data import load_rows
+from hf_unlearn import OutputError, SettingsError, UnlearningError, load_rows
 
 END = "<|endoftext|>"
 VOCABULARY, CONTEXT, LAYERS, WIDTH, HEADS = 2048, 256, 4, 192, 6

@@ -11,12 +11,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers.hub_client import Client, start
-from helpers.hub_server import Hub, loopback_hub
-from helpers.tiny import CLASSES, tiny_bert, tiny_vit
 from PIL import Image
 from torch import Tensor
 
+from helpers.hub_client import Client, start
+from helpers.hub_server import Hub, loopback_hub
+from helpers.tiny import CLASSES, tiny_bert, tiny_vit
 from hf_unlearn.losses import LOSSES
 from hf_unlearn.losses.registry import LossKind
 from hf_unlearn.models.forward import Predictions

@@ -13,6 +13,9 @@ from hf_unlearn.core.registry import Registry
 class Column:
     """One number of the table; small values are written as powers of ten.
 
+    >>> Column("forget quality", "forget_quality", "forget").title
+    'forget quality'
+
     Attributes:
         title: Short title.
         metric: Name of the metric.
@@ -44,6 +47,10 @@ class Published:
 @dataclass(frozen=True)
 class Benchmark:
     """What is compared, and how.
+
+    >>> accuracy = Column("forgotten", "accuracy", "forget")
+    >>> Benchmark("accuracy on forget rows", {"methods": "npo,rmu"}, (accuracy,), ()).columns[0].metric
+    'accuracy'
 
     Attributes:
         about: One line.

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.tiny import requires_asset
 
+from helpers.tiny import requires_asset
 from hf_unlearn.benchmark.cell import Cell
 from hf_unlearn.benchmark.frontier import save_frontier
 from hf_unlearn.benchmark.grid import CELLS_FOLDER, Results, grid_cells, run_grid

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.commands import PEOPLE, tiny_model
 from torch import Tensor
 
+from helpers.commands import PEOPLE, tiny_model
 from hf_unlearn.benchmark.grid import grid_cells, run_grid
 from hf_unlearn.benchmark.registry import BENCHMARKS, Benchmark, Column, register_benchmark
 from hf_unlearn.benchmark.results import write

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.append_entries import KEY
-from helpers.tiny import tiny_gpt2
 from transformers.utils import logging
 
+from helpers.append_entries import KEY
+from helpers.tiny import tiny_gpt2
 from hf_unlearn.deletion.ledger_key import KEY_VARIABLE
 from hf_unlearn.statistics.collect import collect_statistics
 

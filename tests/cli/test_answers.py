@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.command_lines import answered, run_line
 
+from helpers.command_lines import answered, run_line
 from hf_unlearn import __version__
 from hf_unlearn.cli import main
 from hf_unlearn.evaluation.report import UnlearningReport

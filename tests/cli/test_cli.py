@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.command_lines import refused, run_line
 
+from helpers.command_lines import refused, run_line
 from hf_unlearn import __version__
 from hf_unlearn.cli import COMMANDS, main
 from hf_unlearn.deletion.arguments import RunArguments

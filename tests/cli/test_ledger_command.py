@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.command_lines import answered, refused, run_line
 
+from helpers.command_lines import answered, refused, run_line
 from hf_unlearn.cli import main
 from hf_unlearn.cli.answers import NO
 from hf_unlearn.deletion.ledger_key import KEY_VARIABLE

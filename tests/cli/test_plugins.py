@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from helpers.command_lines import answered, refused, run_line
 from helpers.tiny import tiny_llama
-
 from hf_unlearn.cli import main
 from hf_unlearn.cli.plugins import take_plugins
 from hf_unlearn.constraints.registry import CONSTRAINTS

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from helpers import dense_twin as reference
 from helpers import tiny as cases
 from helpers.constrained_mlp import LAYERS, OPTIMIZERS, Setting, inside, moved
-from torch import nn
-
 from hf_unlearn.constraints.base import Constraint
 from hf_unlearn.constraints.drift import step_leak
 from hf_unlearn.constraints.energy import EnergyConstraint

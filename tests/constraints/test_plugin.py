@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import pytest
 import torch
-from helpers import tiny as cases
 from torch import nn
 
+from helpers import tiny as cases
 from hf_unlearn.constraints.base import Constraint
 from hf_unlearn.constraints.binding import bind_constraints
 from hf_unlearn.constraints.factors import Factor, Remove, by_block

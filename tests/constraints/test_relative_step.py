@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.constrained_mlp import LAYERS, OPTIMIZERS, Setting, inside
 
+from helpers.constrained_mlp import LAYERS, OPTIMIZERS, Setting, inside
 from hf_unlearn.constraints.base import Constraint
 from hf_unlearn.constraints.energy import EnergyConstraint
 from hf_unlearn.constraints.kronecker import KroneckerConstraint

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from helpers import dense_twin as reference
 from helpers import tiny as cases
 from helpers.constrained_mlp import LAYERS, OPTIMIZERS, Optimizer, Setting, inside, moved
-from torch import nn
-
 from hf_unlearn.constraints.base import Constraint
 from hf_unlearn.constraints.energy import EnergyConstraint
 from hf_unlearn.constraints.kronecker import KroneckerConstraint

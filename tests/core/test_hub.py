@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 import torch
+
 from helpers.finished_folders import IDS, PUSH, ROWS, finished, push, report
 from helpers.hub_client import LOAD, TOKEN, Client, Failed, start
 from helpers.hub_server import Fault, File, Hub, loopback_hub
 from helpers.tiny import collate, tiny_gpt2, tiny_llama
-
 from hf_unlearn.core.hub import resume_command, scrub
 from hf_unlearn.core.published_files import publishable
 from hf_unlearn.errors import OutputError, SettingsError

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from helpers.tiny import collate, text_rows, tiny_llama
 from helpers.training import FORGET, RETAIN, logits, trained
-
 from hf_unlearn.constraints.energy import EnergyConstraint
 from hf_unlearn.constraints.step_constrainer import constrain_optimizer
 from hf_unlearn.core.sharding import check_sharding, sharding_of

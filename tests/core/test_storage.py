@@ -10,9 +10,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
+
 from helpers.tiny import text_rows, tiny_gpt2, tiny_llama
 from helpers.training import FORGET, RETAIN, settings, trained
-
 from hf_unlearn.constraints.binding import bind_constraints
 from hf_unlearn.constraints.energy import EnergyConstraint
 from hf_unlearn.constraints.kronecker import KroneckerConstraint

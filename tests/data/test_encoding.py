@@ -10,11 +10,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers.texts import ANSWER, CHAT, QUESTION, WORDS, read, tokenizer
-from helpers.tiny import image_rows, text_class_rows, text_rows, tiny_llama, tiny_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.texts import ANSWER, CHAT, QUESTION, WORDS, read, tokenizer
+from helpers.tiny import image_rows, text_class_rows, text_rows, tiny_llama, tiny_vit
 from hf_unlearn.data.batches import PaddingCollator, default_collator
 from hf_unlearn.data.checks import require_disjoint
 from hf_unlearn.data.encoding import encode_dataset

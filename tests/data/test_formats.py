@@ -13,6 +13,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification
+
 from helpers.pictures import processor
 from helpers.texts import ANSWER, CHAT, QUESTION, WORDS, read, tokenizer
 from helpers.tiny import (
@@ -27,9 +30,6 @@ from helpers.tiny import (
     tiny_mlp,
     tiny_vit,
 )
-from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification
-
 from hf_unlearn.data import encoding as data
 from hf_unlearn.data.batches import PaddingCollator, own_batches, take
 from hf_unlearn.data.checks import require_alternates, require_disjoint, require_labels

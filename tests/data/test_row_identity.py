@@ -8,11 +8,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers.texts import ANSWER, CHAT, QUESTION
-from helpers.tiny import collate, text_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.texts import ANSWER, CHAT, QUESTION
+from helpers.tiny import collate, text_rows
 from hf_unlearn.data.row_identity import (
     batch_hashes,
     combine_rows,

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from helpers.commands import PEOPLE, ROWS, said, tiny_model
 from helpers.hub_client import LOAD, Client
 from helpers.hub_server import Hub
-from transformers import AutoModelForCausalLM
-
 from hf_unlearn.evaluation.report import UnlearningReport
 
 PERSON, REPO = "Ilvara Quennstad", "me/forgetful"

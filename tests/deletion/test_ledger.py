@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from helpers.append_entries import KEY
 from helpers.paths import HELPERS, ROOT
-
 from hf_unlearn.data.row_identity import row_hash
 from hf_unlearn.deletion.ledger import Ledger
 from hf_unlearn.deletion.ledger_entries import Entry

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import image_rows, tiny_vit
 from torch import Tensor
 
+from helpers.tiny import image_rows, tiny_vit
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.deletion import fulfil, references
 from hf_unlearn.deletion.fulfil import fulfil_request, fulfil_request_under, prepare_request

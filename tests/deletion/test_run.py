@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import requires_asset
 
+from helpers.tiny import requires_asset
 from hf_unlearn.cli import main
 from hf_unlearn.constraints.registry import CONSTRAINTS
 from hf_unlearn.data.batches import default_collator

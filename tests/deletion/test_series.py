@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.append_entries import KEY
-from helpers.tiny import text_rows, tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM
 
+from helpers.append_entries import KEY
+from helpers.tiny import text_rows, tiny_gpt2, tiny_llama
 from hf_unlearn.constraints.energy import EnergyConstraint
 from hf_unlearn.constraints.ridge import RidgeConstraint
 from hf_unlearn.deletion import fulfil

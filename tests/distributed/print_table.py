@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import torch
-from helpers.launching import can_run, start
 from safetensors.torch import load_file
 from test_processes import LAUNCHES, RUNS
+
+from helpers.launching import can_run, start
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+
 from helpers.launching import start
 
 SEVERAL = (2, 3)

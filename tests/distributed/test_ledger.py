@@ -6,9 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from helpers.commands import PEOPLE, said, tiny_model
 from helpers.launching import can_run
-
 from hf_unlearn.cli import main
 
 

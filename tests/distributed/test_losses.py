@@ -6,10 +6,11 @@ import json
 from typing import Any
 
 import pytest
-from helpers.launching import start
-from helpers.programs.losses import RUNS
 from safetensors.torch import load_file
 from torch import Tensor
+
+from helpers.launching import start
+from helpers.programs.losses import RUNS
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from helpers.launching import ENVIRONMENT, can_run, start
-from helpers.paths import RECIPES
-from helpers.tiny import requires_asset
 from safetensors.torch import load_file
 from torch import Tensor
 
+from helpers.launching import ENVIRONMENT, can_run, start
+from helpers.paths import RECIPES
+from helpers.tiny import requires_asset
 from hf_unlearn.cli import main
 from hf_unlearn.evaluation.report import UnlearningReport
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from helpers.launching import can_run, start
 from helpers.programs.resume import make
-
 from hf_unlearn.errors import SettingsError
 
 MODES = [mode for mode in ("ddp", "fsdp2", "zero3") if can_run(mode)]

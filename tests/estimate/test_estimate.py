@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
+
 from helpers.measure_memory import BATCH, BIG, LENGTH
 from helpers.paths import HELPERS, ROOT, TESTS
 from helpers.tiny import text_rows, tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
-from transformers import AutoConfig
-
 from hf_unlearn.cli import main
 from hf_unlearn.constraints.registry import CONSTRAINTS
 from hf_unlearn.estimate.fit import fastest_fit

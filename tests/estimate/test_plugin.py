@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from helpers.tiny import tiny_llama
 
 import hf_unlearn.estimate
+from helpers.tiny import tiny_llama
 from hf_unlearn.constraints.base import Constraint
 from hf_unlearn.constraints.factors import Factor, Scale
 from hf_unlearn.constraints.registry import CONSTRAINTS, register_constraint

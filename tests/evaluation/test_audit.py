@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.questions import Letters, questions
-from helpers.tiny import CASES, CLASSES, image_rows, text_rows, tiny_gpt2, tiny_llama, tiny_mlp, tiny_vit, vector_rows
 from torch import nn
 
+from helpers.questions import Letters, questions
+from helpers.tiny import CASES, CLASSES, image_rows, text_rows, tiny_gpt2, tiny_llama, tiny_mlp, tiny_vit, vector_rows
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.errors import DataError, SettingsError

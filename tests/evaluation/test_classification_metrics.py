@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import reference_metrics as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import reference_metrics as reference
 from hf_unlearn.evaluation.metrics.classification import (
     ActivationDistance,
     AnamnesisIndex,

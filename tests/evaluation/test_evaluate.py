@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import reference_losses as reference
-from helpers.tiny import CASES, collate, image_rows, text_rows, tiny_gpt2, tiny_mlp, tiny_vit, vector_rows
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
+from helpers import reference_losses as reference
+from helpers.tiny import CASES, collate, image_rows, text_rows, tiny_gpt2, tiny_mlp, tiny_vit, vector_rows
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.evaluation.evaluate import evaluate_unlearning
 from hf_unlearn.evaluation.metrics.registry import SUITES

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from helpers import reference_losses as reference
-from helpers.tiny import CASES, collate, sharpen, tiny_bert
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
+from helpers import reference_losses as reference
+from helpers.tiny import CASES, collate, sharpen, tiny_bert
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.evaluation.metrics.intervals import Estimate, Undefined, auc, bootstrap, bootstrap_auc, bootstrap_mean
 from hf_unlearn.evaluation.row_scores import score_rows

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import reference_metrics as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import reference_metrics as reference
 from hf_unlearn.errors import DataError
 from hf_unlearn.evaluation.generation import rouge_l
 from hf_unlearn.evaluation.metrics.classification import (

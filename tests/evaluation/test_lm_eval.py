@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import requires_asset
 
+from helpers.tiny import requires_asset
 from hf_unlearn.cli import main
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation import lm_eval as harness

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from helpers import reference_metrics as reference
 from helpers.questions import Letters, questions, tofu_splits
 from helpers.tiny import (
@@ -25,7 +26,6 @@ from helpers.tiny import (
     tiny_mlp,
     tiny_vit,
 )
-
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.wrong_answers import ALTERNATIVES

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from helpers import reference_metrics as reference
 from helpers.tiny import CASES, collate, text_rows, tiny_gpt2, tiny_llama
-
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.evaluation.gradient_norms import gradient_norms
 from hf_unlearn.evaluation.measurements import compressed_lengths

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import reference_metrics as reference
 
+from helpers import reference_metrics as reference
 from hf_unlearn.data.wrong_answers import ALTERNATIVES
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.evaluation.measurements import MEASUREMENTS

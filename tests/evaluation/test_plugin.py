@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import text_rows, tiny_llama, tiny_mlp, vector_rows
 from torch import nn
 
+from helpers.tiny import text_rows, tiny_llama, tiny_mlp, vector_rows
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation import (

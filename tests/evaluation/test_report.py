@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import CASES
 from torch import nn
 
+from helpers.tiny import CASES
 from hf_unlearn.errors import OutputError
 from hf_unlearn.evaluation.evaluate import evaluate_unlearning
 from hf_unlearn.evaluation.report import FORMAT_VERSION, REPORT, MetricValue, UnlearningReport

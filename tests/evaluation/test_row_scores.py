@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from helpers import reference_losses as reference
 from helpers import reference_metrics
 from helpers.tiny import CASES, collate, text_rows, tiny_gpt2, tiny_llama
-
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.errors import DataError
 from hf_unlearn.evaluation.row_scores import RowScores, score_classes, score_predictions, score_rows

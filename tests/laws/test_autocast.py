@@ -1,8 +1,8 @@
 """Losses that read the original model inside autocast: its low-precision weight copies must not leak."""
 
 import torch
-from helpers.tiny import text_rows, tiny_llama
 
+from helpers.tiny import text_rows, tiny_llama
 from hf_unlearn.constraints.step_constrainer import StepConstrainer
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.losses import build_loss

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from helpers import dense_twin as reference
 from helpers import model_kinds as kinds
 from helpers import tiny as cases
-
 from hf_unlearn.constraints.binding import bind_constraints
 from hf_unlearn.constraints.kronecker import KroneckerConstraint
 from hf_unlearn.models.layers import find_layers

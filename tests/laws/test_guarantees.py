@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import collate, text_rows, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 
+from helpers.tiny import collate, text_rows, tiny_gpt2, tiny_llama
 from hf_unlearn.constraints.base import ConstraintLike
 from hf_unlearn.constraints.binding import bind_constraints
 from hf_unlearn.constraints.energy import EnergyConstraint

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny as cases
-from helpers.model_kinds import KINDS
 from torch import Tensor, nn
 
+from helpers import tiny as cases
+from helpers.model_kinds import KINDS
 from hf_unlearn.constraints.energy import EnergyConstraint
 from hf_unlearn.constraints.step_constrainer import constrain_optimizer
 from hf_unlearn.models.forward import output_logits

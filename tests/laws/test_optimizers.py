@@ -1,4 +1,4 @@
-"""Every `optim=` of TrainingArguments: which hold the guarantee, and which are refused. docs/methods.md has the table."""
+"""Which optimizers of TrainingArguments work under a constraint; the README names those that do not."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers.training_args import OptimizerNames
+
 from helpers.paths import ROOT
 from helpers.tiny import tiny_llama
 from helpers.training import moved, settings
-from transformers.training_args import OptimizerNames
-
 from hf_unlearn.errors import SettingsError
 
 TABLE = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from helpers.commands import PEOPLE, tiny_model
 from helpers.paths import HELPERS, ROOT, TESTS
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import collate, tiny_llama
-from helpers.training import FORGET, RETAIN, logits, moved, settings, trained
 from torch import nn
 from transformers import TrainerCallback
 
+from helpers.tiny import collate, tiny_llama
+from helpers.training import FORGET, RETAIN, logits, moved, settings, trained
 from hf_unlearn.constraints.energy import EnergyConstraint
 from hf_unlearn.constraints.step_constrainer import constrain_optimizer
 from hf_unlearn.models.trainable import freeze_unprotected

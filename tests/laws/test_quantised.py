@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.training import FORGET, RETAIN, logits, settings
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+from helpers.training import FORGET, RETAIN, logits, settings
 from hf_unlearn.errors import ModelError
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.trainer.trainer import UnlearningTrainer

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+
 from helpers import model_kinds as kinds
 from helpers.texts import WORDS, tokenizer
 from helpers.tiny import CLASSES, image_rows, sharpen, tiny_vit
-
 from hf_unlearn.data.batches import default_collator
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.errors import DataError, ModelError

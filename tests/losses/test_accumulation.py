@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from helpers import reference_losses as reference
 from helpers.loss_batches import (
     Batch,
@@ -22,8 +24,6 @@ from helpers.tiny import (
     tiny_gpt2,
     tiny_vit,
 )
-from torch import nn
-
 from hf_unlearn.losses import build_loss
 
 NAMES = tuple(reference.TWINS)  # losses of single answers; the others have test files of their own

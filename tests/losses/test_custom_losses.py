@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+
 from helpers import reference_losses as reference
 from helpers.loss_batches import Batch, before, dense, gradients, made_up, moved
 from helpers.tiny import (
@@ -23,8 +25,6 @@ from helpers.tiny import (
     tiny_llama,
     tiny_vit,
 )
-from torch import Tensor, nn
-
 from hf_unlearn.errors import DataError, ModelError, SettingsError
 from hf_unlearn.losses import LOSSES, build_loss, register_loss
 from hf_unlearn.models.forward import Predictions, predict

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from torch import nn
+
 from helpers import reference_losses as reference
 from helpers.loss_batches import Batch, dense, moved
 from helpers.tiny import (
@@ -14,8 +16,6 @@ from helpers.tiny import (
     text_rows,
     tiny_gpt2,
 )
-from torch import nn
-
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.losses import build_loss
 from hf_unlearn.losses.dual_weight import DualWeight

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+
 from helpers import reference_losses as reference
 from helpers.loss_batches import (
     Batch,
@@ -32,8 +34,6 @@ from helpers.tiny import (
     text_rows,
     tiny_gpt2,
 )
-from torch import Tensor, nn
-
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.losses import LOSSES, build_loss
 from hf_unlearn.losses.label_removal import without_label

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.tiny import text_rows, tiny_llama
 from torch import Tensor
 
+from helpers.tiny import text_rows, tiny_llama
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation.row_scores import score_rows

@@ -8,6 +8,8 @@ import copy
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from helpers import reference_losses as reference
 from helpers.loss_batches import Batch, before, dense, forget_likelihood, gradients, memorised, moved, step
 from helpers.tiny import (
@@ -18,8 +20,6 @@ from helpers.tiny import (
     text_rows,
     tiny_vit,
 )
-from torch import Tensor, nn
-
 from hf_unlearn.errors import DataError
 from hf_unlearn.losses import LOSSES, build_loss
 from hf_unlearn.models.forward import Predictions, predict

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from helpers import reference_losses as reference
 from helpers.loss_batches import Batch, dense, forget_likelihood, memorised, step
 from helpers.tiny import (
@@ -22,8 +24,6 @@ from helpers.tiny import (
     tiny_gpt2,
     tiny_vit,
 )
-from torch import nn
-
 from hf_unlearn.errors import DataError
 from hf_unlearn.losses import LOSSES, build_loss
 from hf_unlearn.models.forward import Predictions, predict

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+
 from helpers import reference_losses as reference
 from helpers.loss_batches import (
     Batch,
@@ -20,8 +22,6 @@ from helpers.tiny import (
     sharpen,
     text_class_rows,
 )
-from torch import Tensor, nn
-
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.losses import LOSSES, build_loss, register_loss
 from hf_unlearn.models.forward import Predictions

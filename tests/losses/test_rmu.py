@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from helpers import reference_losses as reference
 from helpers.loss_batches import Batch, before, dense, forget_likelihood, memorised, moved, step
 from helpers.tiny import (
@@ -23,8 +25,6 @@ from helpers.tiny import (
     tiny_vit,
     vector_rows,
 )
-from torch import nn
-
 from hf_unlearn.errors import ModelError, SettingsError
 from hf_unlearn.losses import build_loss
 from hf_unlearn.models.forward import find_module, predict

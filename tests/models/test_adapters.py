@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import tiny_gpt2, tiny_llama, tiny_vit
-from helpers.training import FORGET, HOLDOUT, RETAIN, logits, settings
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from helpers.tiny import tiny_gpt2, tiny_llama, tiny_vit
+from helpers.training import FORGET, HOLDOUT, RETAIN, logits, settings
 from hf_unlearn.constraints.binding import bind_constraints
 from hf_unlearn.constraints.energy import EnergyConstraint
 from hf_unlearn.constraints.step_constrainer import constrain_optimizer
@@ -182,7 +182,6 @@ def test_a_saved_adapter_loads_to_the_same_logits(tmp_path: Path) -> None:
 
 def test_modules_to_save_are_protected_as_full_weights(tmp_path: Path) -> None:
     from helpers.tiny import image_rows
-
     from hf_unlearn.data.batches import PaddingCollator
 
     retain, forget = image_rows(6, seed=1), image_rows(6, seed=2)

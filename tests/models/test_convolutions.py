@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import dense_twin as reference
 from torch import Tensor, nn
 
+from helpers import dense_twin as reference
 from hf_unlearn.constraints.binding import bind_constraints
 from hf_unlearn.constraints.energy import EnergyConstraint
 from hf_unlearn.constraints.kronecker import KroneckerConstraint

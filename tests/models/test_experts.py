@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from helpers import dense_twin as reference
 from helpers import model_kinds as kinds
 from helpers import tiny as cases
-from torch import Tensor
-
 from hf_unlearn.constraints.binding import bind_constraints
 from hf_unlearn.constraints.energy import EnergyConstraint
 from hf_unlearn.constraints.ridge import RidgeConstraint

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch import nn
+
 from helpers.reference_losses import labelled, nll
 from helpers.tiny import (
     CASES,
@@ -22,8 +24,6 @@ from helpers.tiny import (
     tiny_llama,
     tiny_mlp,
 )
-from torch import nn
-
 from hf_unlearn.errors import DataError, ModelError
 from hf_unlearn.models.forward import Predictions, label_positions, output_logits, predict
 from hf_unlearn.models.tasks import shifts_labels

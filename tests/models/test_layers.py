@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from helpers import dense_twin as reference
-from helpers import tiny as cases
 from torch import nn
 
+from helpers import dense_twin as reference
+from helpers import tiny as cases
 from hf_unlearn.errors import ModelError, SettingsError
 from hf_unlearn.models.layers import (
     LAYER_TYPES,

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from helpers.texts import tokenizer
 from helpers.tiny import tiny_bert, tiny_llama
-
 from hf_unlearn.errors import ModelError, SettingsError
 from hf_unlearn.models.loading import load_model, load_model_and_processor, load_processor, load_tokenizer
 

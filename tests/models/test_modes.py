@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import tiny
 from torch import nn
 
+from helpers import tiny
 from hf_unlearn.models.modes import eval_mode, hold_norm_statistics, restored, trainable_flags_restored
 
 

@@ -6,9 +6,9 @@ from fnmatch import fnmatchcase
 
 import pytest
 import torch
-from helpers import tiny as cases
 from torch import nn
 
+from helpers import tiny as cases
 from hf_unlearn.errors import CoverageError
 from hf_unlearn.models.layers import find_layers
 from hf_unlearn.models.trainable import check_covered, freeze_unprotected

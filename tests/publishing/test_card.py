@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.paths import ROOT
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from helpers.paths import ROOT
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.publishing.card import default_template, render_card, write_card

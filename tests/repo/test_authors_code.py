@@ -24,10 +24,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from helpers.paths import HELPERS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from helpers.paths import HELPERS
 from hf_unlearn.constraints.binding import bind_constraints
 from hf_unlearn.constraints.energy import EnergyConstraint
 from hf_unlearn.constraints.step_constrainer import constrain_optimizer

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.paths import RECIPES
 from sklearn.datasets import load_digits
 
+from helpers.paths import RECIPES
 from hf_unlearn.constraints.energy import EnergyConstraint
 from hf_unlearn.core.files import read_yaml
 from hf_unlearn.trainer.config import UnlearningConfig

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.paths import ROOT
 
 import hf_unlearn
+from helpers.paths import ROOT
 
 SNAPSHOT = Path(__file__).with_name("public_names.json")
 NAMES: dict[str, list[str]] = json.loads(SNAPSHOT.read_text(encoding="utf-8"))

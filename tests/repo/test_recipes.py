@@ -11,9 +11,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+
 from helpers import tiny as cases
 from helpers.paths import RECIPES
-
 from hf_unlearn.constraints.binding import bind_constraints
 from hf_unlearn.constraints.ridge import RidgeConstraint
 from hf_unlearn.core.files import read_yaml

@@ -13,9 +13,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
 from helpers.paths import RECIPES
 from helpers.tiny import requires_asset, sharpen
-
 from hf_unlearn.deletion.ledger import Ledger
 from hf_unlearn.evaluation.report import UnlearningReport
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from helpers.paths import ROOT
 
 SOURCES = sorted(p for folder in ("hf_unlearn", "tests", "recipes") for p in (ROOT / folder).rglob("*.py"))

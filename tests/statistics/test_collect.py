@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import dense_twin as reference
-from helpers import tiny as cases
 from torch import Tensor, nn
 
+from helpers import dense_twin as reference
+from helpers import tiny as cases
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.data.row_identity import batch_hashes
 from hf_unlearn.errors import DataError, ModelError, SettingsError

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import dense_twin as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers import dense_twin as reference
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.statistics.eigen import (
     Eigen,

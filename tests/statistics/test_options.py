@@ -7,8 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from helpers import tiny as cases
 
+from helpers import tiny as cases
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.statistics.collect import collect_statistics, collect_with_options
 from hf_unlearn.statistics.options import CollectionOptions

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny as cases
 from torch import Tensor, nn
 
+from helpers import tiny as cases
 from hf_unlearn.data.row_identity import batch_hashes
 from hf_unlearn.errors import OutputError, StatisticsError
 from hf_unlearn.models.fingerprint import weights_fingerprint

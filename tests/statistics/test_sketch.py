@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import dense_twin as reference
-from helpers import tiny as cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from helpers import dense_twin as reference
+from helpers import tiny as cases
 from hf_unlearn.constraints.base import BoundConstraint
 from hf_unlearn.constraints.binding import bind_constraints
 from hf_unlearn.constraints.energy import EnergyConstraint

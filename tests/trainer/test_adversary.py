@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from helpers.memorised import MEMORISED, mean_nll, memorised
 from helpers.tiny import collate, text_rows, tiny_gpt2, tiny_llama
 from helpers.training import FORGET, HOLDOUT, RETAIN, logits, settings, trained
-from torch import Tensor, nn
-
 from hf_unlearn.constraints.step_constrainer import StepConstrainer
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.data.pairs import PairedCollator, attackers_rows

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from helpers.questions import Letters, tofu_splits
 from helpers.tiny import text_rows, tiny_llama
-
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.evaluation.evaluate import evaluate_unlearning, training_metrics

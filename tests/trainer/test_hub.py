@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from helpers.finished_folders import IDS, finished, push
 from helpers.hub_client import LOAD, TOKEN, Client, Failed
 from helpers.hub_server import Fault, Hub, loopback_hub
 from helpers.paths import ROOT
 from helpers.tiny import requires_asset, tiny_gpt2
-
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.trainer.config import UnlearningConfig
 

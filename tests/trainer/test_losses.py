@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.texts import ANSWER, QUESTION, tokenizer
-from helpers.tiny import collate, image_rows, text_class_rows, text_rows, tiny_bert, tiny_llama, tiny_vit
-from helpers.training import settings
 from peft import LoraConfig
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from helpers.texts import ANSWER, QUESTION, tokenizer
+from helpers.tiny import collate, image_rows, text_class_rows, text_rows, tiny_bert, tiny_llama, tiny_vit
+from helpers.training import settings
 from hf_unlearn.constraints.registry import CONSTRAINTS
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.data.row_identity import labelled_batch_hashes

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import tiny_llama
-from helpers.training import FORGET, RETAIN, settings, trained
 from torch import Tensor
 
+from helpers.tiny import tiny_llama
+from helpers.training import FORGET, RETAIN, settings, trained
 from hf_unlearn import Constraint, UnlearningReport, UnlearningTrainer, register_constraint, register_loss
 from hf_unlearn.constraints.factors import Factor, Scale
 from hf_unlearn.constraints.registry import CONSTRAINTS

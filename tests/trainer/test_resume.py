@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.paths import HELPERS, ROOT
-from helpers.tiny import tiny_llama
-from helpers.training import FORGET, HOLDOUT, RETAIN, settings, trained
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
+from helpers.paths import HELPERS, ROOT
+from helpers.tiny import tiny_llama
+from helpers.training import FORGET, HOLDOUT, RETAIN, settings, trained
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.trainer.checkpoints import SEAL, find_checkpoint, read_seal

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from helpers.memorised import MEMORISED, mean_nll, memorised
 from helpers.tiny import collate, text_rows, tiny_llama
 from helpers.training import FORGET, HOLDOUT, RETAIN, settings, trained
-
 from hf_unlearn.constraints.step_constrainer import StepConstrainer
 from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.statistics.collect import collect_statistics

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny as cases
 from torch import Tensor, nn
 
+from helpers import tiny as cases
 from hf_unlearn.constraints.energy import EnergyConstraint
 from hf_unlearn.constraints.step_constrainer import constrain_optimizer
 from hf_unlearn.models.trainable import freeze_unprotected

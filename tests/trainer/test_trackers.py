@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.tiny import tiny_gpt2
-from helpers.training import FORGET, HOLDOUT, RETAIN, settings
 from transformers import Trainer, TrainerCallback
 
+from helpers.tiny import tiny_gpt2
+from helpers.training import FORGET, HOLDOUT, RETAIN, settings
 from hf_unlearn.trainer.trainer import UnlearningTrainer
 
 CURVES = (

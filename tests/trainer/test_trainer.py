@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import model_kinds as kinds
-from helpers.tiny import CLASSES, image_rows, tiny_gpt2, tiny_llama, tiny_vit, vector_rows
-from helpers.training import FORGET, HOLDOUT, RETAIN, logits, moved, settings, trained
 from torch import Tensor, nn
 from transformers import TrainerControl
 
+from helpers import model_kinds as kinds
+from helpers.tiny import CLASSES, image_rows, tiny_gpt2, tiny_llama, tiny_vit, vector_rows
+from helpers.training import FORGET, HOLDOUT, RETAIN, logits, moved, settings, trained
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.errors import DataError, NonFiniteLossError, SettingsError, StatisticsError
 from hf_unlearn.evaluation.row_scores import score_rows

@@ -57,6 +57,15 @@ class Shadow:
 class Subject:
     """A model under attack.
 
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from hf_unlearn.data.batches import PaddingCollator
+    >>> sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    >>> rows = {"forget": [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]}
+    >>> tools = MeasurementTools(PaddingCollator())
+    >>> subject = Subject(LlamaForCausalLM(LlamaConfig(**sizes)), rows, tools, AuditSettings())
+    >>> subject.score_name, subject.score(rows["forget"]).shape
+    ('probability', (1,))
+
     Attributes:
         model: The model. An attack restores whatever it changes (see `models.modes.restored`).
         rows: Encoded rows by split; at least `forget`.
@@ -109,6 +118,9 @@ class Subject:
 @dataclass(frozen=True)
 class Outcome:
     """A number that results from an attack.
+
+    >>> Outcome("relearned_probability", "forget", Estimate(0.4, 0.3, 0.5, n=20), memory="more").estimate.value
+    0.4
 
     Attributes:
         name, split: Name and split in the report.

@@ -17,6 +17,9 @@ NO_RETRAINED = "no retrained model was given"
 class Estimate:
     """A value with its 95% percentile bootstrap interval and the number of rows behind it.
 
+    >>> bootstrap_mean([0.0, 1.0, 1.0, 0.0]).value
+    0.5
+
     Attributes:
         value: The value; NaN if it is undefined.
         low, high: Bounds of the interval, None if there is none.
