@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from torch import Tensor
 from hf_unlearn.losses import LOSSES
 from hf_unlearn.losses.registry import LossKind
 from hf_unlearn.models.forward import Predictions
+
+if not torch.cuda.is_available():  # DeepSpeed prints a line on standard output when it has to look for an accelerator
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @pytest.fixture

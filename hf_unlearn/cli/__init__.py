@@ -47,7 +47,7 @@ _FOOTER = f"""hf-unlearn COMMAND --help lists the options. Every command takes:
   [--num_machines M --machine_rank I --main_process_ip ADDRESS --main_process_port PORT]
 
 exit codes: 0 done; {WRONG_INPUT} a wrong input, with one line on standard error;
-{NO} the answer is no (ledger verify: damaged, ledger prove: not in it); 1 anything else"""
+{NO} the answer is "no" (ledger verify: damaged, ledger prove: not in it); 1 anything else"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,6 +28,16 @@ class Constraint(ABC):
     `@register_constraint("name")`. `bind_constraints` turns it and the statistics into one `BoundConstraint` per layer.
     Only `right` is required; the other members say what differs from a one-sided soft constraint.
 
+    >>> from dataclasses import dataclass
+    >>> from hf_unlearn.constraints.factors import Scale
+    >>> @dataclass(frozen=True)
+    ... class EvenConstraint(Constraint):
+    ...     share: float = 0.5
+    ...     def right(self, gram):
+    ...         return Scale(gram.spectrum_I.new_full((gram.spectrum_I.numel(),), self.share))
+    >>> EvenConstraint(0.25).needs_fisher, EvenConstraint(0.25).anchored
+    (False, False)
+
     Attributes:
         needs_fisher: Whether it has a left factor, so that the statistics need Fishers.
         anchored: Whether its map is idempotent. It then applies to the total move from the original weight; other

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 class RequestModels:
     """The models of a request.
 
+    >>> from torch import nn
+    >>> RequestModels(original=nn.Linear(2, 2)).retrained is None
+    True
+
     Attributes:
         original: The model that is unlearned. It has the original weights again after the request is fulfilled.
         retrained: The model trained without the forget rows, to compare with.
@@ -41,6 +45,10 @@ class RequestModels:
 @dataclass(frozen=True, kw_only=True)
 class RequestRows:
     """The rows of a request.
+
+    >>> rows = RequestRows(forget=[{"text": "a"}], evaluation={"retain": [{"text": "b"}, {"text": "c"}]})
+    >>> {name: len(split) for name, split in rows.splits.items()}
+    {'forget': 1, 'retain': 2}
 
     Attributes:
         forget: Rows to forget.
@@ -68,6 +76,9 @@ class RequestRows:
 class EvaluationOptions:
     """How the unlearned model and the reference models are evaluated.
 
+    >>> EvaluationOptions(metrics=["default", "extraction_strength"]).metrics
+    ['default', 'extraction_strength']
+
     Attributes:
         metrics: Names of metrics or suites, as in `evaluate_unlearning`.
         cache_dir: Folder that keeps what was measured, so that no model is scored twice on the same rows.
@@ -83,6 +94,10 @@ class EvaluationOptions:
 @dataclass(frozen=True, kw_only=True)
 class AdapterOptions:
     """Train a PEFT adapter instead of the weights.
+
+    >>> from peft import LoraConfig
+    >>> AdapterOptions(peft_config=LoraConfig(r=8), merge=True).merge
+    True
 
     Attributes:
         peft_config: Configuration of the adapter; see `UnlearningTrainer`.

@@ -23,6 +23,9 @@ FORMAT_VERSION = 1
 class MetricValue:
     """One measured number of a metric, with its provenance.
 
+    >>> MetricValue("answer_probability", 0.06, "forget", "unlearned", n=20, low=0.04, high=0.08).value
+    0.06
+
     Attributes:
         name: Name of the metric: `accuracy`, `answer_probability`, `loss`, `entropy` (both in nats),
             `membership_auc`, ...

@@ -34,24 +34,24 @@ def annotations_in(tree: ast.AST) -> Iterator[ast.expr]:
             yield node.annotation
 
 
-def is_any(annotation: ast.expr) -> bool:
-    """Whether the annotation says nothing: `Any` itself, or `Any | None`."""
-    return ast.unparse(annotation) in ("Any", "Any | None", "None | Any")
+def has_any(annotation: ast.expr) -> bool:
+    """Whether `Any` stands anywhere in an annotation, as in `dict[str, Any]`."""
+    return any(isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(annotation))
 
 
 def share_of_any(sources: list[str]) -> float:
     annotations = [annotation for source in sources for annotation in annotations_in(ast.parse(source))]
-    return sum(map(is_any, annotations)) / len(annotations)
+    return sum(map(has_any, annotations)) / len(annotations)
 
 
-def test_less_than_five_percent_of_annotations_are_any() -> None:
+def test_less_than_five_percent_of_annotations_have_any() -> None:
     share = share_of_any([p.read_text(encoding="utf-8") for p in (ROOT / "hf_unlearn").rglob("*.py")])
-    assert share < 0.05, f"{share:.1%} of the annotations in the package are Any"
+    assert share < 0.05, f"{share:.1%} of the annotations in the package have Any"
 
 
 def test_the_count_of_any_sees_arguments_returns_and_variables() -> None:
     source = "x: Any = 1\ndef f(a: Any, b: dict[str, Any], c: int) -> Any | None:\n    y: int = 2"
-    assert share_of_any([source]) == 3 / 6
+    assert share_of_any([source]) == 4 / 6
 
 
 def test_no_formatting_exceptions() -> None:

@@ -69,6 +69,17 @@ class UnlearningMetric(evaluate.Metric):
 
     Nothing is downloaded.
 
+    >>> import numpy as np
+    >>> from hf_unlearn.evaluation.metrics.intervals import bootstrap_mean
+    >>> class CertainRows(UnlearningMetric):
+    ...     '''Share of the rows whose loss is below a tenth of a nat.'''
+    ...     inputs = {"loss": NUMBER}
+    ...     @staticmethod
+    ...     def estimate(loss, seed=0):
+    ...         return bootstrap_mean(np.asarray(loss) < 0.1, seed)
+    >>> CertainRows.estimate([0.05, 2.0]).value
+    0.5
+
     Attributes:
         inputs: Columns of `add_batch`, which are also the arguments of `estimate`: `NUMBER`, `NUMBERS` or `TEXT`.
         needs: Names of the measurements to take, by split. `*` means each split on its own; `a|b` means the first of
