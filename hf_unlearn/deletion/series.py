@@ -18,7 +18,7 @@ statistics are collected again on the last model (`hf-unlearn collect`, then `--
 rows. Negative energy is clamped, so that steps along its directions are not constrained: `room` then grows, and the
 predicted drift, which is computed from the same S_k, does not see what happens there. That is why a share above
 `NEGATIVE` causes a warning (digits, a class at each request: on one seed 3% at the third, with retain accuracy at 0.97,
-and 0.76 two requests later; recipes/README.md).
+and 0.76 two requests later; docs/results/series.md).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Row stopping: forget rows that are forgotten far enough are left alone, each by its own metric.
 
 A mean over rows says little about a single row: when it reaches the mean of held-out rows, some rows may be far below
-it, and others far above. This rule is our own; its measurements are in recipes/README.md.
+it, and others far above. This rule is our own; its measurements are in docs/results/relearning.md.
 """
 
 from collections.abc import Mapping
