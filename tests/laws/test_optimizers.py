@@ -1,4 +1,4 @@
-"""Which optimizers of TrainingArguments work under a constraint; the README names those that do not."""
+"""Which optimizers of TrainingArguments hold the guarantee, and which are refused; docs/methods.md has the table."""
 
 from __future__ import annotations
 
