@@ -1,4 +1,4 @@
-"""Which optimizers of TrainingArguments hold the guarantee, and which are refused; docs/methods.md has the table."""
+"""Every `optim=` of TrainingArguments: which hold the guarantee, and which are refused, as docs/methods.md says."""
 
 from __future__ import annotations
 
