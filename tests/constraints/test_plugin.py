@@ -18,9 +18,6 @@ from hf_unlearn.constraints.kronecker import KroneckerConstraint
 from hf_unlearn.constraints.registry import CONSTRAINTS, build_constraint, needs_fisher, register_constraint
 from hf_unlearn.constraints.step_constrainer import StepConstrainer, constrain_optimizer
 from hf_unlearn.errors import SettingsError, StatisticsError
-from hf_unlearn.estimate.memory import Settings, Work, communication, factor_bytes, memory, times
-from hf_unlearn.estimate.tracing import Trace, trace
-from hf_unlearn.losses import build_loss
 from hf_unlearn.models.trainable import freeze_unprotected
 from hf_unlearn.statistics.collect import collect_statistics
 from hf_unlearn.statistics.eigen import Eigen
@@ -133,27 +130,6 @@ def test_any_optimizer_obeys_it_and_the_drift_meter_measures_it(statistics: Reta
     assert 0 < constrainer.drift().relative < 0.7 * free.drift().relative
     constrained_kl, free_kl = constrainer.drift().kl, free.drift().kl
     assert constrained_kl is not None and free_kl is not None and constrained_kl < 0.5 * free_kl
-
-
-@pytest.fixture(scope="module")
-def sizes() -> Trace:
-    return trace(cases.tiny_llama().config, "language-model", build_loss("ce_u"), batch_size=2, length=16)
-
-
-def test_the_estimate_knows_its_memory_and_its_cost_from_the_class(sizes: Trace) -> None:
-    ours, kronecker, energy = (Settings(constraint=name) for name in (NAME, "kronecker", "energy"))
-    grams, fishers = list(sizes.grams.values()), [layer.outputs for layer in sizes.layers.values()]
-    assert factor_bytes(sizes, NAME) == sum(int(4 * n * n * 0.25) for n in grams) + sum(4 * n * n for n in fishers)
-    assert memory(sizes, ours).parts["decompositions"] == memory(sizes, kronecker).parts["decompositions"]
-    assert memory(sizes, energy).parts["constraint"] < memory(sizes, ours).parts["constraint"]
-    assert memory(sizes, ours).parts["constraint"] < memory(sizes, kronecker).parts["constraint"]
-    work = Work(100, 10, 2, 5, tflops=1.0, tflops64=0.5, bandwidth=100.0, interconnect=10.0)
-    # anchored: the right factor is applied to the gradient and to the move, the left one once
-    rights = sum(2 * layer.outputs * layer.inputs**2 for layer in sizes.layers.values())
-    flops = {settings.constraint: times(sizes, settings, work)["step"].flops for settings in (ours, kronecker, energy)}
-    assert flops[NAME] - flops["kronecker"] == pytest.approx(rights)
-    assert flops[NAME] > flops["energy"]
-    assert communication(sizes, ours).keys() == communication(sizes, kronecker).keys()
 
 
 def test_a_run_can_be_configured_with_it(tmp_path: str) -> None:
