@@ -1,6 +1,8 @@
-"""Markdown table of how far several processes end from one: `python tests/distributed/table.py FOLDER`.
+"""Markdown table of how far several processes end from one.
 
-Starts the runs of `program.py` on one, two and three processes (some minutes) and compares.
+    PYTHONPATH=tests python tests/distributed/print_table.py FOLDER
+
+Starts the runs of `helpers/programs/train.py` on one, two and three processes (some minutes) and compares.
 """
 
 from __future__ import annotations
@@ -14,8 +16,6 @@ from safetensors.torch import load_file
 from test_processes import LAUNCHES, RUNS
 
 from helpers.launching import can_run, start
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def main(folder: Path) -> None:

@@ -12,7 +12,7 @@ from helpers.launching import can_run
 from hf_unlearn.cli import main
 
 
-@pytest.mark.parametrize("config", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("config", [pytest.param("fsdp2", marks=pytest.mark.slow), "zero3"])
 def test_a_sharded_request_is_followed_by_a_whole_one(config: str, tmp_path: Path) -> None:
     """With tied weights, which gathering would count twice."""
     if not can_run(config):

@@ -29,8 +29,17 @@ PLACEMENT = {
     "zero3": "Zero3Pieces",
 }
 # Three processes divide neither the rows of the data nor those of most weights.
-LAUNCHES = [("ddp", 2), ("ddp", 3), ("fsdp2", 2), ("fsdp2", 3), ("zero1", 2), ("zero2", 3), ("zero3", 2), ("zero3", 3)]
-launches = pytest.mark.parametrize(("mode", "processes"), LAUNCHES, ids=[f"{mode} x{n}" for mode, n in LAUNCHES])
+SLOW_MARK = pytest.mark.slow
+FAST = [("ddp", 2), ("fsdp2", 2), ("zero1", 2), ("zero3", 2), ("ddp", 3)]
+SLOW = [("fsdp2", 3), ("zero2", 3), ("zero3", 3)]
+LAUNCHES = [*FAST, *SLOW]
+launches = pytest.mark.parametrize(
+    ("mode", "processes"),
+    [
+        *(pytest.param(mode, n, id=f"{mode} x{n}") for mode, n in FAST),
+        *(pytest.param(mode, n, id=f"{mode} x{n}", marks=SLOW_MARK) for mode, n in SLOW),
+    ],
+)
 RUNS = ("shards", "sketch", "kronecker", "conv1d", "row by row", "signature", "signature, conv1d", "lora", "bf16")
 Found = tuple[dict[str, Any], dict[str, Tensor]]
 
@@ -45,9 +54,10 @@ def found(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Any:
     def ask(mode: str, processes: int) -> Found:
         if not can_run(mode):
             pytest.skip("DeepSpeed is not installed")
-        folder = shared / str(processes)
+        group = SLOW if (mode, processes) in SLOW else FAST
+        folder = shared / f"{processes}-{'slow' if group is SLOW else 'fast'}"
         with FileLock(f"{folder}.lock"):
-            modes = [name for name, count in LAUNCHES if count == processes and can_run(name)] or ["ddp"]
+            modes = [name for name, count in group if count == processes and can_run(name)] or ["ddp"]
             if not (folder / modes[-1] / "found.json").exists():
                 start(processes, "train.py", str(folder), str(processes), *modes)
         if (mode, processes) not in results:
@@ -215,7 +225,9 @@ def forgotten(folder: Path) -> float:
     return metric.value
 
 
-@pytest.mark.parametrize("config", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "config", ["ddp", pytest.param("fsdp2", marks=SLOW_MARK), pytest.param("zero2", marks=SLOW_MARK), "zero3"]
+)
 def test_the_command_launches_itself_and_writes_once(
     config: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -228,7 +240,10 @@ def test_the_command_launches_itself_and_writes_once(
     assert capfd.readouterr().out.count("answer_probability by split") == 2
 
 
-@pytest.mark.parametrize("launcher", ["accelerate", "torchrun", "two nodes"])
+@pytest.mark.parametrize(
+    "launcher",
+    [pytest.param("accelerate", marks=SLOW_MARK), pytest.param("torchrun", marks=SLOW_MARK), "two nodes"],
+)
 def test_other_launchers_and_two_nodes_do_the_same(launcher: str, tmp_path: Path) -> None:
     request = tiny_request(tmp_path, "two", 2)
     with socket.socket() as free:

@@ -62,9 +62,9 @@ def measured_peaks(name: str, constraint: str, optim: str) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("name", "constraint", "optim"),
     [
-        ("llama", "energy", "sgd"),
+        pytest.param("llama", "energy", "sgd", marks=pytest.mark.slow),
         ("bert", "ridge", "adafactor"),
-        ("vit", "energy", "adamw_torch"),
+        pytest.param("vit", "energy", "adamw_torch", marks=pytest.mark.slow),
         pytest.param("gpt2", "kronecker", "adamw_torch", marks=pytest.mark.slow),
     ],
 )

@@ -87,6 +87,7 @@ def test_a_task_that_cannot_be_evaluated_is_an_error(tasks: Path, monkeypatch: p
         harness_metrics(torch.nn.Linear(1, 1), None, ["our_questions"])
 
 
+@pytest.mark.slow
 def test_wmdp_from_local_folders(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Corpora and questions in the Hub's layout, the questions' task by another name."""
     folder = str(requires_asset("stories260K"))

@@ -83,7 +83,9 @@ def few(path: Path, folder: Path, **changes: Any) -> Path:
     return target
 
 
-@pytest.mark.parametrize("task, requests", [("samples", 4), ("class", 1), ("poison", 1)])
+@pytest.mark.parametrize(
+    "task, requests", [pytest.param("samples", 4, marks=pytest.mark.slow), ("class", 1), ("poison", 1)]
+)
 def test_a_small_run_of_each_scenario_ends_with_a_table(
     task: str,
     requests: int,

@@ -136,6 +136,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["images", str(RECIPES / "default" / "digits_rows.yaml"), *options]
 
 
+@pytest.mark.slow
 def test_the_default_is_compared_with_tuned_losses(
     digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -159,6 +160,7 @@ def test_the_default_is_compared_with_tuned_losses(
     assert start("floor", monkeypatch, tmp_path) == 2 and "retrained models of 0 seeds" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_variants_with_retain_rows_are_compared(
     digits: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -177,6 +179,7 @@ def test_variants_with_retain_rows_are_compared(
     assert start("retain_data", monkeypatch, "images", "nowhere.yaml") == 2
 
 
+@pytest.mark.slow
 def test_two_sided_maps_are_compared_from_the_same_models(
     digits: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,7 +60,7 @@ def start(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, *argv: object) ->
     return recipe.main()
 
 
-@pytest.mark.parametrize("forget", ["rows", "classes"])
+@pytest.mark.parametrize("forget", [pytest.param("rows", marks=pytest.mark.slow), "classes"])
 def test_it_ends_with_a_table_of_every_arm(
     forget: str, recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
