@@ -334,6 +334,6 @@ def test_classifiers_from_local_folders(
 def test_an_unknown_benchmark_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["benchmark", "imagenet"]) == 2
     assert capsys.readouterr().err == (
-        "hf-unlearn: unknown benchmark 'imagenet'; choose from images, muse, text, tofu, wmdp\n"
+        "hf-unlearn: unknown benchmark 'imagenet'; did you mean 'images'? choose from images, muse, text, tofu, wmdp\n"
     )
     assert main(["benchmark"]) == 2 and "name a benchmark first" in capsys.readouterr().err

@@ -366,7 +366,7 @@ def test_a_classifier_is_unlearned_from_raw_rows(kind: str, classified: dict[str
     finished = replace(args, model_name_or_path=str(tmp_path / "out"), train="", holdout=None, retain="full[3:9]")
     again = evaluate_finished(finished, None, 4, 0, max_length=32)
     assert probability(again, "forget") == pytest.approx(probability(report, "forget"), abs=1e-6)
-    with pytest.raises(SettingsError, match="samples are answers; a model of task"):
+    with pytest.raises(SettingsError, match="samples are answers of language models"):
         run_request(replace(args, samples=1), config.but(output_dir=str(tmp_path / "other")))
     with pytest.raises(SettingsError, match="unknown task 'speech'; choose from language-model"):
         run_request(replace(args, task="speech"), config.but(output_dir=str(tmp_path / "other")))

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from helpers.launching import start
+from helpers.launching import launched_once, start
 
 
 @pytest.fixture(scope="module")
-def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("counted")
-    start(2, "count_collectives.py", str(folder))
+def counted(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, Any]:
+    folder = launched_once(
+        tmp_path_factory, worker_id, "counted", lambda folder: start(2, "count_collectives.py", str(folder))
+    )
     return json.loads((folder / "counted.json").read_text())
 
 

@@ -9,16 +9,20 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from helpers.launching import start
+from helpers.launching import launched_once, start
 from helpers.programs.losses import RUNS
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+def found(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
     results = []
     for processes in (1, 2):
-        folder = tmp_path_factory.mktemp(f"losses{processes}")
-        start(processes, "losses.py", str(folder), str(processes))
+        folder = launched_once(
+            tmp_path_factory,
+            worker_id,
+            f"losses-{processes}",
+            lambda folder, processes=processes: start(processes, "losses.py", str(folder), str(processes)),
+        )
         results.append((json.loads((folder / "found.json").read_text()), load_file(folder / "found.safetensors")))
     return results
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from helpers.launching import can_run, start
+from helpers.launching import can_run, launched_once, start
 from helpers.programs.resume import make
 from hf_unlearn.errors import SettingsError
 
@@ -17,9 +17,10 @@ CASES = ("kronecker", "adamw", "stopping")
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("resumed")
-    start(2, "resume.py", str(folder), "2", *MODES)
+def resumed(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> tuple[Path, dict[str, Any]]:
+    folder = launched_once(
+        tmp_path_factory, worker_id, "resumed", lambda folder: start(2, "resume.py", str(folder), "2", *MODES)
+    )
     return folder, {mode: json.loads((folder / f"{mode}.json").read_text()) for mode in MODES}
 
 

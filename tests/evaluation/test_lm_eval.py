@@ -77,7 +77,7 @@ def test_accuracy_is_what_the_logits_say(tasks: Path) -> None:
 
 
 def test_a_task_that_cannot_be_evaluated_is_an_error(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SettingsError, match="knows no task no_such_task"):
+    with pytest.raises(SettingsError, match="has no task no_such_task"):
         harness_metrics(torch.nn.Linear(1, 1), None, ["no_such_task"], include_path=str(tasks))
     with monkeypatch.context() as patch, pytest.raises(SettingsError, match="on one process"):
         patch.setattr(harness, "world", lambda: (0, 2))

@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
 
 from helpers.paths import PROGRAMS, ROOT, TESTS
 
@@ -19,6 +24,18 @@ def start(processes: int, program: str, *arguments: str) -> None:
     line = [sys.executable, *launcher, str(PROGRAMS / program), *arguments]
     done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def launched_once(factory: pytest.TempPathFactory, worker_id: str, name: str, launch: Callable[[Path], None]) -> Path:
+    """The folder that `launch` filled; the test workers share it, so that the same processes never start twice."""
+    base = factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "launched").exists():
+            folder.mkdir()
+            launch(folder)
+            (folder / "launched").touch()
+    return folder
 
 
 def can_run(mode: str) -> bool:
