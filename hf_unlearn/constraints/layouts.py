@@ -15,10 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
 
-from hf_unlearn.core.sharding import local_part, whole
+from hf_unlearn.core.sharding import is_dtensor, is_fsdp_module, local_part, whole
 from hf_unlearn.errors import ModelError
 
 
@@ -110,6 +108,8 @@ class RowSharded(Layout):
     """
 
     def __init__(self, parameter: nn.Parameter):
+        from torch.distributed.tensor import Shard
+
         super().__init__(parameter)
         sharded = [placement for placement in self.parameter.placements if not placement.is_replicate()]
         if len(sharded) > 1 or any(type(placement) is not Shard for placement in sharded):
@@ -126,17 +126,19 @@ class RowSharded(Layout):
         return None if self.parameter.grad is None else self.parameter.grad.to_local()
 
     def matrix(self, local: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor
+
         like = self.parameter
         return DTensor.from_local(
             local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )
 
     def local(self, matrix: Tensor) -> Tensor:
-        if isinstance(matrix, DTensor):
+        if is_dtensor(matrix):
             return matrix.to_local()
         mesh = self.parameter.device_mesh
         for mesh_dim, placement in enumerate(self.parameter.placements):
-            if isinstance(placement, Shard):
+            if placement.is_shard():
                 rank, chunks = mesh.get_local_rank(mesh_dim), matrix.chunk(mesh.size(mesh_dim), placement.dim)
                 matrix = chunks[rank] if rank < len(chunks) else matrix.narrow(placement.dim, 0, 0)
         return matrix.to(self.read().device)
@@ -176,6 +178,8 @@ class Zero3Pieces(Layout):
     def matrix(self, local: Tensor) -> Tensor:
         shape = self.parameter.ds_shape
         if self.by_rows:
+            from torch.distributed.tensor import DTensor, Shard
+
             mesh = _mesh_of(self.group, local.device.type)
             rows = local.view(shape[0] // self.processes, *shape[1:])
             return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False)
@@ -184,7 +188,7 @@ class Zero3Pieces(Layout):
         return gathered[: self.parameter.ds_numel].view(shape)
 
     def local(self, matrix: Tensor) -> Tensor:
-        if isinstance(matrix, DTensor):
+        if is_dtensor(matrix):
             return matrix.to_local().reshape(-1)
         start = self.rank * self.piece_size
         return matrix.reshape(-1)[start : start + self.local_size].to(self.parameter.ds_tensor.device)
@@ -235,8 +239,8 @@ def layout_of(parameter: nn.Parameter) -> Layout:
     >>> type(layout_of(nn.Linear(2, 3).weight)).__name__
     'Replicated'
     """
-    if isinstance(parameter, DTensor):
-        return RowSharded(parameter)
+    if is_dtensor(parameter):
+        return RowSharded(parameter)  # type: ignore[arg-type]  # both a DTensor and a Parameter
     if hasattr(parameter, "_hp_mapping"):
         return Zero12Fragments(parameter)
     return Zero3Pieces(parameter) if hasattr(parameter, "ds_tensor") else Replicated(parameter)
@@ -259,8 +263,10 @@ def apply_right(factor: Callable[[Tensor], Tensor], matrix_OI: Tensor) -> Tensor
     redistributed back afterwards: each way is an all-to-all of `O I / P` numbers per process, less than a sum over
     shards would take.
     """
-    if not isinstance(matrix_OI, DTensor):
+    if not is_dtensor(matrix_OI):
         return factor(matrix_OI)
+    from torch.distributed.tensor import DTensor, Shard
+
     original_placements = matrix_OI.placements
     row_placements = tuple(Shard(0) if placement == Shard(1) else placement for placement in original_placements)
     moved = row_placements != original_placements
@@ -285,9 +291,9 @@ def local_squares(tensors: Sequence[Tensor]) -> Tensor:
 
 def group_of(matrix: Tensor) -> ProcessGroup | None:
     """Return the processes that hold the shards of a DTensor; None for a plain tensor, which is complete."""
-    if isinstance(matrix, DTensor):
+    if is_dtensor(matrix):
         for mesh_dim, placement in enumerate(matrix.placements):
-            if isinstance(placement, Shard):
+            if placement.is_shard():
                 return matrix.device_mesh.get_group(mesh_dim)
     return None
 
@@ -313,7 +319,7 @@ def reshard_gathered(model: nn.Module) -> None:
     """Let FSDP free the full parameters that it still holds after a forward pass without gradients."""
     if dist.is_initialized():
         for module in model.modules():
-            if isinstance(module, FSDPModule):
+            if is_fsdp_module(module):
                 module.reshard()
 
 

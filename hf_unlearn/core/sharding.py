@@ -6,18 +6,19 @@ sharding under which a constraint could not hold, and puts a shard together (`wh
 """
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from hf_unlearn.errors import ModelError, SettingsError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 
 def sharding_of(accelerator: "Accelerator") -> str:
@@ -32,7 +33,7 @@ def sharding_of(accelerator: "Accelerator") -> str:
 def check_sharding(accelerator: "Accelerator", model: nn.Module) -> None:
     """Raise `SettingsError` if a constraint could not hold under the run's sharding; `model` may be sharded already."""
     sharding = sharding_of(accelerator)
-    if sharding == "fsdp2" and any(isinstance(module, FSDPModule) for module in model.modules()):
+    if sharding == "fsdp2" and any(is_fsdp_module(module) for module in model.modules()):
         accelerator.state.fsdp_plugin.auto_wrap_policy = None  # it looks for names that FSDP has changed
     if sharding == "fsdp1":
         raise SettingsError("FSDP version 1 cuts weights in the middle of a matrix; set fsdp_version: 2")
@@ -74,20 +75,40 @@ def loaded_whole() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
+def is_dtensor(tensor: object) -> "TypeGuard[DTensor]":
+    """Return whether a tensor is sharded by torch, as a DTensor.
+
+    The library of sharded tensors takes a second to import, so it is not imported to ask: a DTensor exists only where
+    something else has imported it.
+
+    >>> import torch
+    >>> is_dtensor(torch.zeros(2))
+    False
+    """
+    library = sys.modules.get("torch.distributed.tensor")
+    return library is not None and isinstance(tensor, library.DTensor)
+
+
+def is_fsdp_module(module: nn.Module) -> "TypeGuard[FSDPModule]":
+    """Return whether a module is managed by FSDP2; as `is_dtensor`, without importing FSDP."""
+    library = sys.modules.get("torch.distributed.fsdp")
+    return library is not None and isinstance(module, library.FSDPModule)
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """Return this process's shard of a sharded tensor, or the tensor itself if it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a sharded tensor (a collective call), or the tensor itself if it is not sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Return whether each process has only a part of the model's weights or gradients (FSDP2, DeepSpeed)."""
     attributes = ("ds_id", "_hp_mapping")  # set by ZeRO-3, and by ZeRO-1 and -2
-    return any(isinstance(p, DTensor) or any(hasattr(p, name) for name in attributes) for p in model.parameters())
+    return any(is_dtensor(p) or any(hasattr(p, name) for name in attributes) for p in model.parameters())
 
 
 def require_whole(model: nn.Module, what: str) -> None:

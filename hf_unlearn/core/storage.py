@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from hf_unlearn.core.processes import communication_device, world
-from hf_unlearn.core.sharding import whole
+from hf_unlearn.core.sharding import is_dtensor, whole
 from hf_unlearn.errors import SettingsError
 
 PLACES = ("device", "cpu", "disk", "shards")
@@ -58,8 +57,10 @@ def fetch(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 def shard(tensor: Tensor) -> Tensor:
     """Keep only this process's share of the rows of a tensor that every process has."""
-    if isinstance(tensor, DTensor) or world()[1] == 1:
+    if world()[1] == 1 or is_dtensor(tensor):
         return tensor
+    from torch.distributed.tensor import Shard, distribute_tensor
+
     return distribute_tensor(tensor.to(communication_device()), world_mesh(), [Shard(0)], src_data_rank=None)
 
 
@@ -74,6 +75,8 @@ def from_own_rows(rows: Tensor, count: int) -> Tensor:
     """Return the tensor of `count` rows in shards of which this process has `rows`."""
     if world()[1] == 1:
         return rows
+    from torch.distributed.tensor import DTensor, Shard
+
     shape = torch.Size((count, *rows.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(rows, world_mesh(), [Shard(0)], run_check=False, shape=shape, stride=stride)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from hf_unlearn.core.processes import is_main, wait_for_all, world
 from hf_unlearn.core.provenance import package_versions
+from hf_unlearn.core.sharding import is_dtensor
 from hf_unlearn.core.storage import Storage, fetch, shard
 from hf_unlearn.data.row_identity import combine_rows
 from hf_unlearn.errors import StatisticsError
@@ -235,7 +235,7 @@ class RetainStatistics:
                     )
 
     def _add(self, sums: Tensor, other: Tensor, sign: int) -> Tensor:
-        if isinstance(sums, DTensor):
+        if is_dtensor(sums):
             return sums + sign * shard(other)
         return self.storage.keep(sums + sign * fetch(other, sums.device))
 

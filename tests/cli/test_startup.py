@@ -25,6 +25,8 @@ HEAVY = {
     "scipy",
     "sklearn",
     "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
     "transformers.modeling_utils",
     "transformers.trainer",
 }
