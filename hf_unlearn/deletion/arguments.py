@@ -102,7 +102,7 @@ class RunArguments(DataArguments):
 
 @dataclass
 class AttackArguments(RunArguments):
-    """How hard to attack; see `attacks.AuditSettings`."""
+    """How hard to attack; see `AuditSettings`."""
 
     attacks: str | None = setting(
         None, "Attacks to run, with commas; default: all that the model and the rows allow. An unknown name lists them."

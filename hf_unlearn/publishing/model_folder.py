@@ -32,7 +32,7 @@ def push_unlearned_model(
 ) -> CommitInfo:
     """Publish a model or adapter with its report, card and plots, and nothing else of its folder.
 
-    Only files on an allow-list are uploaded (`core.hub.PUBLISHED`), and their hashes on the Hub are compared with the
+    Only files on an allow-list are uploaded (`core.published_files.PUBLISHED`), and their hashes on the Hub are compared with the
     local ones. If a push fails, the same call resumes it.
 
     Args:

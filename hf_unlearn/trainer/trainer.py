@@ -62,7 +62,7 @@ class UnlearningTrainer(Trainer):
         peft_config: Train a LoRA adapter with this configuration instead of the weights; the constraint holds for the
             merged weights. `model` may also have an untrained adapter already.
         loss: Your own loss, in place of `args.loss`: a forget term `(predictions, original) -> values` (see
-            `losses.base.LossKind`), or what `losses.build_loss` returns.
+            `losses.registry.LossKind`), or what `losses.build_loss` returns.
         original_model: A frozen copy for losses that read the original model. By default no copy is needed: its outputs
             come from `args.original_logprobs`, or the original weights are put into the model temporarily (an adapter
             is disabled).
