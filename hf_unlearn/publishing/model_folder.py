@@ -32,8 +32,8 @@ def push_unlearned_model(
 ) -> CommitInfo:
     """Publish a model or adapter with its report, card and plots, and nothing else of its folder.
 
-    Only files on an allow-list are uploaded (`core.published_files.PUBLISHED`), and their hashes on the Hub are compared with the
-    local ones. If a push fails, the same call resumes it.
+    Only files on an allow-list are uploaded (`core.published_files.PUBLISHED`), and their hashes on the Hub are
+    compared with the local ones. If a push fails, the same call resumes it.
 
     Args:
         report: The report, or the folder that contains it.
