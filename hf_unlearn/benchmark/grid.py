@@ -19,6 +19,7 @@ from hf_unlearn.benchmark.cell_run import CellFailure, groups_of, run_group, spl
 from hf_unlearn.constraints.registry import CONSTRAINTS
 from hf_unlearn.core.files import write_json
 from hf_unlearn.core.processes import gather, is_main, wait_for_all
+from hf_unlearn.core.text import one_line
 from hf_unlearn.deletion.arguments import BenchmarkArguments
 from hf_unlearn.errors import OutputError, SettingsError
 from hf_unlearn.evaluation.report import UnlearningReport
@@ -88,7 +89,7 @@ def _cell_config(
     try:
         return config.but(**settings)
     except TypeError as error:
-        raise SettingsError(f"cell_settings of {method}/{constraint}: {str(error).splitlines()[0]}") from error
+        raise SettingsError(f"cell_settings of {method}/{constraint}: {one_line(error)}") from error
 
 
 def _cell_settings(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from hf_unlearn.cli.plugins import import_plugin
 from hf_unlearn.cli.settings_file import read_settings, take_flag, take_settings_file
 from hf_unlearn.core.registry import suggestion
+from hf_unlearn.core.text import one_line
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.trainer.presets import CHOICES, PRESETS, overridden, preset
 
@@ -129,7 +130,7 @@ def parse(parser: "HfArgumentParser", argv: list[str]) -> tuple[Any, ...]:
     except SettingsError:
         raise
     except ValueError as error:
-        raise _wrong_flag(parser.prog.split()[-1], str(error).splitlines()[0]) from error
+        raise _wrong_flag(parser.prog.split()[-1], one_line(error)) from error
 
 
 def check_choice(what: str, value: str, choices: Sequence[str]) -> None:

@@ -131,9 +131,10 @@ def _forget_statistics(request: DeletionRequest, config: UnlearningConfig) -> Re
     if request.statistics is None or not request.subtract_forget:
         return None
     options = replace(CollectionOptions.from_config(config), **request.statistics.matching_arguments)
+    rows = request.rows
     return collect_with_options(
         request.models.original,
-        request.rows.forget,
+        [*rows_of(rows.forget), *rows_of(rows.copies)] if rows.copies else rows.forget,
         options,
         collator=request.models.collator,
         processing_class=request.models.processing_class,

@@ -57,6 +57,7 @@ class RequestRows:
         retain: Retain rows for the loss, if it has a retain term.
         forgotten_before: Rows of earlier requests to train on again, so that they stay forgotten. They are not
             subtracted from the statistics, and the stopping rule does not look at them.
+        copies: Further copies of forget rows that the statistics include. They are subtracted with the forget rows.
         source: Where the rows come from, for the report. Must not name a row.
     """
 
@@ -64,6 +65,7 @@ class RequestRows:
     evaluation: Mapping[str, Rows] = field(default_factory=dict)
     retain: Rows | None = None
     forgotten_before: Rows = ()
+    copies: Rows = ()
     source: str = ""
 
     @property

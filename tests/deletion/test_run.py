@@ -21,7 +21,7 @@ from hf_unlearn.deletion.arguments import RunArguments
 from hf_unlearn.deletion.fine_tuning import FineTuning
 from hf_unlearn.deletion.rows import forget_rows
 from hf_unlearn.deletion.run import collect_split, evaluate_finished, run_request
-from hf_unlearn.errors import DataError, SettingsError, UnlearningError
+from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.evaluation import measurements as measures
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.evaluation.row_scores import score_rows
@@ -366,11 +366,11 @@ def test_a_classifier_is_unlearned_from_raw_rows(kind: str, classified: dict[str
     finished = replace(args, model_name_or_path=str(tmp_path / "out"), train="", holdout=None, retain="full[3:9]")
     again = evaluate_finished(finished, None, 4, 0, max_length=32)
     assert probability(again, "forget") == pytest.approx(probability(report, "forget"), abs=1e-6)
-    with pytest.raises(SettingsError, match="samples are answers; a model of task"):
+    with pytest.raises(SettingsError, match="samples are answers of language models; a model of task"):
         run_request(replace(args, samples=1), config.but(output_dir=str(tmp_path / "other")))
     with pytest.raises(SettingsError, match="unknown task 'speech'; choose from language-model"):
         run_request(replace(args, task="speech"), config.but(output_dir=str(tmp_path / "other")))
-    with pytest.raises(UnlearningError, match=r"needed is one of: messages|cannot load the tokenizer"):
+    with pytest.raises(SettingsError, match=f"a model of task {kind}-classification, and --task is language-model"):
         run_request(replace(args, task="language-model"), config.but(output_dir=str(tmp_path / "other")))
 
 
