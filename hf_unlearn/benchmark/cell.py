@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _WITHOUT_EFFECT = frozenset(
     "output_dir overwrite_output_dir cache_dir methods constraints seeds cell_settings disable_tqdm report_to "
-    "logging_dir run_name hub_model_id hub_token local_rank".split()
+    "logging_dir run_name hub_model_id hub_token local_rank license language".split()
 )
 """Settings that say where files are, what else the grid has, or what is printed; they do not change a result."""
 

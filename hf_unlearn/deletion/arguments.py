@@ -94,6 +94,12 @@ class RunArguments(DataArguments):
         0, "Show this many answers before and after unlearning; only for rows that may be published."
     )
     fine_tune_seed: int = setting(0, "Seed of the fine-tunes.")
+    license: str | None = setting(
+        None, "Licence for the metadata of the card, as the Hub names it; default: that of a local base model's card."
+    )
+    language: str | None = setting(
+        None, "Languages for the metadata of the card, with commas, such as en,de; default: as for the licence."
+    )
     ledger: str | None = setting(
         None,
         "Folder of the ledger that records this request. The first request makes it. Later ones start from the last "

@@ -20,7 +20,7 @@ from hf_unlearn.deletion.arguments import RunArguments
 from hf_unlearn.deletion.checks import ModelPlan, check_run, fine_tuning_settings
 from hf_unlearn.deletion.fine_tuning import cache_folder, fine_tuned
 from hf_unlearn.deletion.next_request import begin_request, last_model
-from hf_unlearn.deletion.options import adapter_options, metric_names
+from hf_unlearn.deletion.options import adapter_options, card_facts, metric_names
 from hf_unlearn.deletion.request import DeletionRequest, EvaluationOptions, RequestModels, RequestRows
 from hf_unlearn.deletion.rows import EncodedSplits, RowEncoding, load_splits
 from hf_unlearn.deletion.series import BegunRequest, RequestSeries
@@ -89,6 +89,7 @@ def build_request(
         ),
         adapter=adapter_options(args),
         series=begun,
+        card=card_facts(args),
         timings=timings,
     )
 

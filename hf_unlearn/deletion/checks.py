@@ -95,12 +95,6 @@ def check_run(
         raise SettingsError("a constraint needs statistics; pass --statistics, or --train to collect them on")
     if config.max_retain_drop is not None and not has_retain:
         raise SettingsError("max_retain_drop needs retain rows; pass --retain or --train")
-    loss = config.build_loss()
-    if loss.kind.needs_retain and not (args.use_retain_rows and has_retain):
-        raise SettingsError(
-            f"loss {loss.name!r} needs retain rows; pass --use_retain_rows True and --train or --retain, or choose "
-            "another loss"
-        )
     if args.fine_tune or args.retrained == "auto":
         _check_fine_tuning(args)
     task = choose_task(last or args.model_name_or_path, args.task, new_head=args.fine_tune and last is None)
@@ -113,6 +107,16 @@ def check_run(
     if adapter is not None:
         _check_adapter(plan, adapter.peft_config.target_modules)
     return plan
+
+
+def check_loss(args: RunArguments, config: UnlearningConfig) -> None:
+    """Raise `SettingsError` if the loss reads retain rows and the run gives it none."""
+    loss = config.build_loss()
+    if loss.kind.needs_retain and not (args.use_retain_rows and (args.retain or args.train)):
+        raise SettingsError(
+            f"loss {loss.name!r} needs retain rows; pass --use_retain_rows True and --train or --retain, or choose "
+            "another loss"
+        )
 
 
 def check_collect(args: DataArguments, output_dir: str, overwrite: bool) -> ModelPlan:

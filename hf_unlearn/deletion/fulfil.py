@@ -279,6 +279,8 @@ class PreparedRequest:
         }
         retain_rows = 0 if rows.retain is None else len(rows.retain)
         record_run(report, trainer, retain_rows=retain_rows, merged=merges_adapter(self.request))
+        if self.request.card:
+            report.method["card"] = dict(self.request.card)
         report.method["rows_forgotten_again"] = len(rows.forgotten_before)
         report.timings = timings
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_unlearn.core.text import one_line
@@ -45,3 +46,32 @@ def peft_config(args: RunArguments) -> LoraConfig | None:
         )
     except (ValueError, TypeError) as error:
         raise SettingsError(f"LoRA settings: {one_line(error)}") from error
+
+
+def card_facts(args: RunArguments) -> dict[str, str | list[str]]:
+    """Return what the metadata of the card says about licence, language and data sets; unknown ones are left out.
+
+    The data set is named if it is one of the Hub. Licence and language are those of the settings, or of the card in the
+    folder of a local model.
+    """
+    facts = _facts_of_card(Path(args.model_name_or_path) / "README.md")
+    if args.license:
+        facts["license"] = args.license
+    if args.language:
+        facts["language"] = [name.strip() for name in args.language.split(",") if name.strip()]
+    if args.dataset_name and not Path(args.dataset_name).exists():
+        facts["datasets"] = [args.dataset_name]
+    return facts
+
+
+def _facts_of_card(card: Path) -> dict[str, str | list[str]]:
+    """Return licence and language of a model's card; nothing if there is no card that can be read."""
+    if not card.is_file():
+        return {}
+    from huggingface_hub import ModelCard
+
+    try:
+        metadata = ModelCard(card.read_text(encoding="utf-8")).data.to_dict()
+    except Exception:  # the errors of yaml and of huggingface_hub share no base class; the base's card is not ours
+        return {}
+    return {name: metadata[name] for name in ("license", "language") if metadata.get(name)}

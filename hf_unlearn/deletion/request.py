@@ -137,6 +137,7 @@ class DeletionRequest:
         adapter: Train this adapter; None trains the weights.
         series: The request's place in a series, as `RequestSeries.begin` returns it. The ledger gets an entry when the
             output folder is written.
+        card: Licence, language and data sets for the metadata of the card, as `license`, `language` and `datasets`.
         timings: Seconds spent before this request (training, collecting), by phase.
     """
 
@@ -147,4 +148,5 @@ class DeletionRequest:
     evaluation: EvaluationOptions = EvaluationOptions()
     adapter: AdapterOptions | None = None
     series: BegunRequest | None = None
+    card: Mapping[str, str | list[str]] = field(default_factory=dict)
     timings: Mapping[str, float] = field(default_factory=dict)

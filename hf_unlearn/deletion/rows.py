@@ -198,7 +198,7 @@ def _without_forget_rows(train: Sequence[Row], forget_keys: Sequence[bytes], spl
     missing = [number for number, key in enumerate(forget_keys) if not seen[key]]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(forget_keys)} forget rows are not in the train split {split!r} (first: row "
+            f"{len(missing)} forget rows are not in the train split {split!r} (of {len(forget_keys)}; first: row "
             f"{missing[0]} of the forget set); a model forgets only rows that it was trained on: pass the --train that "
             "has them"
         )

@@ -18,7 +18,7 @@ from hf_unlearn.data.formats import Rows
 from hf_unlearn.data.splits import load_rows
 from hf_unlearn.deletion.arguments import DataArguments, RunArguments
 from hf_unlearn.deletion.build import build_request
-from hf_unlearn.deletion.checks import ModelPlan, check_collect, check_finished
+from hf_unlearn.deletion.checks import ModelPlan, check_collect, check_finished, check_folders, check_loss
 from hf_unlearn.deletion.fine_tuning import cache_folder
 from hf_unlearn.deletion.fulfil import fulfil_request_under
 from hf_unlearn.deletion.next_request import next_config, open_series
@@ -58,6 +58,8 @@ def run_request(args: RunArguments, config: UnlearningConfig) -> dict[str, Unlea
     if len(names) > 1 and config.deepspeed_plugin is not None:
         raise SettingsError("DeepSpeed allows one unlearning run per process; run the constraints one by one")
     check_output(config.output_dir or DEFAULT_OUTPUT, config.overwrite_output_dir)
+    check_folders(args)
+    check_loss(args, config)
     series = open_series(args, names)
     if series is not None:
         config = next_config(args, config, series)
