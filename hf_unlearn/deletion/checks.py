@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
+
+import torch
 
 from hf_unlearn.core.files import check_folder, check_output
 from hf_unlearn.core.processes import world
@@ -21,7 +23,7 @@ from hf_unlearn.deletion.options import adapter_options, metric_names
 from hf_unlearn.errors import DataError, ModelError, SettingsError
 from hf_unlearn.evaluation.attacks.registry import ATTACKS
 from hf_unlearn.evaluation.metrics.registry import METRICS, SUITES, missing_splits
-from hf_unlearn.models.adapters import check_target_modules
+from hf_unlearn.models.adapters import check_target_modules, with_adapter
 from hf_unlearn.models.loading import (
     adapter_settings,
     choose_task,
@@ -35,9 +37,9 @@ from hf_unlearn.trainer.config import UnlearningConfig
 
 if TYPE_CHECKING:
     import datasets
+    from peft import PeftConfig
     from transformers import PreTrainedModel
 
-Arguments = TypeVar("Arguments", bound=DataArguments)
 _CLASSIFIERS = ("text-classification", "token-classification", "image-classification")
 
 
@@ -105,7 +107,7 @@ def check_run(
     adapter = adapter_options(replace(args, task=task))
     plan = model_plan(args, task, last)
     if adapter is not None:
-        _check_adapter(plan, adapter.peft_config.target_modules)
+        _check_adapter(plan, adapter.peft_config)
     return plan
 
 
@@ -259,16 +261,19 @@ def fine_tuning_settings(args: RunArguments) -> FineTuning:
     )
 
 
-def _check_adapter(plan: ModelPlan, targets: str | Iterable[str] | None) -> None:
-    """Raise an error if the model has an adapter already, or has no modules of the names that are to get one."""
+def _check_adapter(plan: ModelPlan, config: PeftConfig) -> None:
+    """Raise an error if the model has an adapter already, or if PEFT cannot add this one to the model's layers."""
     saved = adapter_settings(plan.name)
     if saved is not None:
         raise ModelError(
             f"{plan.name!r} has an adapter already ({saved.get('peft_type', 'of unknown type')}); merge it into its "
             "base model (merge_and_unload), or leave out --use_peft"
         )
+    model, targets = plan.outline(), getattr(config, "target_modules", None)
     if targets is not None and not isinstance(targets, str):
-        check_target_modules(plan.outline(), targets)
+        check_target_modules(model, targets)
+    with torch.device("meta"):
+        with_adapter(model, config)
 
 
 # Rows
