@@ -163,7 +163,7 @@ def run_grid(args: BenchmarkArguments, config: UnlearningConfig, folder: Path) -
 
 
 def _check_unfinished(grid: Sequence[Cell], cells_folder: Path) -> None:
-    """Check the models, rows and names of the cells that are to run; what only one cell does is told when it runs."""
+    """Check the models, rows and names of the cells that are to run; one cell alone is checked when it runs."""
     unfinished = [cell for cell in grid if gather(not (cells_folder / cell.file).is_file())[0]]
     for group in groups_of(unfinished):
         check_run(replace(group[0].args, constraints=None), group[0].config)
