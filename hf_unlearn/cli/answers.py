@@ -72,7 +72,10 @@ def reports_answer(reports: "Mapping[str, UnlearningReport]", output_dir: str, m
     from hf_unlearn.evaluation.tables import side_by_side
 
     first = next(iter(reports.values()))
-    lines = [f"\n{metric} by split (forgotten: {first.request['rows']} rows of {first.request['source']})\n"]
+    source = str(first.request.get("source") or "").strip()
+    count = first.request["rows"]
+    forgotten = f"{count} row{'' if count == 1 else 's'}" + f" of {source}" * bool(source)
+    lines = [f"\n{metric} by split (forgotten: {forgotten})\n"]
     lines.append(side_by_side(dict(reports), metric))
     for name, report in reports.items():
         lines.append(f"\n{name}: {report.method['stopped']}")

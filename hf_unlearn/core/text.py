@@ -3,6 +3,9 @@
 import math
 from collections.abc import Sequence
 
+_SHORT = 80
+"""A text of fewer characters is completed by the cause of its error."""
+
 
 def is_finite(value: object) -> bool:
     """Return whether a value is a number (also of numpy or torch) that is neither NaN nor infinite.
@@ -12,6 +15,26 @@ def is_finite(value: object) -> bool:
     """
     value = value.item() if hasattr(value, "item") else value
     return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def one_line(error: BaseException, longest: int = 300) -> str:
+    """Return what an error of a library says in one line, for an error message of the package.
+
+    All lines count, because the first often only introduces the others; so does the cause of an error that says little.
+    An error without a text is the name of its type.
+
+    >>> one_line(ValueError("Couldn't instantiate the tokenizer from one of: \\n(1) a file, \\n(2) a class"))
+    "Couldn't instantiate the tokenizer from one of: (1) a file, (2) a class"
+
+    Args:
+        error: The error.
+        longest: Most characters; a longer text is cut after a word and ends with `...`.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    cause = " ".join(str(error.__cause__ or "").split())
+    if cause and len(text) < _SHORT and cause not in text:
+        text = f"{text.rstrip('.:')}: {cause}"
+    return text if len(text) <= longest else text[:longest].rpartition(" ")[0].rstrip(" ,;:") + " ..."
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:

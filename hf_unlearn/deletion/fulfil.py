@@ -131,9 +131,10 @@ def _forget_statistics(request: DeletionRequest, config: UnlearningConfig) -> Re
     if request.statistics is None or not request.subtract_forget:
         return None
     options = replace(CollectionOptions.from_config(config), **request.statistics.matching_arguments)
+    rows = request.rows
     return collect_with_options(
         request.models.original,
-        request.rows.forget,
+        [*rows_of(rows.forget), *rows_of(rows.copies)] if rows.copies else rows.forget,
         options,
         collator=request.models.collator,
         processing_class=request.models.processing_class,
@@ -278,6 +279,8 @@ class PreparedRequest:
         }
         retain_rows = 0 if rows.retain is None else len(rows.retain)
         record_run(report, trainer, retain_rows=retain_rows, merged=merges_adapter(self.request))
+        if self.request.card:
+            report.method["card"] = dict(self.request.card)
         report.method["rows_forgotten_again"] = len(rows.forgotten_before)
         report.timings = timings
 

@@ -57,6 +57,7 @@ class RequestRows:
         retain: Retain rows for the loss, if it has a retain term.
         forgotten_before: Rows of earlier requests to train on again, so that they stay forgotten. They are not
             subtracted from the statistics, and the stopping rule does not look at them.
+        copies: Further copies of forget rows that the statistics include. They are subtracted with the forget rows.
         source: Where the rows come from, for the report. Must not name a row.
     """
 
@@ -64,6 +65,7 @@ class RequestRows:
     evaluation: Mapping[str, Rows] = field(default_factory=dict)
     retain: Rows | None = None
     forgotten_before: Rows = ()
+    copies: Rows = ()
     source: str = ""
 
     @property
@@ -135,6 +137,7 @@ class DeletionRequest:
         adapter: Train this adapter; None trains the weights.
         series: The request's place in a series, as `RequestSeries.begin` returns it. The ledger gets an entry when the
             output folder is written.
+        card: Licence, language and data sets for the metadata of the card, as `license`, `language` and `datasets`.
         timings: Seconds spent before this request (training, collecting), by phase.
     """
 
@@ -145,4 +148,5 @@ class DeletionRequest:
     evaluation: EvaluationOptions = EvaluationOptions()
     adapter: AdapterOptions | None = None
     series: BegunRequest | None = None
+    card: Mapping[str, str | list[str]] = field(default_factory=dict)
     timings: Mapping[str, float] = field(default_factory=dict)

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hf_unlearn.core.files import replace_folder, write_json
 from hf_unlearn.core.processes import gather, is_main, wait_for_all
+from hf_unlearn.core.text import one_line
 from hf_unlearn.data.formats import Row, Rows
 from hf_unlearn.data.row_identity import labelled_batch_hashes, rows_to_text
 from hf_unlearn.errors import DataError, SettingsError
@@ -177,7 +178,7 @@ class StoredOutputs:
             files = [safe_open(path, framework="pt") for path in sorted(folder.glob("outputs-*.safetensors"))]
         except (OSError, ValueError, SafetensorError) as error:
             raise SettingsError(
-                f"{folder} is damaged ({str(error).splitlines()[0]}); remove it, and it is computed again"
+                f"{folder} is damaged ({one_line(error)}); remove it, and it is computed again"
             ) from error
         for name, value in expected.items():
             if index.get(name) != value:

@@ -6,12 +6,14 @@ weights are never changed. `constraints.StepConstrainer` documents what is exact
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_unlearn.core.registry import suggestion
+from hf_unlearn.core.text import one_line
 from hf_unlearn.errors import ModelError, SettingsError
 
 if TYPE_CHECKING:
@@ -101,7 +103,25 @@ def with_adapter(model: nn.Module, peft_config: "PeftConfig") -> nn.Module:
     try:
         return get_peft_model(model, peft_config)
     except ValueError as error:  # such as target modules that the model does not have
-        raise SettingsError(f"LoRA settings: {str(error).splitlines()[0]}") from error
+        raise SettingsError(f"LoRA settings: {one_line(error)}") from error
+
+
+def check_target_modules(model: nn.Module, targets: Iterable[str]) -> None:
+    """Raise `SettingsError` if a name is not the end of any module's name, as PEFT matches them.
+
+    >>> check_target_modules(nn.Sequential(nn.Linear(2, 2)), ["q_proj"])
+    Traceback (most recent call last):
+        ...
+    hf_unlearn.errors.SettingsError: the model has no module 'q_proj' to adapt (--lora_target_modules); choose from 0
+    """
+    kinds = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise SettingsError(
+                f"the model has no module {target!r} to adapt (--lora_target_modules); "
+                f"{suggestion(target, sorted(kinds))}"
+            )
 
 
 def check_adapters(model: nn.Module) -> None:

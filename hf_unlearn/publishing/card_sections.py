@@ -29,6 +29,16 @@ from hf_unlearn.publishing.plots import PICTURES
 WEIGHTS_TRAINED = "not used: the weights themselves were trained"
 MODELS = ("original", "unlearned", "retrained")
 UNITS = {"loss": "loss (nats)", "entropy": "entropy (nats)"}
+AUTO_CLASSES = {
+    "text-generation": "AutoModelForCausalLM",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "summarization": "AutoModelForSeq2SeqLM",
+    "translation": "AutoModelForSeq2SeqLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
+"""The auto class that loads a model, by the Hub's name of its task."""
 REQUEST_FIELDS = ("rows", "source", "date", "number", "commitment")
 METHOD_FIELDS = ("loss", "loss_settings", "constraint", "constraint_settings", "stopped", "steps", "retain_rows_used")
 SUMMARY_FIELDS = ("loss_summary", "constraint_summary")
@@ -51,6 +61,8 @@ def template_variables(report: UnlearningReport, model_name: str, plots: Sequenc
         "model_name": escape(model_name),
         "base_model": _base_model(method),
         "base_model_revision": text(method.get("base_model_revision")),
+        "usage": _usage(method, model_name),
+        "licence": text((method.get("card") or {}).get("license")),
         "request": _only({**report.request, "rows": _count(report.request.get("rows"))}, REQUEST_FIELDS),
         "method": _only(method, METHOD_FIELDS) | {name: sentence(method.get(name)) for name in SUMMARY_FIELDS},
         "statistics": _only(method.get("statistics") or {}, STATISTICS_FIELDS),
@@ -117,6 +129,27 @@ def _base_model(method: Mapping[str, Any]) -> str:
     if isinstance(name, str) and names_base_model(method):
         return f"[{escape(name)}](https://huggingface.co/{quote(name)})"
     return f"a local model, {code(Path(str(name)).name)}" if name else NOT_RECORDED
+
+
+def _usage(method: Mapping[str, Any], model_name: str) -> str:
+    """Return the Python code that loads the model."""
+    auto = AUTO_CLASSES.get(str(method.get("task")), "AutoModel")
+    adapter = method.get("adapter")
+    name = re.sub(r"[^\w./-]", "_", model_name)
+    processor = "AutoImageProcessor" if method.get("task") == "image-classification" else "AutoTokenizer"
+    if adapter and not adapter.get("merged"):
+        peft = f"AutoPeft{auto.removeprefix('Auto')}" if auto.endswith("LM") else "AutoPeftModel"
+        first = f"from peft import {peft} as {auto}\nfrom transformers import {processor}"
+    else:
+        first = f"from transformers import {auto}, {processor}"
+    lines = [
+        first,
+        "",
+        f'name = "{name}"  # the Hub id of this model, or its folder',
+        f"model = {auto}.from_pretrained(name)",
+        f"processor = {processor}.from_pretrained(name)",
+    ]
+    return "\n".join(lines)
 
 
 def _retained_energy(method: Mapping[str, Any]) -> str:

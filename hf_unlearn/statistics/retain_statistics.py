@@ -266,7 +266,7 @@ class RetainStatistics:
         if not allow_other_weights and (fingerprint := weights_fingerprint(model)) != self.weights:
             raise StatisticsError(
                 f"these statistics belong to other weights ({self.weights[:12]}, the model has {fingerprint[:12]}); "
-                "collect them again, or pass allow_other_weights=True (--allow_other_weights) if that is intended"
+                "collect them again on this model; in Python, allow_other_weights=True loads them all the same"
             )
 
     # Files
