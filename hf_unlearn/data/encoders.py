@@ -198,8 +198,7 @@ def _splitter(columns: set[str], what: str) -> Split:
 
 def _split_messages(row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, alternate: bool) -> TokensAndAnswers:
     messages = cell(row, "messages", where)
-    is_list = isinstance(messages, Sequence) and not isinstance(messages, str) and len(messages)
-    context = last_answer(messages) if alternate and is_list else 0
+    context = last_answer(row["messages"]) if alternate else 0  # the row itself was encoded before its alternate
     return encode_conversation(cast("Sequence[Row]", messages), tokenizer, where, context)
 
 
