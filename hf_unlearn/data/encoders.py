@@ -30,6 +30,7 @@ from hf_unlearn.data.formats import (
     with_answer,
 )
 from hf_unlearn.data.left_out import LeftOut
+from hf_unlearn.data.pictures import picture
 from hf_unlearn.data.tokens import encode as encode_text
 from hf_unlearn.data.tokens import tokens_of_parts, with_end
 from hf_unlearn.errors import DataError
@@ -333,9 +334,7 @@ def image_encoder(columns: set[str], context: EncodingContext) -> Encode:
     channels = getattr(getattr(context.model, "config", None), "num_channels", default)
 
     def encode(row: Row, index: int) -> dict[str, Any]:
-        image = row[name]
-        if channels == 3 and getattr(image, "mode", "RGB") != "RGB":  # grey and palette images
-            image = image.convert("RGB")
+        image = picture(cell(row, name, context.where(index)), channels, context.where(index))
         pixels = torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"][0])
         return {"pixel_values": pixels, **context.label(row, index)}
 

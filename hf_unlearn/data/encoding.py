@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from hf_unlearn.core.processes import world
-from hf_unlearn.data.checks import require_rows
+from hf_unlearn.data.checks import check_container, check_row, require_continuing, require_rows
 from hf_unlearn.data.encoders import ENCODERS, Encode, EncodingContext
 from hf_unlearn.data.formats import MODEL_INPUTS, Row, Rows
 from hf_unlearn.data.left_out import LeftOut
@@ -114,6 +114,7 @@ def encode_dataset(
             the model.
     """
     rows: Any = dataset
+    check_container(rows, what)
     streamed = rows is not None and not hasattr(rows, "__len__")
     if not streamed:
         require_rows(rows, what)
@@ -122,6 +123,9 @@ def encode_dataset(
     first = next(iter(rows), None) if streamed else rows[0]
     if first is None:
         raise DataError(f"the {what} set is empty; give it at least one row")
+    check_row(first, what)
+    if model is not None:
+        require_continuing(model, first, what)
     if set(first) & set(MODEL_INPUTS):
         return RowStream(rows, lambda row, index: dict(row)) if streamed else rows
     task = task or (task_of(model) if model is not None else None) or "language-model"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_unlearn.errors import DataError, ModelError, SettingsError
 from hf_unlearn.models.adapters import base_name, without_wrapper
-from hf_unlearn.models.padding import own_padding
+from hf_unlearn.models.padding import has_values, own_padding
 from hf_unlearn.models.tasks import (
     DECODER_INPUTS,
     IGNORED,
@@ -200,7 +200,7 @@ def output_logits(model: nn.Module, inputs: Batch, **forward_options: int) -> Te
 
 def _check_ids(model: nn.Module, inputs: Batch) -> None:
     """Raise `DataError` if an embedding of the model does not have a row for an id: an index error says too little."""
-    if any(values.is_meta for values in inputs.values()):  # an estimate, which has no values
+    if not all(map(has_values, inputs.values())):
         return
     config = getattr(getattr(model, "module", model), "config", None)
     rows = vocabulary_size(model)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hf_unlearn.errors import DataError
 from hf_unlearn.models.adapters import without_wrapper
@@ -44,7 +45,7 @@ def own_padding(model: nn.Module, inputs: Batch) -> Iterator[Batch]:
         mask_BT = None
     if isinstance(pad, int) and 0 <= pad < (rows or 0):
         yield {**inputs, "input_ids": ids_BT.masked_fill(~mask_BT.bool(), pad)} if mask_BT is not None else inputs
-    elif task_of(model) != "text-classification" or ids_BT.is_meta:
+    elif task_of(model) != "text-classification":
         yield inputs
     else:
         seen_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
@@ -56,8 +57,19 @@ def own_padding(model: nn.Module, inputs: Batch) -> Iterator[Batch]:
             inner.pad_token_id = pad
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Return whether a tensor has values; those of an estimate have a shape only.
+
+    >>> has_values(torch.zeros(2)), has_values(torch.zeros(2, device="meta"))
+    (True, False)
+    """
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
 def _unused_id(ids_BT: Tensor, seen_BT: Tensor, rows: int) -> int:
     """Return an id that is the last seen token of none of the rows."""
+    if not has_values(ids_BT):
+        return 0
     places_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
     last_B = (places_T * seen_BT).argmax(1, keepdim=True)
     used = set(ids_BT.gather(1, last_B).flatten().tolist())
