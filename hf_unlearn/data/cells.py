@@ -49,9 +49,7 @@ def answer_cell(row: Row, name: str, where: str) -> str:
     """Return the text in an answer's column; raise `DataError` as `text_cell`, and if the text is empty."""
     text = text_cell(row, name, where)
     if not text.strip():
-        raise DataError(
-            f"{where} has no token to predict: its column {name!r} is empty; fill it in or leave the row out"
-        )
+        raise DataError(f"{where} has no token to predict: its {name} is empty; fill it in or leave the row out")
     return text
 
 

@@ -20,7 +20,7 @@ def require_rows(dataset: Sized | None, what: str) -> None:
 
 
 def check_container(rows: object, what: str) -> None:
-    """Raise `DataError` with what to pass if a data set is no sequence of rows: splits, columns, a table, or a name.
+    """Raise `DataError` with what to pass if a data set is not rows but splits, columns, a table, or a name.
 
     >>> check_container({"text": ["a", "b"]}, "forget")
     Traceback (most recent call last):

@@ -42,7 +42,7 @@ def test_what_is_not_a_text_is_an_error(task: Task, row: Any, column: str, value
 )
 def test_an_empty_answer_is_an_error(task: Task, row: Any, value: str) -> None:
     column = list(row)[1]
-    with pytest.raises(DataError, match=rf"row 1 of the given set has no token to predict.*'{column}' is empty"):
+    with pytest.raises(DataError, match=rf"row 1 of the given set has no token to predict.*its {column} is empty"):
         encode_dataset([row, {**row, column: value}], tokenizer(template=None), task=task)
 
 
