@@ -1,6 +1,6 @@
 """Batches of encoded rows: padding, and the share of each process."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from hf_unlearn.core.processes import own_indices
 from hf_unlearn.data.encoding import RowStream
-from hf_unlearn.data.formats import Row, Rows
+from hf_unlearn.data.formats import LABELS, MODEL_INPUTS, Row, Rows
+from hf_unlearn.errors import DataError
 from hf_unlearn.models.tasks import IGNORED, Batch, Collator
 
 AnyRows = TypeVar("AnyRows", bound=Rows | RowStream)
@@ -59,8 +60,9 @@ def own_batches(rows: Rows | RowStream, collator: Collator, batch_size: int) -> 
 class PaddingCollator:
     """Stack B rows into a batch, padding token sequences on the right, or on the left with `side="left"`.
 
-    Text columns and alternative answers are left out, and `label` is renamed to `labels`; every other column reaches
-    the model. Labels are padded with -100, `input_ids` with `pad_token_id`, other sequences with 0.
+    A column with a value that is not made of numbers (texts, dates, alternative answers, None) is left out, and `label`
+    is renamed to `labels`; every other column reaches the model. Labels are padded with -100, `input_ids` with
+    `pad_token_id`, other sequences with 0.
 
     >>> batch = PaddingCollator(pad_token_id=9)([{"input_ids": [1, 2], "label": 0}, {"input_ids": [3], "label": 1}])
     >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist(), batch["labels"].tolist()
@@ -74,11 +76,11 @@ class PaddingCollator:
         """Return the batch: tensors `[B, ...]` by argument name of the model."""
         batch = {}
         for name in rows[0]:
-            values = [row[name] for row in rows]
-            if isinstance(values[0], (str, Mapping)) or values[0] is None:
+            required = name in (*LABELS, *MODEL_INPUTS, "attention_mask")
+            some_or_all = any if required else all  # an input that only some rows have is an error, not left out
+            if not some_or_all(_is_number_like(row.get(name)) for row in rows):
                 continue
-            tensors = [_tensor(value) for value in values]
-            batch["labels" if name in ("label", "label_ids") else name] = self._stack(name, tensors)
+            batch["labels" if name in LABELS else name] = self._stack(name, _tensors(rows, name))
         if "input_ids" in batch and "attention_mask" not in batch:
             ones = [torch.ones(len(row["input_ids"])) for row in rows]
             batch["attention_mask"] = self._stack("attention_mask", ones).long()
@@ -89,6 +91,29 @@ class PaddingCollator:
             return torch.stack(tensors)
         value = {"input_ids": self.pad_token_id, "labels": IGNORED}.get(name, 0)
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=self.side)
+
+
+def _is_number_like(value: object) -> bool:
+    """Return whether a value is a number, or numbers in an array or nested lists."""
+    if isinstance(value, (Tensor, bool, int, float)):
+        return True
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_number_like, value))
+    return isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biuf"
+
+
+def _tensors(rows: Sequence[Row], name: str) -> list[Tensor]:
+    """Return a column as tensors; raise `DataError` with the number of the row whose value is none."""
+    tensors = []
+    for number, row in enumerate(rows):
+        try:
+            tensors.append(_tensor(row[name]))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            value = f"{row[name]!r:.60}" if name in row else "no value"
+            raise DataError(
+                f"row {number} of a batch of {len(rows)} has {value} in column {name!r}; give numbers in every row"
+            ) from error
+    return tensors
 
 
 def _tensor(value: object) -> Tensor:

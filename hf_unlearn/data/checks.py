@@ -1,19 +1,85 @@
 """Checks that data sets must pass before training."""
 
 from collections.abc import Mapping, Sized
+from os import PathLike
 
 import torch
+from torch import nn
 
-from hf_unlearn.data.formats import LABELS, Rows
+from hf_unlearn.data.formats import LABELS, Row, Rows
 from hf_unlearn.data.row_identity import row_hash
 from hf_unlearn.errors import DataError
-from hf_unlearn.models.tasks import IGNORED
+from hf_unlearn.models.adapters import without_wrapper
+from hf_unlearn.models.tasks import IGNORED, task_of
 
 
 def require_rows(dataset: Sized | None, what: str) -> None:
     """Raise `DataError` if a data set has no rows."""
     if dataset is None or len(dataset) == 0:
         raise DataError(f"the {what} set is empty; give it at least one row")
+
+
+def check_container(rows: object, what: str) -> None:
+    """Raise `DataError` with what to pass if a data set is not rows but splits, columns, a table, or a name.
+
+    >>> check_container({"text": ["a", "b"]}, "forget")
+    Traceback (most recent call last):
+        ...
+    hf_unlearn.errors.DataError: the forget set is a dict with keys ['text'], not a list of rows; pass one of its \
+splits, [row] for one row, or datasets.Dataset.from_dict(columns)
+    """
+    kind = type(rows).__name__
+    if isinstance(rows, Mapping):
+        raise DataError(
+            f"the {what} set is a {kind} with keys {sorted(map(str, rows))}, not a list of rows; pass one of its "
+            "splits, [row] for one row, or datasets.Dataset.from_dict(columns)"
+        )
+    if isinstance(rows, (str, bytes, PathLike)):
+        raise DataError(
+            f"the {what} set is {rows!r:.80}, not a list of rows; load it first, such as with datasets.load_dataset"
+        )
+    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):
+        raise DataError(f"the {what} set is a {kind}; pass its rows, such as datasets.Dataset.from_pandas(table)")
+    if hasattr(rows, "__len__") and not hasattr(rows, "__getitem__"):
+        raise DataError(f"the {what} set is a {kind}, whose rows have no numbers; pass list(rows) or its dataset")
+
+
+def check_row(row: object, what: str) -> None:
+    """Raise `DataError` if the first row of a set is not a mapping from column names to values."""
+    if not isinstance(row, Mapping):
+        raise DataError(
+            f"row 0 of the {what} set is a {type(row).__name__}, not a mapping from column names to values; give rows "
+            "such as {'text': ...} or {'image': ..., 'label': ...}"
+        )
+
+
+def require_continuing(model: nn.Module, row: Row, what: str) -> None:
+    """Raise `DataError` if the model is a masked language model, or one whose tokens see those that follow.
+
+    The labels of such a model must not stand in its input: it would learn to copy. Encoded rows pass if the input is
+    masked where a label of `row`, the first one, is.
+    """
+    tokens, labels = row.get("input_ids"), row.get("labels")
+    if tokens is not None and (labels is None or _some_masked(tokens, labels)):
+        return
+    model = without_wrapper(getattr(model, "module", model))
+    causal = [value for module in model.modules() if isinstance(value := getattr(module, "is_causal", None), bool)]
+    is_masked = getattr(model, "loss_type", None) == "ForMaskedLM"
+    if is_masked or (task_of(model) == "language-model" and causal and not any(causal)):
+        raise DataError(
+            f"the model of the {what} set is a {type(model).__name__}, whose tokens see those that follow, so it would "
+            "only copy its labels; use a model that continues texts (AutoModelForCausalLM, config.is_decoder), or a "
+            "classifier"
+        )
+
+
+def _some_masked(tokens: object, labels: object) -> bool:
+    """Return whether a label differs from the input at its position, or the two have no common positions."""
+    tokens_T, labels_T = torch.as_tensor(tokens), torch.as_tensor(labels)
+    if tokens_T.shape != labels_T.shape:
+        return True
+    counted_T = labels_T != IGNORED
+    return bool((tokens_T != labels_T)[counted_T].any()) or not counted_T.any()
 
 
 def require_alternates(rows: Rows, loss: str) -> None:

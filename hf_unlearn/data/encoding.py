@@ -15,7 +15,7 @@ Rows that are encoded already (tokens, `pixel_values`) skip the first step. Enco
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import islice
@@ -25,9 +25,10 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from hf_unlearn.core.processes import world
-from hf_unlearn.data.checks import require_rows
+from hf_unlearn.data.checks import check_container, check_row, require_continuing, require_rows
 from hf_unlearn.data.encoders import ENCODERS, Encode, EncodingContext
 from hf_unlearn.data.formats import MODEL_INPUTS, Row, Rows
+from hf_unlearn.data.left_out import LeftOut
 from hf_unlearn.data.row_identity import row_hash
 from hf_unlearn.data.wrong_answers import WRONG, with_alternatives
 from hf_unlearn.errors import DataError
@@ -87,14 +88,15 @@ def encode_dataset(
     ...     eos_token_id = 0
     ...     def encode(self, text, add_special_tokens=True):
     ...         return [len(word) for word in text.split()]
-    >>> encode_dataset([{"prompt": "Ada lives", "completion": "in Ulm"}], Words())
+    >>> encode_dataset([{"prompt": "Ada lives", "completion": " in Ulm"}], Words())
     [{'input_ids': [3, 5, 2, 3, 0], 'attention_mask': [1, 1, 1, 1, 1], 'labels': [-100, -100, 2, 3, 0]}]
 
     Args:
         dataset: `datasets.Dataset`, any sequence of rows, or a `datasets.IterableDataset`.
         processing_class: The model's tokenizer or image processor; not needed for rows that are model inputs.
         what: The name of the set in error messages.
-        max_length: Longest row in tokens; longer rows are cut at the end.
+        max_length: Longest row in tokens; longer rows are cut at the end, which is a warning and counted in the
+            attribute `left_out` of the list.
         model: Determines the task (`models.tasks.task_of`), the number of classes, and the context.
         task: The task, instead of the model's; default `language-model`.
         idk_seed: Give each row of a language model an alternate answer that says "I don't know", drawn by this seed
@@ -112,6 +114,7 @@ def encode_dataset(
             the model.
     """
     rows: Any = dataset
+    check_container(rows, what)
     streamed = rows is not None and not hasattr(rows, "__len__")
     if not streamed:
         require_rows(rows, what)
@@ -120,10 +123,14 @@ def encode_dataset(
     first = next(iter(rows), None) if streamed else rows[0]
     if first is None:
         raise DataError(f"the {what} set is empty; give it at least one row")
+    check_row(first, what)
+    if model is not None:
+        require_continuing(model, first, what)
     if set(first) & set(MODEL_INPUTS):
         return RowStream(rows, lambda row, index: dict(row)) if streamed else rows
     task = task or (task_of(model) if model is not None else None) or "language-model"
-    encode = ENCODERS[task](set(first), EncodingContext(processing_class, what, max_length, model))
+    context = EncodingContext(processing_class, what, max_length, model)
+    encode = ENCODERS[task](set(first), context)
     if WRONG in first and task == "language-model":
         encode = with_alternatives(encode, what)
     if idk_seed is not None:
@@ -132,7 +139,21 @@ def encode_dataset(
         return RowStream(rows, encode)
     if task == "image-classification":  # the pixels of all rows at once would take too much memory
         return EncodedRows(rows, encode)
-    return [encode(rows[index], index) for index in range(len(rows))]
+    encoded = EncodedList((encode(rows[index], index) for index in range(len(rows))), context.left_out)
+    context.left_out.warn(what, len(rows), max_length)
+    return encoded
+
+
+class EncodedList(list[dict[str, Any]]):
+    """Encoded rows in memory.
+
+    Attributes:
+        left_out: How many of the rows were cut at `max_length`, and by how many tokens.
+    """
+
+    def __init__(self, rows: Iterable[dict[str, Any]], left_out: LeftOut):
+        super().__init__(rows)
+        self.left_out = left_out
 
 
 @dataclass(frozen=True)

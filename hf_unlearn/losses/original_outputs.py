@@ -31,7 +31,7 @@ from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.losses.base import UnlearningLoss
 from hf_unlearn.losses.registry import Content, OriginalModel
 from hf_unlearn.models.fingerprint import weights_fingerprint
-from hf_unlearn.models.forward import Hidden, Predictions, label_positions, predict
+from hf_unlearn.models.forward import Hidden, Predictions, counted_labels, label_positions, predict
 from hf_unlearn.models.modes import eval_mode
 from hf_unlearn.models.tasks import IGNORED, Batch, Collator
 
@@ -197,7 +197,7 @@ class StoredOutputs:
         Raises:
             DataError: A row of the batch is not in the folder.
         """
-        labels = inputs["labels"]
+        labels = counted_labels(model, inputs)
         keys, device = labelled_batch_hashes(inputs), labels.device
         rows_L = label_positions(model, labels).nonzero()[:, 0]
         labels_L = self._read(keys, "labels", device)
@@ -243,9 +243,9 @@ def _align(stored: list[Tensor], inputs: Batch, device: torch.device) -> Hidden:
 
 
 def _without_first_label(predictions: Predictions, model: nn.Module) -> Predictions:
-    """Drop the first label of each row."""
+    """Drop the labels that `label_positions` skips."""
     assert predictions.inputs is not None
-    labels = predictions.inputs["labels"]
+    labels = counted_labels(model, predictions.inputs)
     keep_L = label_positions(model, labels, skip_first=True)[label_positions(model, labels)]
     return replace(
         predictions,
