@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _INSERTED = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")
 _FACTOR = re.compile(r"(.+)\.lora_(A|B)\.[^.]+\.weight")
+_SECOND_FACTORS = ("lora_B", "lora_embedding_B")  # LoRA changes nothing while they are 0
 _KEEPS_BASE_WEIGHTS = (True, "gaussian", "eva")
 
 
@@ -62,6 +63,38 @@ def lora_layers(model: nn.Module) -> "Iterator[tuple[str, LoraLayer, str]]":
         if isinstance(factors, nn.ModuleDict):
             layer: Any = module
             yield from ((base_name(name), layer, adapter) for adapter in layer.active_adapters if adapter in factors)
+
+
+def changed_adapter(model: nn.Module) -> str | None:
+    """Return the base name of a module whose active adapter changes what it computes, or None.
+
+    An adapter that is disabled or merged into the weights, and LoRA as it begins (B is 0), change nothing.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
+            continue
+        active = getattr(module, "active_adapters", None)
+        if isinstance(active, (list, tuple)) and any(_changes(module, adapter) for adapter in active):
+            return base_name(name)
+    return None
+
+
+def _changes(module: nn.Module, adapter: str) -> bool:
+    """Return whether one adapter of a PEFT module changes what the module computes."""
+    copies, original = getattr(module, "modules_to_save", None), getattr(module, "original_module", None)
+    if isinstance(copies, nn.ModuleDict) and original is not None:
+        mine = copies[adapter].state_dict() if adapter in copies else {}
+        own = original.state_dict()
+        return any(name not in own or not torch.equal(tensor, own[name]) for name, tensor in mine.items())
+    names = getattr(module, "adapter_layer_names", ())
+    owned = {name: getattr(module, name) for name in names if adapter in getattr(module, name, ())}
+    if not owned:
+        return False
+    seconds: list[Any] = [owned[name][adapter] for name in _SECOND_FACTORS if name in owned]
+    if not seconds or adapter in getattr(module, "lora_variant", ()):
+        return True  # another kind of adapter, which may scale or add anything
+    factors = [factor.weight if isinstance(factor, nn.Module) else factor for factor in seconds]
+    return any(bool(torch.count_nonzero(factor)) for factor in factors)
 
 
 def merged_state_dict(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

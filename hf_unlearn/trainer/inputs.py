@@ -1,9 +1,11 @@
 """Prepared inputs of `UnlearningTrainer`: a loaded model, encoded rows, checked statistics, frozen parameters."""
 
+import glob
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
@@ -25,8 +27,15 @@ from hf_unlearn.losses.registry import ForgetTerm, OriginalModel
 from hf_unlearn.models.adapters import with_adapter
 from hf_unlearn.models.layers import find_layers
 from hf_unlearn.models.loading import load_model_and_processor
+from hf_unlearn.models.readiness import check_loaded, check_saveable
 from hf_unlearn.models.tasks import Collator, ProcessingClass
-from hf_unlearn.models.trainable import Coverage, freeze_all_but, freeze_unprotected, is_weight_of
+from hf_unlearn.models.trainable import (
+    Coverage,
+    check_not_frozen,
+    freeze_all_but,
+    freeze_unprotected,
+    is_weight_of,
+)
 from hf_unlearn.statistics.collect import collect_with_options
 from hf_unlearn.statistics.options import CollectionOptions
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
@@ -96,6 +105,8 @@ def prepare_inputs(
         network = model
     else:
         network, processing_class = load_model_and_processor(model, processing_class)
+    check_loaded(network)
+    check_saveable(network, processing_class)
     built_loss = args.build_loss() if loss is None else build_loss(loss)
     encode = row_encoder(network, processing_class, args, built_loss)
     forget, retain = encode(forget_dataset, "forget"), encode(retain_dataset, "retain")
@@ -193,10 +204,13 @@ def freeze_for_run(
     model: nn.Module, statistics: RetainStatistics | None, constraint: ConstraintLike, args: UnlearningConfig
 ) -> Coverage:
     """Freeze what must not train, and return the coverage; without a constraint the same weights train, all exposed."""
+    layers: Iterable[str] = statistics.layers if statistics is not None else find_layers(model)
+    names = [name for name, _ in model.named_parameters()]
+    left_out = [n for n in names if args.train_only and not any(fnmatchcase(n, p) for p in args.train_only)]
+    check_not_frozen(model, layers, args.allow_exposed, [*args.freeze, *map(glob.escape, left_out)])
     freeze_all_but(model, args.train_only)
     if constraint is not None and statistics is not None:
         return freeze_unprotected(model, statistics.layers, args.allow_exposed, args.freeze)
-    layers = statistics.layers if statistics is not None else find_layers(model)
     exposed = [name for name, _ in model.named_parameters() if is_weight_of(name, layers)]
     return freeze_unprotected(model, (), [*exposed, *args.allow_exposed], args.freeze)
 

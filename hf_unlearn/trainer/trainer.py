@@ -31,11 +31,12 @@ from hf_unlearn.models.forward import predict
 from hf_unlearn.models.modes import hold_norm_statistics
 from hf_unlearn.models.tasks import Batch, Collator, ProcessingClass
 from hf_unlearn.trainer.adversary import relearned_weights
-from hf_unlearn.trainer.callbacks import DualWeightCallback, EngineCallback
+from hf_unlearn.trainer.callbacks import DualWeightCallback, EngineCallback, StartLineCallback
 from hf_unlearn.trainer.checkpoints import CheckpointKeeper, ResumePoint
 from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.hub import HubPublisher, push_options, repository_name
 from hf_unlearn.trainer.inputs import StatisticsLike, original_source, prepare_inputs
+from hf_unlearn.trainer.outcome import UnlearningOutcome, outcome_of, say
 from hf_unlearn.trainer.row_stopping import RowStopping
 from hf_unlearn.trainer.run_record import fill_missing, run_report
 from hf_unlearn.trainer.stopping import OverUnlearningCallback, stopping_rules
@@ -170,6 +171,7 @@ class UnlearningTrainer(Trainer):
             "holdout": inputs.holdout,
             "retain": inputs.splits.get("retain"),
         }
+        self._outcome: UnlearningOutcome | None = None
         self._add_callbacks()
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -196,9 +198,11 @@ class UnlearningTrainer(Trainer):
             self._stopping_score,
             has_holdout=self._stopping_rows["holdout"] is not None,
             has_retain=self._stopping_rows["retain"] is not None,
+            reads_metrics=self._scores_rows,
         )
         for rule in rules:
             self.add_callback(rule)
+        self.add_callback(StartLineCallback(self._stopping_callback()))
         if self.loss.dual is not None:
             self.add_callback(DualWeightCallback(self.loss.dual))
 
@@ -411,20 +415,30 @@ class UnlearningTrainer(Trainer):
         if stopping is not None and stopping.target is None and mark is not None:
             stopping.mark = mark
 
-    def _stopping_score(self, split: str, metric: str | None = None) -> float:
+    def _stopping_score(self, split: str, metric: str | None = None, attacked: bool = True) -> float:
         """Return a metric, by default the forget metric, of `forget`, `holdout` or `retain` rows; without a log line.
 
         Against an attacker a third of the forget rows, at most a training batch, is relearned, and the others are
-        scored.
+        scored, unless `attacked` is false.
         """
         rows, batch = self._stopping_rows[split], None
         assert rows is not None
-        if self.args.adversary_steps and split == "forget":
+        if self.args.adversary_steps and split == "forget" and attacked:
             few, rows = attackers_rows(rows)
             batch = self._prepare_inputs(self.data_collator(few[: self.args.per_device_train_batch_size]))
-        with self._relearned_weights(batch):
+        with self._relearned_weights(batch), self._own_scores():
             loop = self.evaluation_loop(self.get_eval_dataloader(rows), f"Comparing {split}")
         return loop.metrics[f"eval_{metric or self.args.forget_metric}"]
+
+    @contextmanager
+    def _own_scores(self) -> Iterator[None]:
+        """Compute the package's metrics within the context, also for a trainer with its own `compute_metrics`."""
+        theirs = self.compute_metrics, self._scores_rows
+        self.compute_metrics, self._scores_rows = _mean_scores, True
+        try:
+            yield
+        finally:
+            self.compute_metrics, self._scores_rows = theirs
 
     def _stopping_callback(self) -> OverUnlearningCallback | None:
         callbacks = self.callback_handler.callbacks
@@ -470,16 +484,54 @@ class UnlearningTrainer(Trainer):
             stopping.last_short = None
         if dual is not None:
             dual.reset()
+        self._earlier_stop_reason = None
         point = self._checkpoints.find(resume_from_checkpoint)
-        if point is None:
-            return super().train(resume_from_checkpoint=None, **options)
-        if point.stop_reason:
-            return self._load_ended_run(point)
+        if point is not None and self._has_ended(point):
+            output = self._load_ended_run(point)
+        else:
+            if point is not None and stopping is not None:
+                stopping.last_short = point.last_short
+            if point is not None and dual is not None and point.dual_weight is not None:
+                dual.load_state(point.dual_weight)
+            output = super().train(resume_from_checkpoint=None if point is None else str(point.folder), **options)
+        self._outcome = self._measured_outcome()
+        if self._outcome.mark is not None:
+            say(str(self._outcome))
+        return output
+
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        """Make the steps of an epoch as Trainer does; none if the forget rows had reached the mark before."""
+        stopping = self._stopping_callback()
+        if stopping is not None and stopping.nothing_to_forget:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **options)
+
+    def _measured_outcome(self) -> UnlearningOutcome:
+        """Measure the forget rows under the current weights, and compare them with the mark; a collective call."""
+        stopping, value = self._stopping_callback(), None
         if stopping is not None:
-            stopping.last_short = point.last_short
-        if dual is not None and point.dual_weight is not None:
-            dual.load_state(point.dual_weight)
-        return super().train(resume_from_checkpoint=str(point.folder), **options)
+            stopping.measure_mark()  # not yet known if a run that had ended was loaded
+            stopping.measure_before()
+            value = stopping.before if stopping.nothing_to_forget else self._stopping_score("forget")
+        rules = [callback for callback in self.callback_handler.callbacks if getattr(callback, "reason", None)]
+        budgets = [rule.setting for rule in rules if hasattr(rule, "setting")]
+        moved = self.constrainer.has_moved()
+        return outcome_of(stopping, value, steps=self.state.global_step, moved=moved, budgets=budgets)
+
+    @property
+    def outcome(self) -> UnlearningOutcome | None:
+        """Whether the last run reached its mark, and what to try next; None before the first run."""
+        return self._outcome
+
+    def _has_ended(self, point: ResumePoint) -> bool:
+        """Return whether nothing is left to train; a run that had made all its steps goes on if it now has more."""
+        if point.stop_reason is None:
+            return False
+        if not point.made_all_steps:
+            return True
+        made = TrainerState.load_from_json(str(point.folder / TRAINER_STATE_NAME)).global_step
+        return made >= self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
     def _load_ended_run(self, point: ResumePoint) -> TrainOutput:
         """Load the checkpoint of a run that had ended; there is nothing left to train."""
@@ -499,14 +551,21 @@ class UnlearningTrainer(Trainer):
         if self._earlier_stop_reason is not None:
             return self._earlier_stop_reason
         reasons = [reason for cb in self.callback_handler.callbacks if (reason := getattr(cb, "reason", None))]
-        return "; ".join(reasons) or f"all {self.state.max_steps} steps were made"
+        if reasons:
+            return "; ".join(reasons)
+        stopping = self._stopping_callback()
+        if stopping is not None and stopping.nothing_to_forget:
+            return "the forget rows had reached the mark before the first step; no step was made"
+        return f"all {self.state.max_steps} steps were made"
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """Save as Trainer does, then seal the folder; older checkpoints are removed only after that."""
         with self._checkpoints.without_rotation():
             super()._save_checkpoint(model, trial)
         ended = self.control.should_training_stop
-        self._checkpoints.seal(self.state, self.stop_reason if ended else None, self._stopping_callback())
+        ruled = any(getattr(callback, "reason", None) for callback in self.callback_handler.callbacks)
+        reason = self.stop_reason if ended else None
+        self._checkpoints.seal(self.state, reason, self._stopping_callback(), made_all_steps=ended and not ruled)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save as Trainer does, but the arguments as JSON without tokens in place of a pickle with them."""
