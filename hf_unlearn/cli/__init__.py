@@ -48,8 +48,8 @@ _FOOTER = f"""hf-unlearn COMMAND --help lists the options. Every command takes:
 
 exit codes: 0 done; {WRONG_INPUT} a wrong input, with one line on standard error;
 {NO} the answer is "no" (ledger verify: damaged, ledger prove: not in it); 1 anything else;
-run, with a complete output folder: {MISSED} the run ended and its mark was missed, {NOTHING_TO_FORGET} there was nothing to
-forget (the rows had reached the mark before the first step), 0 the mark was reached or there is none"""
+run, with a complete output folder: {MISSED} the run ended and its mark was missed, {NOTHING_TO_FORGET} there was
+nothing to forget (the rows had reached the mark before the first step), 0 the mark was reached or there is none"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,22 @@ def require_rows(dataset: Sized | None, what: str) -> None:
         raise DataError(f"the {what} set is empty; give it at least one row")
 
 
+def require_one_split(dataset: object, what: str) -> None:
+    """Raise `DataError` if a data set is several splits by name (such as a `DatasetDict`) in place of the rows of one.
+
+    >>> require_one_split({"train": [], "test": []}, "forget")
+    Traceback (most recent call last):
+        ...
+    hf_unlearn.errors.DataError: the forget set is a dict of splits (train, test); pass the rows of one: dict['train']
+    """
+    if isinstance(dataset, Mapping):
+        kind, names = type(dataset).__name__, [str(name) for name in dataset]
+        first = repr(names[0]) if names else "..."
+        raise DataError(
+            f"the {what} set is a {kind} of splits ({', '.join(names)}); pass the rows of one: {kind}[{first}]"
+        )
+
+
 def require_alternates(rows: Rows, loss: str) -> None:
     """Raise `DataError` if an encoded forget row has no alternate answer."""
     for index in range(len(rows)):

@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from hf_unlearn.core.processes import world
-from hf_unlearn.data.checks import require_rows
+from hf_unlearn.data.checks import require_one_split, require_rows
 from hf_unlearn.data.encoders import ENCODERS, Encode, EncodingContext
 from hf_unlearn.data.formats import MODEL_INPUTS, Row, Rows
 from hf_unlearn.data.row_identity import row_hash
@@ -111,6 +111,7 @@ def encode_dataset(
             tokenizer; a row with nothing left to predict, or longer than the context; a label that is not a class of
             the model.
     """
+    require_one_split(dataset, what)
     rows: Any = dataset
     streamed = rows is not None and not hasattr(rows, "__len__")
     if not streamed:

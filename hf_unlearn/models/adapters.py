@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _INSERTED = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")
 _FACTOR = re.compile(r"(.+)\.lora_(A|B)\.[^.]+\.weight")
-_SECOND_FACTORS = ("lora_B", "lora_embedding_B")  # LoRA changes nothing while they are 0
+_FACTORS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))  # LoRA adds their product
 _KEEPS_BASE_WEIGHTS = (True, "gaussian", "eva")
 
 
@@ -68,7 +68,7 @@ def lora_layers(model: nn.Module) -> "Iterator[tuple[str, LoraLayer, str]]":
 def changed_adapter(model: nn.Module) -> str | None:
     """Return the base name of a module whose active adapter changes what it computes, or None.
 
-    An adapter that is disabled or merged into the weights, and LoRA as it begins (B is 0), change nothing.
+    An adapter that is disabled or merged into the weights, and LoRA as it begins (a factor is 0), change nothing.
     """
     for name, module in model.named_modules():
         if getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
@@ -90,11 +90,15 @@ def _changes(module: nn.Module, adapter: str) -> bool:
     owned = {name: getattr(module, name) for name in names if adapter in getattr(module, name, ())}
     if not owned:
         return False
-    seconds: list[Any] = [owned[name][adapter] for name in _SECOND_FACTORS if name in owned]
-    if not seconds or adapter in getattr(module, "lora_variant", ()):
+    pairs = [pair for pair in _FACTORS if pair[0] in owned]
+    if not pairs or adapter in getattr(module, "lora_variant", ()):
         return True  # another kind of adapter, which may scale or add anything
-    factors = [factor.weight if isinstance(factor, nn.Module) else factor for factor in seconds]
-    return any(bool(torch.count_nonzero(factor)) for factor in factors)
+    return any(all(_nonzero(owned[name][adapter]) for name in pair) for pair in pairs)
+
+
+def _nonzero(factor: "nn.Module | Tensor") -> bool:
+    weight: Any = factor.weight if isinstance(factor, nn.Module) else factor
+    return bool(torch.count_nonzero(weight))
 
 
 def merged_state_dict(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -177,7 +177,9 @@ def check_not_frozen(
 
 def _active_adapter_parameters(model: nn.Module) -> set[str] | None:
     """Return the names of the active adapters' LoRA factors; None for a model without an adapter."""
-    factors = [(name, name.split(".lora_")[1].split(".")[1]) for name, _ in model.named_parameters() if ".lora_" in name]
+    factors = [
+        (name, name.split(".lora_")[1].split(".")[1]) for name, _ in model.named_parameters() if ".lora_" in name
+    ]
     if not factors:
         return None
     active = {adapter for _, _, adapter in lora_layers(model)}

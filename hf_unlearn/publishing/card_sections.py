@@ -174,7 +174,6 @@ def _outcome(report: UnlearningReport) -> dict[str, str]:
     return {name: sentence(report.outcome.get(name)) for name in ("summary", "advice")}
 
 
-
 def _drift(report: UnlearningReport) -> dict[str, str]:
     """Return the predicted drift: relative output change, KL in nats, and the layers in which it is largest."""
     layers = {name: value for name, value in (report.drift.get("by_layer") or {}).items() if is_finite(value)}
@@ -195,7 +194,9 @@ def _retain_changes(report: UnlearningReport) -> list[str]:
         before, after = (report.get(name, "retain", model) for model in ("original", "unlearned"))
         if before and after and is_finite(before.value) and is_finite(after.value):
             change = after.value - before.value
-            changes.append(f"{escape(UNITS.get(name, name))} {as_text(before.value)} → {as_text(after.value)} ({change:+.3f})")
+            changes.append(
+                f"{escape(UNITS.get(name, name))} {as_text(before.value)} → {as_text(after.value)} ({change:+.3f})"
+            )
     return changes
 
 

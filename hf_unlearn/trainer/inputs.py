@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,7 +16,7 @@ from hf_unlearn.constraints.registry import needs_fisher
 from hf_unlearn.constraints.step_constrainer import StepConstrainer
 from hf_unlearn.core.processes import gather
 from hf_unlearn.data.batches import default_collator
-from hf_unlearn.data.checks import require_alternates, require_disjoint, require_labels
+from hf_unlearn.data.checks import require_alternates, require_disjoint, require_labels, require_one_split
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.formats import Rows, rows_of
 from hf_unlearn.data.pairs import PairedCollator, PairedDataset
@@ -39,12 +39,14 @@ from hf_unlearn.models.trainable import (
 from hf_unlearn.statistics.collect import collect_with_options
 from hf_unlearn.statistics.options import CollectionOptions
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
-from hf_unlearn.trainer.config import UnlearningConfig
+from hf_unlearn.trainer.config import FORGET_METRICS, UnlearningConfig
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 StatisticsLike: TypeAlias = "RetainStatistics | str | os.PathLike"
+SPLIT_METRICS = ("loss", "probability", "accuracy", "entropy", *(f"relearned_{name}" for name in FORGET_METRICS))
+"""What an evaluation of a split reports; those after relearning only of `forget`, against an attacker."""
 Encoder: TypeAlias = Callable[["Rows | None", str], Any]
 
 
@@ -89,7 +91,7 @@ class TrainerInputs:
 def prepare_inputs(
     model: str | os.PathLike | nn.Module,
     args: UnlearningConfig,
-    forget_dataset: "Rows",
+    forget_dataset: "Rows | None",
     retain_dataset: "Rows | None" = None,
     *,
     statistics: "StatisticsLike | None" = None,
@@ -101,6 +103,8 @@ def prepare_inputs(
     loss: str | ForgetTerm | UnlearningLoss | None = None,
 ) -> TrainerInputs:
     """Load, encode and check the arguments of `UnlearningTrainer`, which documents them and the errors."""
+    for rows, what in ((forget_dataset, "forget"), (retain_dataset, "retain"), (holdout_dataset, "holdout")):
+        require_one_split(rows, what)
     if isinstance(model, nn.Module):
         network = model
     else:
@@ -125,6 +129,54 @@ def prepare_inputs(
     return TrainerInputs(
         network, processing_class, built_loss, collator, forget, retain, holdout, splits, usable, constraint, coverage
     )
+
+
+COUNTERPARTS = {
+    "train_dataset": "forget_dataset (rows to forget) and retain_dataset (rows to keep)",
+    "test_dataset": "holdout_dataset (rows that the model never saw)",
+    "tokenizer": "processing_class",
+    "ref_model": "original_model",
+    "compute_loss_func": "loss",
+    "model_init": "model",
+    "optimizer_cls_and_kwargs": "optimizers, or optim of UnlearningConfig",
+}
+"""Arguments of `Trainer` and of trl's trainers that `UnlearningTrainer` has under another name."""
+
+
+def refuse_other_arguments(arguments: Mapping[str, object]) -> None:
+    """Raise `SettingsError` for arguments of other trainers, with the ones to pass instead."""
+    for name in arguments:
+        instead = COUNTERPARTS.get(name)
+        advice = f"pass {instead} instead" if instead else "its arguments are those of help(UnlearningTrainer)"
+        raise SettingsError(f"UnlearningTrainer has no argument {name!r}: {advice}")
+
+
+def unlearning_config(args: object) -> UnlearningConfig:
+    """Return `args`; raise `SettingsError` if they are not an `UnlearningConfig`."""
+    if isinstance(args, UnlearningConfig):
+        return args
+    kind = "nothing" if args is None else f"a {type(args).__name__}"
+    raise SettingsError(
+        f"args is {kind}; pass an UnlearningConfig, which takes every setting of TrainingArguments and those of "
+        "unlearning: UnlearningConfig(output_dir, ...)"
+    )
+
+
+def check_best_metric(args: UnlearningConfig, splits: Collection[str], *, others: bool) -> None:
+    """Raise `SettingsError` if a run follows a metric that its evaluations will not have.
+
+    Args:
+        args: Settings; `metric_for_best_model` names the metric.
+        splits: Names of the evaluation splits.
+        others: Whether evaluations may have metrics besides those of the package.
+    """
+    name = args.metric_for_best_model
+    if name is None or others:
+        return
+    known = [f"{split}_{metric}" for split in splits for metric in SPLIT_METRICS]
+    if name.removeprefix("eval_") not in known:
+        have = f"the evaluations of this run have {', '.join(known)}" if known else "this run has no evaluation split"
+        raise SettingsError(f"metric_for_best_model is {name!r}, but {have}; name one of a split in eval_dataset")
 
 
 def row_encoder(

@@ -132,7 +132,8 @@ class OverUnlearningCallback(TrainerCallback):
             forget, step = self._shorten(forget, start, state.global_step)
         control.should_training_stop = True
         mark = "the target" if self.target is not None else "what held-out rows had before,"
-        self.reason = f"forget {self.watched} {significant(forget, 4)} reached {mark} {significant(self.mark, 4)} at step {step:g}"
+        value, aim = significant(forget, 4), significant(self.mark, 4)
+        self.reason = f"forget {self.watched} {value} reached {mark} {aim} at step {step:g}"
 
     def _evaluated(self, metrics: dict) -> float | None:
         """Return the metric at an evaluation of the forget rows, or None at one of another split."""
@@ -323,7 +324,5 @@ def stopping_rules(
             raise SettingsError(
                 "max_retain_drop needs retain rows: a split `retain` in eval_dataset (--retain or --train)"
             )
-        rules.append(
-            RetainDropCallback(constrainer, args.forget_metric, score, args.max_retain_drop, reads_metrics)
-        )
+        rules.append(RetainDropCallback(constrainer, args.forget_metric, score, args.max_retain_drop, reads_metrics))
     return rules

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, IntervalStrategy, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, IntervalStrategy, PredictionOutput, TrainOutput
 
 from hf_unlearn.constraints.step_constrainer import EngineOptimizer, StepConstrainer
 from hf_unlearn.core.sharding import check_sharding, shard_on_cpu, sharding_of
@@ -35,7 +35,14 @@ from hf_unlearn.trainer.callbacks import DualWeightCallback, EngineCallback, Sta
 from hf_unlearn.trainer.checkpoints import CheckpointKeeper, ResumePoint
 from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.hub import HubPublisher, push_options, repository_name
-from hf_unlearn.trainer.inputs import StatisticsLike, original_source, prepare_inputs
+from hf_unlearn.trainer.inputs import (
+    StatisticsLike,
+    check_best_metric,
+    original_source,
+    prepare_inputs,
+    refuse_other_arguments,
+    unlearning_config,
+)
 from hf_unlearn.trainer.outcome import UnlearningOutcome, outcome_of, say
 from hf_unlearn.trainer.row_stopping import RowStopping
 from hf_unlearn.trainer.run_record import fill_missing, run_report
@@ -72,6 +79,9 @@ class UnlearningTrainer(Trainer):
         callbacks: As in Trainer.
         optimizers: As in Trainer.
         compute_metrics: As in Trainer; by default evaluations report mean loss, probability, accuracy and entropy.
+            Stopping always uses these.
+        other_trainers: None; an argument of another trainer, such as `train_dataset`, is an error that names its
+            counterpart.
 
     Attributes:
         constrainer: The `StepConstrainer`: drift, leak, original weights.
@@ -108,8 +118,8 @@ class UnlearningTrainer(Trainer):
     def __init__(
         self,
         model: str | os.PathLike | nn.Module,
-        args: UnlearningConfig,
-        forget_dataset: "Rows",
+        args: UnlearningConfig | None = None,
+        forget_dataset: "Rows | None" = None,
         retain_dataset: "Rows | None" = None,
         *,
         statistics: "StatisticsLike | None" = None,
@@ -124,7 +134,10 @@ class UnlearningTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        **other_trainers: object,
     ):
+        refuse_other_arguments(other_trainers)
+        args = unlearning_config(args)
         inputs = prepare_inputs(
             model,
             args,
@@ -138,6 +151,7 @@ class UnlearningTrainer(Trainer):
             peft_config=peft_config,
             loss=loss,
         )
+        check_best_metric(args, inputs.splits, others=extra_metrics is not None or compute_metrics is not None)
         if not inputs.splits:
             args.eval_strategy = IntervalStrategy.NO
         super().__init__(
@@ -373,13 +387,50 @@ class UnlearningTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Evaluate as Trainer does, and add the metrics of `extra_metrics` to those of the splits."""
+        """Evaluate as Trainer does, and add the metrics of `extra_metrics` to those of the splits.
+
+        `eval_dataset` may have raw rows, as those of the trainer, or be the name of a split.
+
+        Raises:
+            DataError: Rows that cannot be encoded.
+            SettingsError: There is nothing to evaluate on, or no split of this name.
+        """
+        if eval_dataset is None and not self.eval_dataset:
+            raise SettingsError("there are no rows to evaluate on; pass eval_dataset, here or to the trainer")
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {name: self._encoded(rows, str(name)) for name, rows in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self._encoded(eval_dataset, "evaluation")
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.extra_metrics is not None and eval_dataset is None:
             more = {f"{metric_key_prefix}_{name}": value for name, value in self.extra_metrics(self.model).items()}
             self.log(more)
             metrics |= more
         return metrics
+
+    def predict(
+        self, test_dataset: "Rows", ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Return the scores of each row as `predictions` (`evaluation.RowScores`), and their metrics; rows may be raw.
+
+        With an own `compute_metrics` the predictions are the model's, as in Trainer.
+
+        Raises:
+            DataError: Rows that cannot be encoded.
+            SettingsError: No split of this name.
+        """
+        return super().predict(self._encoded(test_dataset, "test"), ignore_keys, metric_key_prefix)
+
+    def _encoded(self, rows: "Rows | str", what: str) -> "Rows":
+        """Return rows as the model takes them; rows that are encoded already, as they are; a split, by its name."""
+        if not isinstance(rows, str):
+            return encode_dataset(
+                rows, self.processing_class, what=what, max_length=self.args.max_length, model=self.model
+            )
+        splits = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if rows not in splits:
+            raise SettingsError(f"there is no evaluation split {rows!r}; there are {', '.join(splits) or 'none'}")
+        return splits[rows]
 
     def evaluation_loop(
         self,

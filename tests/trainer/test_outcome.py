@@ -72,7 +72,9 @@ def test_a_run_without_a_mark_has_no_verdict(tmp_path: Path) -> None:
 
 
 def test_a_budget_that_ends_the_run_is_the_next_thing_to_change(tmp_path: Path) -> None:
-    outcome = finished(tmp_path, **{**ASCENT, "forget_target": 1e-9, "constraint": "ridge", "max_retain_drift": 1e-4}).outcome
+    outcome = finished(
+        tmp_path, **{**ASCENT, "forget_target": 1e-9, "constraint": "ridge", "max_retain_drift": 1e-4}
+    ).outcome
     assert outcome is not None and outcome.status == "missed" and "raise max_retain_drift" in outcome.advice
     assert "times the mark" in outcome.summary  # 65 times the mark is not a near miss
 
@@ -100,7 +102,8 @@ def own_metrics(prediction: Any) -> dict[str, float]:
 RULES: dict[str, dict[str, Any]] = {
     "held-out rows": ASCENT | {"forget_metric": "loss"},
     "target": ASCENT | {"forget_metric": "loss", "forget_target": 4.0},
-    "attacked": ASCENT | {"forget_metric": "loss", "forget_target": 4.0, "adversary_steps": 1, "adversary_learning_rate": 1e-4},
+    "attacked": ASCENT
+    | {"forget_metric": "loss", "forget_target": 4.0, "adversary_steps": 1, "adversary_learning_rate": 1e-4},
     "retain drop": ASCENT | {"max_retain_drop": 0.001, "forget_target": 1e-9},
 }
 
@@ -109,9 +112,7 @@ def ended(folder: Path, rule: str, **own: Any) -> tuple[str, int, dict[str, Tens
     args = settings(folder, eval_strategy="steps", eval_steps=1, **RULES[rule])
     splits = {"retain": RETAIN} if rule == "retain drop" else None
     holdout = None if "forget_target" in RULES[rule] else HOLDOUT
-    trainer = UnlearningTrainer(
-        tiny_llama(), args, FORGET, RETAIN, holdout_dataset=holdout, eval_dataset=splits, **own
-    )
+    trainer = UnlearningTrainer(tiny_llama(), args, FORGET, RETAIN, holdout_dataset=holdout, eval_dataset=splits, **own)
     trainer.train()
     return trainer.stop_reason, trainer.state.global_step, trained(trainer.model)
 
