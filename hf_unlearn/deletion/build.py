@@ -24,6 +24,7 @@ from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation.generation import generate_answers
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.models.loading import load_model, load_processor
+from hf_unlearn.models.readiness import check_saveable
 from hf_unlearn.models.tasks import IGNORED
 from hf_unlearn.statistics.collect import collect_with_options
 from hf_unlearn.statistics.options import CollectionOptions
@@ -125,7 +126,9 @@ def _load_models(
     )
 
     def load(folder: str | os.PathLike | None) -> nn.Module:
-        return load_model(args.model_name_or_path if folder is None else str(folder), args.task)
+        model = load_model(args.model_name_or_path if folder is None else str(folder), args.task)
+        check_saveable(model, tokenizer)  # before hours of work, not after them
+        return model
 
     if last is not None:
         original = load(last)

@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -256,7 +256,7 @@ def freeze_for_run(
     model: nn.Module, statistics: RetainStatistics | None, constraint: ConstraintLike, args: UnlearningConfig
 ) -> Coverage:
     """Freeze what must not train, and return the coverage; without a constraint the same weights train, all exposed."""
-    layers: Iterable[str] = statistics.layers if statistics is not None else find_layers(model)
+    layers = list(statistics.layers if statistics is not None else find_layers(model))
     names = [name for name, _ in model.named_parameters()]
     left_out = [n for n in names if args.train_only and not any(fnmatchcase(n, p) for p in args.train_only)]
     check_not_frozen(model, layers, args.allow_exposed, [*args.freeze, *map(glob.escape, left_out)])

@@ -165,6 +165,7 @@ class UnlearningTrainer(Trainer):
             optimizers=optimizers,
             compute_metrics=compute_metrics or _mean_scores,
         )
+        self.compute_metrics: Callable[[EvalPrediction], dict[str, float]] = compute_metrics or _mean_scores
         self.loss_is_scaled_for_ga = True  # by the counts of get_batch_samples
         self.loss, self.coverage, self.extra_metrics = inputs.loss, inputs.coverage, extra_metrics
         self.constrainer = StepConstrainer(
