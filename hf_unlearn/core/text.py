@@ -65,10 +65,19 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 
 
 def as_text(value: float, digits: int = 3) -> str:
-    """Return a number with this many decimals, or as a power of ten if all of them would be zero.
+    """Return a number with this many decimals; a small one has two significant digits instead.
 
-    >>> as_text(0.25), as_text(0.00002)
-    ('0.250', '2e-05')
+    >>> as_text(0.25), as_text(0.0015), as_text(0.00002)
+    ('0.250', '0.0015', '2e-05')
     """
-    small = 0 < abs(value) < 10.0**-digits and digits > 0
-    return f"{value:.0e}" if small else f"{value:.{digits}f}"
+    small = 0 < abs(value) < 10.0 ** (1 - digits) and digits > 0
+    return f"{value:.2g}" if small else f"{value:.{digits}f}"
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """Return a number with this many significant digits.
+
+    >>> significant(0.98765), significant(0.0015), significant(0.0000231), significant(1.0)
+    ('0.988', '0.0015', '2.31e-05', '1')
+    """
+    return f"{value:.{digits}g}"

@@ -29,6 +29,7 @@ from hf_unlearn.evaluation.generation import generate_answers
 from hf_unlearn.evaluation.metrics.registry import choose_metrics
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.models.loading import load_model, load_processor
+from hf_unlearn.models.readiness import check_saveable
 from hf_unlearn.models.tasks import IGNORED
 from hf_unlearn.statistics.collect import collect_with_options
 from hf_unlearn.statistics.options import CollectionOptions
@@ -146,9 +147,12 @@ def _load_models(
 
     def load(folder: str | os.PathLike | None) -> nn.Module:
         if folder is not None:
-            return load_model(str(folder), plan.task)
-        name = args.model_name_or_path
-        return load_model(name, plan.task, new_head=plan.new_head, classes=plan.classes)
+            model = load_model(str(folder), plan.task)
+        else:
+            name = args.model_name_or_path
+            model = load_model(name, plan.task, new_head=plan.new_head, classes=plan.classes)
+        check_saveable(model, tokenizer)  # before hours of work, not after them
+        return model
 
     def tuned(rows: Sequence[Row], what: str) -> tuple[nn.Module, float]:
         return fine_tuned(load, rows, settings, collator, cache, title=what if progress else None)

@@ -137,6 +137,7 @@ class SeriesEntry:
             "commitment": commitment.whole,
             "source": report.request.get("source"),
             "method": {name: value for name, value in report.method.items() if name != "statistics"},
+            "outcome": report.outcome,
             "settings": report.settings,
             "weights": self.weights,
             "statistics": {"before": self.statistics_before, "after": statistics_after},

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _INSERTED = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")
 _FACTOR = re.compile(r"(.+)\.lora_(A|B)\.[^.]+\.weight")
+_FACTORS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))  # LoRA adds their product
 _KEEPS_BASE_WEIGHTS = (True, "gaussian", "eva")
 
 
@@ -64,6 +65,42 @@ def lora_layers(model: nn.Module) -> "Iterator[tuple[str, LoraLayer, str]]":
         if isinstance(factors, nn.ModuleDict):
             layer: Any = module
             yield from ((base_name(name), layer, adapter) for adapter in layer.active_adapters if adapter in factors)
+
+
+def changed_adapter(model: nn.Module) -> str | None:
+    """Return the base name of a module whose active adapter changes what it computes, or None.
+
+    An adapter that is disabled or merged into the weights, and LoRA as it begins (a factor is 0), change nothing.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
+            continue
+        active = getattr(module, "active_adapters", None)
+        if isinstance(active, (list, tuple)) and any(_changes(module, adapter) for adapter in active):
+            return base_name(name)
+    return None
+
+
+def _changes(module: nn.Module, adapter: str) -> bool:
+    """Return whether one adapter of a PEFT module changes what the module computes."""
+    copies, original = getattr(module, "modules_to_save", None), getattr(module, "original_module", None)
+    if isinstance(copies, nn.ModuleDict) and original is not None:
+        mine = copies[adapter].state_dict() if adapter in copies else {}
+        own = original.state_dict()
+        return any(name not in own or not torch.equal(tensor, own[name]) for name, tensor in mine.items())
+    names = getattr(module, "adapter_layer_names", ())
+    owned = {name: getattr(module, name) for name in names if adapter in getattr(module, name, ())}
+    if not owned:
+        return False
+    pairs = [pair for pair in _FACTORS if pair[0] in owned]
+    if not pairs or adapter in getattr(module, "lora_variant", ()):
+        return True  # another kind of adapter, which may scale or add anything
+    return any(all(_nonzero(owned[name][adapter]) for name in pair) for pair in pairs)
+
+
+def _nonzero(factor: "nn.Module | Tensor") -> bool:
+    weight: Any = factor.weight if isinstance(factor, nn.Module) else factor
+    return bool(torch.count_nonzero(weight))
 
 
 def merged_state_dict(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

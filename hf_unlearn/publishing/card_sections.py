@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from hf_unlearn.core.text import is_finite
+from hf_unlearn.core.text import as_text, is_finite
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.publishing.markdown import (
@@ -73,6 +73,7 @@ def template_variables(report: UnlearningReport, model_name: str, plots: Sequenc
         "layers": _layers(report),
         "drift": _drift(report),
         "retain_changes": _retain_changes(report),
+        "outcome": _outcome(report),
         "models": [escape(model) for model in models],
         "metric_rows": _metric_rows(report, models),
         "has_retrained": any(m.model == "retrained" for m in report.metrics),
@@ -198,7 +199,12 @@ def _layers(report: UnlearningReport) -> str:
     return f"{patterns.total()}: {shown}" if shown else NOT_RECORDED
 
 
-# Drift and metrics
+# Outcome, drift and metrics
+
+
+def _outcome(report: UnlearningReport) -> dict[str, str]:
+    """Return the outcome of the run in one line, and what to try next."""
+    return {name: sentence(report.outcome.get(name)) for name in ("summary", "advice")}
 
 
 def _drift(report: UnlearningReport) -> dict[str, str]:
@@ -221,7 +227,9 @@ def _retain_changes(report: UnlearningReport) -> list[str]:
         before, after = (report.get(name, "retain", model) for model in ("original", "unlearned"))
         if before and after and is_finite(before.value) and is_finite(after.value):
             change = after.value - before.value
-            changes.append(f"{escape(UNITS.get(name, name))} {before.value:.3f} → {after.value:.3f} ({change:+.3f})")
+            changes.append(
+                f"{escape(UNITS.get(name, name))} {as_text(before.value)} → {as_text(after.value)} ({change:+.3f})"
+            )
     return changes
 
 
@@ -253,7 +261,9 @@ def _value(metric: MetricValue) -> str:
     if not is_finite(metric.value):
         return UNDEFINED
     has_interval = is_finite(metric.low) and is_finite(metric.high)
-    return f"{metric.value:.3f}" + (f" [{metric.low:.3f}, {metric.high:.3f}]" if has_interval else "")
+    if metric.low is None or metric.high is None or not has_interval:
+        return as_text(metric.value)
+    return f"{as_text(metric.value)} [{as_text(metric.low)}, {as_text(metric.high)}]"
 
 
 def _undefined(metrics: Iterable[MetricValue]) -> list[str]:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 
 from hf_unlearn.constraints.base import ConstraintLike
 from hf_unlearn.constraints.registry import CONSTRAINTS, build_constraint
@@ -26,6 +26,27 @@ REFUSED_OPTIMIZERS = {
     "*_layerwise": "steps inside the backward pass, before gradients are constrained",
     "schedule_free_*": "swaps weights between training and evaluation, outside of any step",
 }
+
+FOLLOW_A_METRIC = ("True", "reduce_lr_on_plateau", "greedy", "best")
+"""Values of `load_best_model_at_end`, `lr_scheduler_type` and `save_strategy` that need `metric_for_best_model`."""
+_NO_SPLIT = ("loss", "eval_loss")  # the defaults of TrainingArguments, which has one evaluation set
+
+REFUSED_SETTINGS: dict[str, tuple[object, str]] = {
+    "dataloader_drop_last": (False, "forget and evaluation rows would be left out"),
+    "train_sampling_strategy": ("random", "a step has pairs of forget and retain rows, which have no one length"),
+    "eval_do_concat_batches": (True, "metrics are computed from the scores of all rows together"),
+    "batch_eval_metrics": (False, "metrics are computed from the scores of all rows together"),
+    "auto_find_batch_size": (False, "a second start would begin from weights that have moved"),
+    "label_smoothing_factor": (0.0, "the forget loss reads the labels as they are"),
+    "neftune_noise_alpha": (None, "noise on the embeddings would change what the loss and the original model see"),
+    "use_liger_kernel": (False, "its fused loss returns no logits, which the forget loss reads"),
+    "bf16_full_eval": (False, "it rounds the trained weights for good; bf16 evaluates in bfloat16 without that"),
+    "fp16_full_eval": (False, "it rounds the trained weights for good; fp16 evaluates in float16 without that"),
+    "save_only_model": (False, "a run cannot be resumed from a checkpoint without its optimizer"),
+    "ignore_data_skip": (False, "a resumed run would see other rows than one without interruption"),
+    "dataloader_persistent_workers": (False, "workers that live on would repeat the pairs of the first epoch"),
+}
+"""Settings of TrainingArguments that an unlearning run cannot keep: the value that it can, and the reason."""
 
 # At least, and below. TrainingArguments accepts any value, and a run would end in a traceback or in NaN.
 RANGES = {
@@ -202,7 +223,10 @@ class UnlearningConfig(TrainingArguments):
         self.build_constraint()
         Storage(self.keep_statistics_on)
         Sketching(self.sketch_above, self.sketch_rank)
+        self._check_refused()
         self._check_optimizer()
+        self._check_scheduler()
+        self._check_best_metric()
         self._check_learning_rates()
         self._check_forget_metric()
         self._check_adversary()
@@ -243,6 +267,30 @@ class UnlearningConfig(TrainingArguments):
             pattern: build_constraint(self.constraint, base | settings) for pattern, settings in by_layer.items()
         }
         return {**special, "*": default}
+
+    def _check_refused(self) -> None:
+        for name, (allowed, reason) in REFUSED_SETTINGS.items():
+            value = getattr(self, name, allowed)
+            if value not in (allowed, "sequential"):
+                raise SettingsError(f"{name}={value!r} cannot be kept in unlearning: {reason}; leave it at {allowed!r}")
+
+    def _check_scheduler(self) -> None:
+        """Raise if `lr_scheduler_type` lacks a setting of its own in `lr_scheduler_kwargs`; a run would see it late."""
+        kwargs, name = self.lr_scheduler_kwargs or {}, _value(self.lr_scheduler_type)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        try:
+            get_scheduler(name, optimizer, 1, 10, scheduler_specific_kwargs=dict(kwargs))
+        except (TypeError, ValueError) as error:
+            raise SettingsError(f"lr_scheduler_type {name!r} with lr_scheduler_kwargs {kwargs}: {error}") from error
+
+    def _check_best_metric(self) -> None:
+        """Raise if something follows a metric, and no metric of a split is named: evaluations have no other."""
+        for name in ("load_best_model_at_end", "lr_scheduler_type", "save_strategy"):
+            if _value(getattr(self, name)) in FOLLOW_A_METRIC and self.metric_for_best_model in (None, *_NO_SPLIT):
+                raise SettingsError(
+                    f"{name}={_value(getattr(self, name))} follows a metric, and every metric is one of a split: set "
+                    "metric_for_best_model, such as forget_probability or retain_loss"
+                )
 
     def _check_optimizer(self) -> None:
         optim = _value(self.optim)

@@ -16,7 +16,7 @@ from hf_unlearn.constraints.base import Constraint
 from hf_unlearn.constraints.binding import resolve_constraints
 from hf_unlearn.constraints.registry import constraint_for
 from hf_unlearn.core.provenance import hardware, package_versions
-from hf_unlearn.evaluation.report import UnlearningReport
+from hf_unlearn.evaluation.report import UnlearningReport, plain
 from hf_unlearn.losses import UnlearningLoss
 from hf_unlearn.models.adapters import without_wrapper
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
@@ -47,7 +47,7 @@ def run_report(trainer: "UnlearningTrainer") -> UnlearningReport:
 
 def fill_missing(report: UnlearningReport, run: UnlearningReport) -> UnlearningReport:
     """Fill the empty fields of `report` from the report of the run, in place, and return it."""
-    for name in ("request", "method", "settings", "versions", "hardware", "history", "drift"):
+    for name in ("request", "method", "settings", "versions", "hardware", "history", "drift", "outcome"):
         if not getattr(report, name):
             setattr(report, name, getattr(run, name))
     return report
@@ -56,7 +56,7 @@ def fill_missing(report: UnlearningReport, run: UnlearningReport) -> UnlearningR
 def record_run(
     report: UnlearningReport, trainer: "UnlearningTrainer", *, retain_rows: int = 0, merged: bool = False
 ) -> None:
-    """Fill `method`, `settings`, `history` and `drift` of `report` from a trainer that has run.
+    """Fill `method`, `settings`, `history`, `drift` and `outcome` of `report` from a trainer that has run.
 
     Args:
         report: Changed in place.
@@ -92,6 +92,7 @@ def record_run(
     report.settings = {k: v for k, v in args.to_dict().items() if k in _REPORTED and not k.startswith(unused)}
     report.history = list(trainer.state.log_history)
     report.drift = asdict(drift) | {"relative": drift.relative}
+    report.outcome = {} if trainer.outcome is None else plain(asdict(trainer.outcome))
 
 
 def name_base_model(model: nn.Module, args: UnlearningConfig) -> None:
