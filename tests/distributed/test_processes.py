@@ -15,6 +15,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor
 
+from helpers.command_lines import FINISHED
 from helpers.launching import ENVIRONMENT, can_run, start
 from helpers.paths import RECIPES
 from helpers.tiny import requires_asset
@@ -233,9 +234,9 @@ def test_the_command_launches_itself_and_writes_once(
 ) -> None:
     if not can_run(config):
         pytest.skip("DeepSpeed is not installed")
-    assert main(["run", *tiny_request(tmp_path, "one", 4), "--use_cpu", "True"]) == 0
+    assert main(["run", *tiny_request(tmp_path, "one", 4), "--use_cpu", "True"]) in FINISHED
     many = ["--accelerate_config", config, "--num_processes", "2"]
-    assert main(["run", *tiny_request(tmp_path, "two", 2), *many]) == 0
+    assert main(["run", *tiny_request(tmp_path, "two", 2), *many]) in FINISHED
     assert forgotten(tmp_path / "two") == pytest.approx(forgotten(tmp_path / "one"), rel=1e-3)
     assert capfd.readouterr().out.count("answer_probability by split") == 2
 
@@ -262,7 +263,7 @@ def test_other_launchers_and_two_nodes_do_the_same(launcher: str, tmp_path: Path
     outputs = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0] * len(lines)
     assert sum(output.count("answer_probability by split") for output in outputs) == 1
-    assert main(["run", *tiny_request(tmp_path, "one", 4), "--use_cpu", "True"]) == 0
+    assert main(["run", *tiny_request(tmp_path, "one", 4), "--use_cpu", "True"]) in FINISHED
     assert forgotten(tmp_path / "two") == pytest.approx(forgotten(tmp_path / "one"), rel=1e-3)
 
 
