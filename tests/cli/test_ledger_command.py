@@ -61,7 +61,7 @@ def test_a_series_of_requests_and_its_ledger_take_flags_alone(
     assert main(["ledger", "verify", *keyed, "--anchor", anchor[::-1]]) == NO
     assert "damaged" in capsys.readouterr().out
     one_more = run_line(places, tmp_path, **flags, forget="full[5:6]", output_dir=str(tmp_path / "text"))
-    assert main([*one_more, "--max_retain_drift", "9"]) == 0
+    assert main([*one_more, "--max_retain_drift", "9"]) in FINISHED
     text = capsys.readouterr().out
     assert "request 4 of its ledger: room " in text and " of 9.0000, commitment " in text
     again = run_line(places, tmp_path, **flags, forget="full[1:2]", output_dir=str(tmp_path / "again"))

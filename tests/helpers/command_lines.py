@@ -45,7 +45,7 @@ FINISHED = (0, 4, 5)
 
 
 def answered(argv: list[str], capsys: pytest.CaptureFixture[str], code: int | None = None) -> Any:
-    """Return the one JSON document on standard output of a command that exits with `code`; default: one that is done."""
+    """Return the one JSON document on standard output of a command that exits with `code`; default: that is done."""
     capsys.readouterr()
     codes = (code,) if code is not None else FINISHED if argv[0] == "run" else (0,)
     assert main([*argv, "--json"]) in codes
