@@ -85,8 +85,9 @@ def markdown(name: str, benchmark: Benchmark, results: Results, command: str) ->
     if results.failed:
         reasons = dict.fromkeys(f"- {cell.name}: {reason}" for cell, reason in results.failed.items())
         paragraphs.append("Not run:\n\n" + "\n".join(reasons))
-    if others is None:  # numbers of other rows are nothing to compare with
-        paragraphs += [_published(published) for published in benchmark.published]
+    if others is not None and benchmark.published:
+        paragraphs.append("The published numbers are of other rows or another model than those of this table.")
+    paragraphs += [_published(published) for published in benchmark.published]
     return "\n\n".join([*paragraphs, f"```\n{command}\n```"]) + "\n"
 
 
