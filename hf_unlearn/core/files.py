@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,14 +23,49 @@ def check_output(folder: str | os.PathLike, overwrite: bool = False) -> Path:
 
     Args:
         folder: The folder to be written.
-        overwrite: The user agrees to lose what is in it.
+        overwrite: The user agrees to lose what is in it. Whatever is not a folder is never replaced.
     """
-    target = Path(folder)
-    if target.is_file():
-        raise OutputError(f"{target} is a file; the output must be a folder: choose another --output_dir")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
+    target = check_folder(folder, "--output_dir", "the output")
+    try:
+        has_files = target.is_dir() and any(target.iterdir())
+    except OSError as error:
+        raise OutputError(f"{target} cannot be read ({error.strerror}); choose another --output_dir") from error
+    if has_files and not overwrite:
         raise OutputError(f"{target} is not empty; choose another --output_dir or pass --overwrite_output_dir")
     return target
+
+
+def check_folder(folder: str | os.PathLike, setting: str, what: str) -> Path:
+    """Return `folder` as a path; raise `OutputError` if something other than a folder has its name.
+
+    A link to a folder is a folder; a broken link is not. The same holds for the folders above it.
+
+    >>> check_folder("/dev/null", "--cache_dir", "the cache")
+    Traceback (most recent call last):
+        ...
+    hf_unlearn.errors.OutputError: /dev/null is a device; the cache must be a folder: choose another --cache_dir
+
+    Args:
+        folder: A folder that exists or is to be made.
+        setting, what: The setting that names it and what it is for, for the error message.
+    """
+    target = Path(folder)
+    for path in (target, *target.parents):
+        if os.path.lexists(path):
+            if not path.is_dir():
+                raise OutputError(f"{path} is {_kind(path)}; {what} must be a folder: choose another {setting}")
+            break
+    return target
+
+
+def _kind(path: Path) -> str:
+    """Return what a path is that is not a folder, with its article."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return "a broken link" if path.is_symlink() else "not accessible"
+    kinds = {stat.S_ISREG: "a file", stat.S_ISFIFO: "a FIFO", stat.S_ISSOCK: "a socket"}
+    return next((kind for is_kind, kind in kinds.items() if is_kind(mode)), "a device")
 
 
 @contextmanager
@@ -40,16 +76,20 @@ def replace_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterat
     only after the new one has its name.
 
     Raises:
-        OutputError: `folder` is not empty and `overwrite` is false, or it is a file.
+        OutputError: `folder` is not empty and `overwrite` is false, or it is not a folder. This is checked before
+            anything is written, and again when the new folder gets its name.
     """
     target = check_output(folder, overwrite).resolve()  # a link to a folder stays a link
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written ({error.strerror}); choose another --output_dir") from error
     try:
         yield partial
         os.chmod(partial, 0o755)  # mkdtemp makes it private
         _sync_tree(partial)
-        _swap_in(partial, target)
+        _swap_in(partial, target, overwrite)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -57,7 +97,13 @@ def replace_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterat
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yield a name next to `path`; the file written there replaces `path` by a rename, so a reader sees old or new."""
+    """Yield a name next to `path`; the file written there replaces `path` by a rename, so a reader sees old or new.
+
+    Raises:
+        OutputError: `path` is something other than a file, such as a folder or a device.
+    """
+    if os.path.lexists(path) and not path.is_file():
+        raise OutputError(f"{path} is {'a folder' if path.is_dir() else _kind(path)} and not a file; move it away")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -113,23 +159,45 @@ def _sync_tree(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def _swap_in(new: Path, target: Path) -> None:
-    """Give `new` the name `target`, and delete what had the name."""
-    if not target.exists():
-        os.rename(new, target)
+def _swap_in(new: Path, target: Path, overwrite: bool) -> None:
+    """Give `new` the name `target`, and delete the folder that had the name.
+
+    Raises:
+        OutputError: Since `target` was checked, something other than a folder got its name or, without `overwrite`, a
+            file came into it. What is there then stays as it is.
+    """
+    if not overwrite or not os.path.lexists(target):
+        try:
+            os.rename(new, target)  # replaces nothing but an empty folder
+        except OSError as error:
+            raise _appeared(target) from error
         return
-    if _exchange(new, target):  # `new` now holds the old content
+    if target.is_symlink() or not target.is_dir():
+        raise _appeared(target)
+    if _exchange(new, target):  # `new` now is what had the name, which may have changed since the check
+        if new.is_symlink() or not new.is_dir():
+            _exchange(new, target)
+            raise _appeared(target)
         shutil.rmtree(new)
         return
     old = target.with_name(f".{target.name}.replaced")
     shutil.rmtree(old, ignore_errors=True)
     os.rename(target, old)
     try:
+        if old.is_symlink() or not old.is_dir():
+            raise _appeared(target)
         os.rename(new, target)
     except BaseException:
         os.rename(old, target)
         raise
     shutil.rmtree(old)
+
+
+def _appeared(target: Path) -> OutputError:
+    return OutputError(
+        f"{target} has changed while the output was made: it is no longer a folder that may be replaced; it was left "
+        "as it is, and the output was not written: choose another --output_dir"
+    )
 
 
 def _exchange(new: Path, target: Path) -> bool:
