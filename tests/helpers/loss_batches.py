@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers import reference_losses as reference
+from helpers.tiny import CASES, collate, sharpen
 from hf_unlearn.models.forward import Predictions, output_logits, predict
 from hf_unlearn.models.tasks import shifts_labels, task_of
 
@@ -91,3 +92,22 @@ def step(model: nn.Module, loss: Tensor, size: float) -> None:
         for parameter, gradient in zip(parameters, found, strict=True):
             if gradient is not None:
                 parameter.sub_(size / norm * gradient)
+
+
+# Settings without a default, or with one that leaves next to nothing to compare on models that hardly know the rows.
+NEEDED: dict[str, dict[str, Any]] = {
+    "pdu": {"eps": 0.5},
+    "pgu_poison": {"offset": 0.0},
+    "rmu": {"layer": 1},
+    "undial": {"beta": 0.5},
+    "simnpo": {"beta": 1.0},
+    "satimp": {"beta1": 1.0},
+}
+
+
+def setup(case: str, *, retain: bool = True) -> tuple[nn.Module, nn.Module, Batch]:
+    """(model, original, batch) of a case; forget rows are of unequal length where they have one."""
+    make, rows = CASES[case]
+    original = sharpen(make(), 1.5)
+    batch = {"forget": collate(rows(4, seed=1))} | ({"retain": collate(rows(3, seed=2))} if retain else {})
+    return moved(original), original, batch

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
 
 from helpers import reference_losses as reference
 from helpers.loss_batches import (
-    Batch,
+    NEEDED,
     before,
     gradients,
     moved,
+    setup,
 )
 from helpers.tiny import (
     CASES,
     collate,
     image_rows,
-    sharpen,
     text_rows,
     tiny_gpt2,
     tiny_vit,
@@ -27,23 +25,6 @@ from helpers.tiny import (
 from hf_unlearn.losses import build_loss
 
 NAMES = tuple(reference.TWINS)  # losses of single answers; the others have test files of their own
-# Settings without a default, or with one that leaves next to nothing to compare on models that hardly know the rows.
-NEEDED: dict[str, dict[str, Any]] = {
-    "pdu": {"eps": 0.5},
-    "pgu_poison": {"offset": 0.0},
-    "rmu": {"layer": 1},
-    "undial": {"beta": 0.5},
-    "simnpo": {"beta": 1.0},
-    "satimp": {"beta1": 1.0},
-}
-
-
-def setup(case: str, *, retain: bool = True) -> tuple[nn.Module, nn.Module, Batch]:
-    """(model, original, batch) of a case; forget rows are of unequal length where they have one."""
-    make, rows = CASES[case]
-    original = sharpen(make(), 1.5)
-    batch = {"forget": collate(rows(4, seed=1))} | ({"retain": collate(rows(3, seed=2))} if retain else {})
-    return moved(original), original, batch
 
 
 @pytest.mark.parametrize("case", ["gpt2", "vit"])

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from helpers import reference_losses as reference
 from helpers.loss_batches import (
+    NEEDED,
     Batch,
     before,
     dense,
@@ -24,6 +25,7 @@ from helpers.loss_batches import (
     made_up,
     memorised,
     moved,
+    setup,
     step,
 )
 from helpers.tiny import (
@@ -42,15 +44,6 @@ from hf_unlearn.models.forward import Predictions, output_logits, predict
 MODELS = ("gpt2", "llama", "bert", "vit")
 NAMES = tuple(reference.TWINS)  # losses of single answers; the others have test files of their own
 OTHERS = ("dpo", "altpo", "idk", "rmu", "random_label")
-# Settings without a default, or with one that leaves next to nothing to compare on models that hardly know the rows.
-NEEDED: dict[str, dict[str, Any]] = {
-    "pdu": {"eps": 0.5},
-    "pgu_poison": {"offset": 0.0},
-    "rmu": {"layer": 1},
-    "undial": {"beta": 0.5},
-    "simnpo": {"beta": 1.0},
-    "satimp": {"beta1": 1.0},
-}
 # gamma, alpha and retain term where they are not 1, 0 and nll (open-unlearning's configurations)
 WEIGHTS = {
     "grad_diff": (1, 1, "nll"),
@@ -61,14 +54,6 @@ WEIGHTS = {
     "satimp": (0.1, 1, "nll"),
     "pdu": (1, 1, "nll"),
 }
-
-
-def setup(case: str, *, retain: bool = True) -> tuple[nn.Module, nn.Module, Batch]:
-    """(model, original, batch) of a case; forget rows are of unequal length where they have one."""
-    make, rows = CASES[case]
-    original = sharpen(make(), 1.5)
-    batch = {"forget": collate(rows(4, seed=1))} | ({"retain": collate(rows(3, seed=2))} if retain else {})
-    return moved(original), original, batch
 
 
 def probabilities(predictions: Predictions) -> Tensor:

@@ -2,47 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from helpers import reference_losses as reference
 from helpers.loss_batches import (
-    Batch,
+    NEEDED,
     before,
     dense,
-    moved,
+    setup,
 )
 from helpers.tiny import (
     CASES,
     collate,
-    sharpen,
     text_class_rows,
 )
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.losses import LOSSES, build_loss, register_loss
 from hf_unlearn.models.forward import Predictions
-
-# Settings without a default, or with one that leaves next to nothing to compare on models that hardly know the rows.
-NEEDED: dict[str, dict[str, Any]] = {
-    "pdu": {"eps": 0.5},
-    "pgu_poison": {"offset": 0.0},
-    "rmu": {"layer": 1},
-    "undial": {"beta": 0.5},
-    "simnpo": {"beta": 1.0},
-    "satimp": {"beta1": 1.0},
-}
-
-
-def setup(case: str, *, retain: bool = True) -> tuple[nn.Module, nn.Module, Batch]:
-    """(model, original, batch) of a case; forget rows are of unequal length where they have one."""
-    make, rows = CASES[case]
-    original = sharpen(make(), 1.5)
-    batch = {"forget": collate(rows(4, seed=1))} | ({"retain": collate(rows(3, seed=2))} if retain else {})
-    return moved(original), original, batch
 
 
 def test_unknown_loss_names_the_known_ones() -> None:
