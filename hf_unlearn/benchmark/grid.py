@@ -19,7 +19,7 @@ from hf_unlearn.benchmark.cell_run import CellFailure, groups_of, run_group, spl
 from hf_unlearn.constraints.registry import CONSTRAINTS
 from hf_unlearn.core.files import check_folder, write_json
 from hf_unlearn.core.processes import gather, is_main, wait_for_all
-from hf_unlearn.core.text import one_line
+from hf_unlearn.core.text import ShortRepr, one_line
 from hf_unlearn.deletion.arguments import BenchmarkArguments
 from hf_unlearn.deletion.checks import check_run
 from hf_unlearn.errors import OutputError, SettingsError
@@ -31,8 +31,8 @@ CELLS_FOLDER = "cells"
 """Folder of the cells' files, inside the output folder."""
 
 
-@dataclass(frozen=True)
-class Results:
+@dataclass(frozen=True, repr=False)
+class Results(ShortRepr):
     """The results of a grid.
 
     Attributes:

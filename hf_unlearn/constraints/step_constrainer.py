@@ -166,6 +166,10 @@ class StepConstrainer:
         self._gradients_constrained = False
         self._zero_optimizer: ZeroOptimizer | None = None
 
+    def __repr__(self) -> str:
+        trained = f"weights={len(self.weights)}, adapters={len(self.adapters)}, statistics={self.statistics}"
+        return f"StepConstrainer({trained}, relative_step={self._relative_step is not None})"
+
     def attach(self, optimizer: torch.optim.Optimizer | EngineOptimizer) -> None:
         """Register the step hooks on a torch optimizer, or wrap the steps of a DeepSpeed engine.
 

@@ -1,7 +1,9 @@
-"""Numbers and tables as text, for reports and the command line."""
+"""Numbers, tables and objects as text, for reports, the command line and notebooks."""
 
 import math
+import reprlib
 from collections.abc import Sequence
+from dataclasses import fields
 
 _SHORT = 80
 """A text of fewer characters is completed by the cause of its error."""
@@ -81,3 +83,41 @@ def significant(value: float, digits: int = 3) -> str:
     ('0.988', '0.0015', '2.31e-05', '1')
     """
     return f"{value:.{digits}g}"
+
+
+class ShortRepr:
+    """A `repr` of a dataclass that fits in a line: shapes in place of tensors, counts in place of rows.
+
+    >>> import numpy as np
+    >>> from dataclasses import dataclass
+    >>> @dataclass(repr=False)
+    ... class Scores(ShortRepr):
+    ...     values: np.ndarray
+    ...     names: list[str]
+    ...     split: str = "forget"
+    >>> Scores(np.zeros((20, 3)), ["a"] * 20)
+    Scores(values=float64[20, 3], names=<20>, split='forget')
+    """
+
+    def __repr__(self) -> str:
+        shown = [f for f in fields(self) if f.repr]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={_Brief().repr(getattr(self, f.name))}' for f in shown)})"
+
+
+class _Brief(reprlib.Repr):
+    """The standard library's short `repr`, with shapes of tensors, names of modules and sizes of containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxother, self.maxlevel = 60, 2
+
+    def repr1(self, x: object, level: int) -> str:
+        if isinstance(x, ShortRepr):
+            return repr(x)
+        if hasattr(x, "shape") and hasattr(x, "dtype"):
+            return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+        if hasattr(x, "forward") or callable(x):
+            return f"<{getattr(x, '__name__', type(x).__name__)}>"
+        if not isinstance(x, (str, bytes)) and hasattr(x, "__len__") and len(x) > self.maxlist:
+            return f"<{len(x)}>"
+        return super().repr1(x, level)

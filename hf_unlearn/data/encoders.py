@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import torch
 from torch import nn
 
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.data.cells import answer_cell, cell, text_cell, word_cells
 from hf_unlearn.data.conversations import encode_conversation
 from hf_unlearn.data.formats import (
@@ -50,8 +51,8 @@ Encode: TypeAlias = Callable[[Row, int], dict[str, Any]]
 """Makes model inputs of a raw row and its number."""
 
 
-@dataclass(frozen=True)
-class EncodingContext:
+@dataclass(frozen=True, repr=False)
+class EncodingContext(ShortRepr):
     """What an encoder needs besides the row: the processor, the set's name for errors, and what the model takes.
 
     Attributes:

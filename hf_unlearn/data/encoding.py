@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from hf_unlearn.core.processes import world
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.data.checks import check_container, check_row, require_continuing, require_rows
 from hf_unlearn.data.encoders import ENCODERS, Encode, EncodingContext
 from hf_unlearn.data.formats import MODEL_INPUTS, Row, Rows
@@ -156,8 +157,8 @@ class EncodedList(list[dict[str, Any]]):
         self.left_out = left_out
 
 
-@dataclass(frozen=True)
-class EncodedRows(Sequence[Row]):
+@dataclass(frozen=True, repr=False)
+class EncodedRows(ShortRepr, Sequence[Row]):
     """Rows that are encoded when they are read."""
 
     dataset: Rows

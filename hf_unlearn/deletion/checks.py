@@ -14,7 +14,6 @@ import torch
 
 from hf_unlearn.core.files import check_folder, check_output
 from hf_unlearn.core.processes import world
-from hf_unlearn.core.registry import suggestion
 from hf_unlearn.data.formats import LABELS, TAGS
 from hf_unlearn.data.splits import load_rows
 from hf_unlearn.deletion.arguments import DataArguments, RunArguments
@@ -81,7 +80,7 @@ def check_run(
     Raises:
         UnlearningError: The first thing that is wrong.
     """
-    _check_names(args, config)
+    _check_names(args)
     check_folders(args)
     if config.original_logprobs is not None:
         check_folder(config.original_logprobs, "--original_logprobs", "the original outputs")
@@ -164,11 +163,10 @@ def model_plan(args: RunArguments, task: Task, last: str | None = None) -> Model
 # Names
 
 
-def _check_names(args: RunArguments, config: UnlearningConfig) -> None:
-    """Check the names of metrics, attacks and trackers."""
+def _check_names(args: RunArguments) -> None:
+    """Check the names of metrics and attacks."""
     _check_metrics(args)
     check_attacks(getattr(args, "attacks", None))
-    check_trackers(config.report_to)
 
 
 def _check_metrics(args: RunArguments) -> None:
@@ -206,22 +204,6 @@ def check_attacks(attacks: str | None) -> None:
     for name in (attacks or "").split(","):
         if name.strip() not in ("", "none"):
             ATTACKS.find(name.strip())
-
-
-def check_trackers(report_to: str | Sequence[str] | None) -> None:
-    """Raise `SettingsError` if a tracker is unknown or not installed."""
-    from transformers.integrations import integration_utils
-
-    known = list(integration_utils.INTEGRATION_TO_CALLBACK)
-    for name in [report_to] if isinstance(report_to, str) else report_to or ():
-        if name in ("none", "all"):
-            continue
-        if name not in known:
-            raise SettingsError(f"unknown tracker {name!r} (--report_to); {suggestion(name, [*known, 'all', 'none'])}")
-        for module in (name, name.replace("_", ""), name.removesuffix("_ml")):
-            is_available = getattr(integration_utils, f"is_{module}_available", None)
-            if is_available is not None and not is_available():
-                raise SettingsError(f"tracker {name!r} (--report_to) is not installed; install it, or choose another")
 
 
 # Folders and models

@@ -13,10 +13,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PrinterCallback
 
 from hf_unlearn.core.files import replace_folder
 from hf_unlearn.core.processes import is_main, wait_for_all
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.data.formats import rows_of
 from hf_unlearn.deletion.output import (
     check_target,
@@ -156,8 +156,8 @@ class UnlearnedModel:
     references: ReferenceResults
 
 
-@dataclass(frozen=True)
-class FinishedRequest:
+@dataclass(frozen=True, repr=False)
+class FinishedRequest(ShortRepr):
     """A fulfilled request.
 
     Attributes:
@@ -171,8 +171,8 @@ class FinishedRequest:
     folder: Path
 
 
-@dataclass(frozen=True)
-class PreparedRequest:
+@dataclass(frozen=True, repr=False)
+class PreparedRequest(ShortRepr):
     """A request that is ready to be fulfilled, under one configuration or several.
 
     Attributes:
@@ -261,8 +261,6 @@ class PreparedRequest:
         )
         if self.request.series is not None:
             trainer.set_stopping_rows(rows.forget, self.request.series.series.mark(config.forget_metric))
-        if config.disable_tqdm:  # Trainer would print each log line instead; the report has them
-            trainer.remove_callback(PrinterCallback)
         return trainer
 
     def _restore_original(self, trainer: UnlearningTrainer) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.data.formats import Rows
 from hf_unlearn.models.tasks import Collator, ProcessingClass
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from hf_unlearn.statistics.retain_statistics import RetainStatistics
 
 
-@dataclass(frozen=True, kw_only=True)
-class RequestModels:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RequestModels(ShortRepr):
     """The models of a request.
 
     >>> from torch import nn
@@ -42,8 +43,8 @@ class RequestModels:
     collator: Collator | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class RequestRows:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RequestRows(ShortRepr):
     """The rows of a request.
 
     >>> rows = RequestRows(forget=[{"text": "a"}], evaluation={"retain": [{"text": "b"}, {"text": "c"}]})
@@ -110,8 +111,8 @@ class AdapterOptions:
     merge: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class DeletionRequest:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DeletionRequest(ShortRepr):
     """What is to be forgotten, from which model, and how the result is evaluated.
 
     `fulfil_request` carries it out. The hyper-parameters are not part of it: one request can be fulfilled under

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 from torch import nn
 
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.data.checks import require_disjoint
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.formats import Row, rows_of
@@ -64,8 +65,8 @@ class RowEncoding:
         )
 
 
-@dataclass(frozen=True)
-class EncodedSplits:
+@dataclass(frozen=True, repr=False)
+class EncodedSplits(ShortRepr):
     """The encoded rows of a run.
 
     Attributes:

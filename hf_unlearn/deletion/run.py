@@ -13,6 +13,7 @@ from torch import nn
 from hf_unlearn.constraints.registry import CONSTRAINTS, needs_fisher
 from hf_unlearn.core.files import check_output
 from hf_unlearn.core.processes import wait_for_all
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.data.batches import PaddingCollator, default_collator, take
 from hf_unlearn.data.formats import Rows
 from hf_unlearn.data.splits import load_rows
@@ -125,8 +126,8 @@ def collect_split(
     return statistics
 
 
-@dataclass(frozen=True)
-class FinishedModel:
+@dataclass(frozen=True, repr=False)
+class FinishedModel(ShortRepr):
     """A finished model, the models to compare it with, and the rows to evaluate it on."""
 
     model: nn.Module

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.losses.dual_weight import DualWeight
 from hf_unlearn.losses.registry import Content, LossKind, OriginalModel, Predict
@@ -20,8 +21,8 @@ from hf_unlearn.models.modes import eval_mode
 from hf_unlearn.models.tasks import Batch
 
 
-@dataclass(frozen=True)
-class UnlearningLoss:
+@dataclass(frozen=True, repr=False)
+class UnlearningLoss(ShortRepr):
     """A loss with its settings; made by `build_loss`.
 
     Batches are `{"forget": inputs}`, with `retain` inputs for a retain term, and with `alternate` inputs (the forget

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.errors import DataError, ModelError, SettingsError
 from hf_unlearn.models.adapters import base_name, without_wrapper
 from hf_unlearn.models.padding import has_values, own_padding
@@ -28,8 +29,8 @@ from hf_unlearn.models.tasks import (
 )
 
 
-@dataclass(frozen=True)
-class Hidden:
+@dataclass(frozen=True, repr=False)
+class Hidden(ShortRepr):
     """A module's outputs behind each label.
 
     Attributes:
@@ -47,8 +48,8 @@ class Hidden:
         return (squares_LP * self.mask_LP).sum(1) / self.mask_LP.sum(1).clamp(min=1)
 
 
-@dataclass(frozen=True)
-class Predictions:
+@dataclass(frozen=True, repr=False)
+class Predictions(ShortRepr):
     """Logits and true labels at the label positions of one batch.
 
     >>> predictions = Predictions(torch.zeros(3, 2), torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), n_rows=2)

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.errors import CoverageError
 from hf_unlearn.models.adapters import base_name, layer_of, lora_layers
 from hf_unlearn.models.layers import layers_of, tied_parameters
@@ -15,8 +16,8 @@ UNKNOWN = "of an unknown layer type: "
 """How the reason begins for weights that are frozen because their layer type is not registered."""
 
 
-@dataclass(frozen=True)
-class Coverage:
+@dataclass(frozen=True, repr=False)
+class Coverage(ShortRepr):
     """Parameter names by what may happen to the parameters.
 
     >>> print(Coverage(("a.weight",), ("a.bias",), (), {"a.bias": "as asked"}).explain())

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -9,9 +10,11 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments, get_scheduler
+from transformers.integrations import integration_utils
 
 from hf_unlearn.constraints.base import ConstraintLike
 from hf_unlearn.constraints.registry import CONSTRAINTS, build_constraint
+from hf_unlearn.core.registry import suggestion
 from hf_unlearn.core.settings import require_ranges, setting
 from hf_unlearn.core.storage import PLACES, Storage
 from hf_unlearn.errors import SettingsError
@@ -224,6 +227,7 @@ class UnlearningConfig(TrainingArguments):
         Storage(self.keep_statistics_on)
         Sketching(self.sketch_above, self.sketch_rank)
         self._check_refused()
+        _check_trackers(self.report_to)
         self._check_optimizer()
         self._check_scheduler()
         self._check_best_metric()
@@ -307,7 +311,8 @@ class UnlearningConfig(TrainingArguments):
 
     def _check_forget_metric(self) -> None:
         if self.forget_metric not in FORGET_METRICS:
-            raise SettingsError(f"forget_metric must be probability, accuracy or loss, got {self.forget_metric!r}")
+            hint = suggestion(str(self.forget_metric), list(FORGET_METRICS))
+            raise SettingsError(f"unknown forget_metric {self.forget_metric!r}; {hint}")
 
     def _check_adversary(self) -> None:
         if self.adversary_steps < 0 or not self.adversary_learning_rate > 0:
@@ -339,6 +344,20 @@ class UnlearningConfig(TrainingArguments):
             from hf_unlearn.publishing.card import check_template  # loads jinja2
 
             check_template(self.card_template)
+
+
+def _check_trackers(report_to: str | Sequence[str] | None) -> None:
+    """Raise if a tracker is unknown or not installed; Trainer would see it when the model is loaded."""
+    known = list(integration_utils.INTEGRATION_TO_CALLBACK)
+    for name in [report_to] if isinstance(report_to, str) else report_to or ():
+        if name in ("none", "all"):
+            continue
+        if name not in known:
+            raise SettingsError(f"unknown tracker {name!r} (report_to); {suggestion(name, [*known, 'all', 'none'])}")
+        for module in (name, name.replace("_", ""), name.removesuffix("_ml")):
+            is_available = getattr(integration_utils, f"is_{module}_available", None)
+            if is_available is not None and not is_available():
+                raise SettingsError(f"tracker {name!r} (report_to) is not installed; install it, or choose another")
 
 
 def _value(setting: Any) -> str:

@@ -15,6 +15,7 @@ from hf_unlearn.constraints.base import ConstraintLike
 from hf_unlearn.constraints.registry import needs_fisher
 from hf_unlearn.constraints.step_constrainer import StepConstrainer
 from hf_unlearn.core.processes import gather
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.data.batches import default_collator
 from hf_unlearn.data.checks import check_container, require_alternates, require_disjoint, require_labels
 from hf_unlearn.data.encoding import encode_dataset
@@ -50,8 +51,8 @@ SPLIT_METRICS = ("loss", "probability", "accuracy", "entropy", *(f"relearned_{na
 Encoder: TypeAlias = Callable[["Rows | None", str], Any]
 
 
-@dataclass(frozen=True)
-class TrainerInputs:
+@dataclass(frozen=True, repr=False)
+class TrainerInputs(ShortRepr):
     """Everything that a run needs, loaded, encoded and checked.
 
     Attributes:

@@ -44,6 +44,7 @@ from hf_unlearn.trainer.inputs import (
     unlearning_config,
 )
 from hf_unlearn.trainer.outcome import UnlearningOutcome, outcome_of, say
+from hf_unlearn.trainer.progress import use_step_lines
 from hf_unlearn.trainer.row_stopping import RowStopping
 from hf_unlearn.trainer.run_record import fill_missing, run_report
 from hf_unlearn.trainer.stopping import OverUnlearningCallback, stopping_rules
@@ -98,14 +99,14 @@ class UnlearningTrainer(Trainer):
 
     Example:
 
-    >>> import contextlib, io, tempfile, torch, transformers
+    >>> import tempfile, torch, transformers
     >>> from hf_unlearn.trainer.config import UnlearningConfig
     >>> _ = torch.manual_seed(0)
     >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))
     >>> forget = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]
     >>> retain = [{"input_ids": [8, 9, 10], "labels": [-100, 9, 10]}]
-    >>> with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):  # hides log lines
+    >>> with tempfile.TemporaryDirectory() as folder:
     ...     args = UnlearningConfig(folder, max_steps=1, disable_tqdm=True, use_cpu=True)
     ...     trainer = UnlearningTrainer(model, args, forget, retain)
     ...     _ = trainer.train()
@@ -187,6 +188,7 @@ class UnlearningTrainer(Trainer):
             "retain": inputs.splits.get("retain"),
         }
         self._outcome: UnlearningOutcome | None = None
+        use_step_lines(self.callback_handler, list(inputs.splits))
         self._add_callbacks()
 
     def create_accelerator_and_postprocess(self) -> None:
