@@ -119,7 +119,15 @@ def _launch(argv: list[str]) -> Answer:
 
     for plugin in take_plugins(argv)[1]:
         check_plugin(plugin)  # the processes import it
+    _check_flags(argv[0], argv[1:])
     return Answer(None, None, launch(argv))
+
+
+def _check_flags(command: str, argv: Sequence[str]) -> None:
+    """Raise `SettingsError` on a wrong flag or value, before several processes would fail at it."""
+    from hf_unlearn.cli.settings_file import take_settings_file
+
+    import_module(f"hf_unlearn.cli.{command}").parser().parse_args(take_settings_file(list(argv))[0])
 
 
 def _run(command: str, argv: list[str]) -> Answer:

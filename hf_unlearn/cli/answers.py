@@ -56,6 +56,7 @@ def run_and_print(command: Callable[[], Answer], as_json: bool, debug: bool) -> 
             answer = command()
         if prints and answer.text is not None:
             print(json.dumps(answer.content, allow_nan=False) if as_json else answer.text, flush=True)
+        told = answer.code != 0 and _tell_launcher(answer.code)
         if "RANK" in os.environ:
             from hf_unlearn.core.processes import leave
 
@@ -67,12 +68,17 @@ def run_and_print(command: Callable[[], Answer], as_json: bool, debug: bool) -> 
             print(f"hf-unlearn: {error}", file=sys.stderr)
             if as_json:
                 print(json.dumps({"error": str(error)}))
+        _tell_launcher(WRONG_INPUT)
         return WRONG_INPUT
-    if answer.code and (file := os.environ.get(ANSWER_CODE)):
-        if prints:
-            Path(file).write_text(str(answer.code), encoding="utf-8")
-        return 0
-    return answer.code
+    return 0 if told else answer.code
+
+
+def _tell_launcher(code: int) -> bool:
+    """Write the exit code of an answer where the launcher reads it; return whether there is a launcher."""
+    file = os.environ.get(ANSWER_CODE)
+    if file and os.environ.get("RANK", "0") == "0":
+        Path(file).write_text(str(code), encoding="utf-8")
+    return bool(file)
 
 
 def reports_answer(reports: "Mapping[str, UnlearningReport]", output_dir: str, metric: str) -> Answer:

@@ -56,7 +56,7 @@ def launch(argv: Sequence[str]) -> int:
         answer = Path(folder) / "code"
         line += ["-m", "hf_unlearn", *command]
         code = subprocess.run(line, env={**environment, ANSWER_CODE: str(answer)}, check=False).returncode
-        return int(answer.read_text(encoding="utf-8")) if code == 0 and answer.is_file() else code
+        return int(answer.read_text(encoding="utf-8")) if answer.is_file() else code
 
 
 def check_processes() -> None:
