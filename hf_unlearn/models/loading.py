@@ -256,7 +256,7 @@ def outline(
     for key, value in (head_settings(classes) if new_head and classes is not None else {}).items():
         setattr(config, key, value)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), loaded_whole():
             return model_class.from_config(config).eval()
     except (ValueError, TypeError, KeyError, ImportError) as error:
         raise ModelError(f"{name!r} has no model of task {task} (--task): {one_line(error, 160)}") from error

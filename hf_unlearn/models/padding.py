@@ -63,7 +63,7 @@ def has_values(tensor: Tensor) -> bool:
     >>> has_values(torch.zeros(2)), has_values(torch.zeros(2, device="meta"))
     (True, False)
     """
-    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+    return not (getattr(tensor, "is_meta", False) or isinstance(tensor, FakeTensor))
 
 
 def _unused_id(ids_BT: Tensor, seen_BT: Tensor, rows: int) -> int:

@@ -62,7 +62,7 @@ def test_json_is_one_document_for_anything_that_the_libraries_print(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The Trainer's own prints are on."""
-    content = answered(run_line(places, tmp_path, disable_tqdm="False"), capsys)
+    content = answered(run_line(places, tmp_path, disable_tqdm="False", forget_target="1e-9"), capsys)
     assert content["output_dir"] == str(tmp_path / "out")
     assert content["reports"]["energy_ridge"] == json.loads((tmp_path / "out" / "unlearning_report.json").read_text())
     common = ["--model_name_or_path", places["model"], "--dataset_name", places["data"]]
@@ -81,7 +81,7 @@ def test_json_is_one_document_for_anything_that_the_libraries_print(
 
 
 def test_json_of_a_separate_process_is_alone_on_standard_output(places: dict[str, str], tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "hf_unlearn", *run_line(places, tmp_path, disable_tqdm="False"), "--json"]
+    line = [sys.executable, "-m", "hf_unlearn", *run_line(places, tmp_path, disable_tqdm="False", forget_target="1e-9"), "--json"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert done.returncode in FINISHED, done.stderr
     assert json.loads(done.stdout)["reports"]["energy_ridge"]["method"]["steps"] == 1

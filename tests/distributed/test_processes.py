@@ -42,7 +42,8 @@ launches = pytest.mark.parametrize(
         *(pytest.param(mode, n, id=f"{mode} x{n}", marks=SLOW_MARK) for mode, n in SLOW),
     ],
 )
-RUNS = ("shards", "sketch", "kronecker", "conv1d", "row by row", "signature", "signature, conv1d", "lora", "bf16")
+TWO_SIDED = ("shards", "sketch", "kronecker", "conv1d", "row by row")
+RUNS = (*TWO_SIDED, "signature", "signature, conv1d", "lora", "bf16")
 Found = tuple[dict[str, Any], dict[str, Tensor]]
 
 
@@ -94,6 +95,8 @@ def test_weights_of_several_processes_are_those_of_one(mode: str, processes: int
     names = [name for name in single if name.startswith(f"{run}/")]
     assert names and one[run]["steps"] == two[run]["steps"] == 4
     limit, rounding = (1e-5, 1e-4) if run != "bf16" else (1e-2, 5e-2)  # 8 bits, rounded at other places
+    if run in TWO_SIDED:
+        limit = 1e-4  # a thousandth of a step passes it, and `relative_step` magnifies that, with its rounding
     for name in names:
         assert (several[name].float() - single[name]).norm() <= limit * single[name].norm(), name
     assert two[run]["loss"] == pytest.approx(one[run]["loss"], rel=rounding) and len(two[run]["loss"]) == 13
