@@ -27,6 +27,7 @@ from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.evaluation.row_scores import RowScores, score_predictions
 from hf_unlearn.losses import UnlearningLoss
 from hf_unlearn.losses.registry import ForgetTerm
+from hf_unlearn.models.arguments import taken_inputs
 from hf_unlearn.models.forward import predict
 from hf_unlearn.models.modes import hold_norm_statistics
 from hf_unlearn.models.tasks import Batch, Collator, ProcessingClass
@@ -358,7 +359,7 @@ class UnlearningTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """Return the unlearning loss of a pair of batches, or the model's own loss of a plain batch (evaluation)."""
         if "forget" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, None)
+            return super().compute_loss(model, taken_inputs(model, inputs), return_outputs, None)
         hold_norm_statistics(model)
         loss = self.loss(model, inputs, self._original, num_items_in_batch)
         # gradients are averaged over processes, but counts are sums; a batch that does not count still makes its

@@ -20,6 +20,7 @@ from hf_unlearn.evaluation.attacks.registry import register_attack
 from hf_unlearn.evaluation.attacks.subject import NotRun, Outcome, Subject
 from hf_unlearn.evaluation.metrics.intervals import auc, bootstrap_auc, bootstrap_mean, undefined
 from hf_unlearn.evaluation.row_scores import map_rows
+from hf_unlearn.models.arguments import taken_inputs
 from hf_unlearn.models.tasks import IGNORED, context_length
 
 FOLDS = 5
@@ -95,7 +96,8 @@ def hidden_means(subject: Subject, rows: Rows) -> NDArray:
     device = next(subject.model.parameters()).device
 
     def means(batch_rows: Sequence[Row]) -> list[NDArray]:
-        batch = {key: value.to(device) for key, value in subject.tools.collator(batch_rows).items() if key != "labels"}
+        inputs = taken_inputs(subject.model, subject.tools.collator(batch_rows))
+        batch = {key: value.to(device) for key, value in inputs.items() if key != "labels"}
         try:
             outputs = subject.model(**batch, output_hidden_states=True)
         except TypeError as error:
