@@ -62,15 +62,21 @@ def require_continuing(model: nn.Module, row: Row, what: str) -> None:
     tokens, labels = row.get("input_ids"), row.get("labels")
     if tokens is not None and (labels is None or _some_masked(tokens, labels)):
         return
-    model = without_wrapper(getattr(model, "module", model))
-    causal = [value for module in model.modules() if isinstance(value := getattr(module, "is_causal", None), bool)]
-    is_masked = getattr(model, "loss_type", None) == "ForMaskedLM"
-    if is_masked or (task_of(model) == "language-model" and causal and not any(causal)):
+    if sees_what_follows(model):
+        kind = type(without_wrapper(getattr(model, "module", model))).__name__
         raise DataError(
-            f"the model of the {what} set is a {type(model).__name__}, whose tokens see those that follow, so it would "
+            f"the model of the {what} set is a {kind}, whose tokens see those that follow, so it would "
             "only copy its labels; use a model that continues texts (AutoModelForCausalLM, config.is_decoder), or a "
             "classifier"
         )
+
+
+def sees_what_follows(model: nn.Module) -> bool:
+    """Return whether a model is a masked language model, or a language model whose tokens see those that follow."""
+    model = without_wrapper(getattr(model, "module", model))
+    causal = [value for module in model.modules() if isinstance(value := getattr(module, "is_causal", None), bool)]
+    is_masked = getattr(model, "loss_type", None) == "ForMaskedLM"
+    return is_masked or (task_of(model) == "language-model" and bool(causal) and not any(causal))
 
 
 def _some_masked(tokens: object, labels: object) -> bool:

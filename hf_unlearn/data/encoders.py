@@ -72,7 +72,8 @@ class EncodingContext:
         """Return the tokenizer; raise `DataError` if there is none for these raw columns."""
         if self.processing_class is None or not callable(getattr(self.processing_class, "encode", None)):
             raise DataError(
-                f"the {self.what} set has raw columns {sorted(columns)}; pass the model's tokenizer to encode them"
+                f"the {self.what} set has raw columns {sorted(columns)}; pass the model's tokenizer to encode them "
+                "(processing_class, or encode_dataset(rows, tokenizer))"
             )
         return self.processing_class
 

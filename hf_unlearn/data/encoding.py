@@ -25,11 +25,12 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from hf_unlearn.core.processes import world
-from hf_unlearn.data.checks import check_container, check_row, require_continuing, require_rows
+from hf_unlearn.data.checks import check_container, check_row, require_continuing, require_rows, sees_what_follows
 from hf_unlearn.data.encoders import ENCODERS, Encode, EncodingContext
-from hf_unlearn.data.formats import MODEL_INPUTS, Row, Rows
+from hf_unlearn.data.formats import LABELS, MODEL_INPUTS, Row, Rows
 from hf_unlearn.data.left_out import LeftOut
 from hf_unlearn.data.row_identity import row_hash
+from hf_unlearn.data.tokenized import MASKS, may_be_packed, means_labels, refuse_packed, with_labels
 from hf_unlearn.data.wrong_answers import WRONG, with_alternatives
 from hf_unlearn.errors import DataError
 from hf_unlearn.models.tasks import Task, task_of
@@ -81,6 +82,9 @@ def encode_dataset(
 ) -> "Sequence[Row] | RowStream":
     """Make model inputs of rows in any of the formats of `formats`; return rows that are model inputs already as is.
 
+    Rows of tokens without labels get those that trl's `SFTTrainer` trains on (`tokenized`): the tokens themselves, or
+    those in a `completion_mask` or `assistant_masks`.
+
     The `alternate` answer of a language model's row becomes a row of its own, under `alternate`. Images are encoded
     each time they are read.
 
@@ -111,7 +115,7 @@ def encode_dataset(
     Raises:
         DataError: There are no rows; a stream where rows are needed; columns of none of the task's formats; no
             tokenizer; a row with nothing left to predict, or longer than the context; a label that is not a class of
-            the model.
+            the model; a row that was packed.
     """
     rows: Any = dataset
     check_container(rows, what)
@@ -124,11 +128,11 @@ def encode_dataset(
     if first is None:
         raise DataError(f"the {what} set is empty; give it at least one row")
     check_row(first, what)
+    task = task or (task_of(model) if model is not None else None) or "language-model"
+    if set(first) & set(MODEL_INPUTS):
+        return _complete(rows, first, what, task, model)
     if model is not None:
         require_continuing(model, first, what)
-    if set(first) & set(MODEL_INPUTS):
-        return RowStream(rows, lambda row, index: dict(row)) if streamed else rows
-    task = task or (task_of(model) if model is not None else None) or "language-model"
     context = EncodingContext(processing_class, what, max_length, model)
     encode = ENCODERS[task](set(first), context)
     if WRONG in first and task == "language-model":
@@ -142,6 +146,32 @@ def encode_dataset(
     encoded = EncodedList((encode(rows[index], index) for index in range(len(rows))), context.left_out)
     context.left_out.warn(what, len(rows), max_length)
     return encoded
+
+
+def _complete(rows: Any, first: Row, what: str, task: Task, model: nn.Module | None) -> Any:
+    """Return encoded rows or a stream of them, checked and with the labels that follow from their other columns."""
+    masks = tuple(name for name in MASKS if name in first)
+    continues = task == "language-model" if model is None else _continues(model)
+    has_class = model is None and any(name in first for name in LABELS)  # which may be of a text of another task
+    labelled = means_labels(first) and (bool(masks) or (continues and not has_class))
+    checked = labelled or may_be_packed(first)
+
+    def complete(row: Row, index: int) -> dict[str, Any]:
+        where = f"row {index} of the {what} set"
+        refuse_packed(row, where)
+        return with_labels(row, where, masks) if labelled else dict(row)
+
+    if model is not None:
+        require_continuing(model, complete(first, 0) if checked else first, what)
+    if not hasattr(rows, "__len__"):
+        return RowStream(rows, complete if checked else lambda row, index: dict(row))
+    completed = EncodedList((complete(rows[index], index) for index in range(len(rows) if checked else 0)), LeftOut())
+    return completed if labelled else rows
+
+
+def _continues(model: nn.Module) -> bool:
+    """Return whether a model predicts each token from those before it."""
+    return task_of(model) == "language-model" and not sees_what_follows(model)
 
 
 class EncodedList(list[dict[str, Any]]):

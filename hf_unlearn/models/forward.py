@@ -176,8 +176,9 @@ def _check_channels(model: nn.Module, inputs: Batch) -> None:
 def output_logits(model: nn.Module, inputs: Batch, **forward_options: int) -> Tensor:
     """Run a forward pass without labels and return the logits, `[B, V]` or `[B, T, V]`.
 
-    Columns that the model does not take are left out (`arguments.taken_inputs`). Padded positions get the padding id of the model's configuration, because some models look for it: classifiers on
-    decoders read the last position that does not have it.
+    Columns that the model does not take are left out (`arguments.taken_inputs`). Padded positions get the padding id of
+    the model's configuration, because some models look for it: classifiers on decoders read the last position that does
+    not have it.
 
     Raises:
         DataError: A row is longer than the model's context, has a token that the model has no embedding for, or images
