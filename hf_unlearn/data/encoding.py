@@ -15,7 +15,7 @@ Rows that are encoded already (tokens, `pixel_values`) skip the first step. Enco
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import islice
@@ -28,7 +28,7 @@ from hf_unlearn.core.processes import world
 from hf_unlearn.data.checks import check_container, check_row, require_continuing, require_rows, sees_what_follows
 from hf_unlearn.data.encoders import ENCODERS, Encode, EncodingContext
 from hf_unlearn.data.formats import LABELS, MODEL_INPUTS, Row, Rows
-from hf_unlearn.data.left_out import LeftOut
+from hf_unlearn.data.left_out import CutRow, LeftOut
 from hf_unlearn.data.row_identity import row_hash
 from hf_unlearn.data.tokenized import MASKS, may_be_packed, means_labels, refuse_packed, with_labels
 from hf_unlearn.data.wrong_answers import WRONG, with_alternatives
@@ -99,8 +99,8 @@ def encode_dataset(
         dataset: `datasets.Dataset`, any sequence of rows, or a `datasets.IterableDataset`.
         processing_class: The model's tokenizer or image processor; not needed for rows that are model inputs.
         what: The name of the set in error messages.
-        max_length: Longest row in tokens; longer rows are cut at the end, which is a warning and counted in the
-            attribute `left_out` of the list.
+        max_length: Longest row in tokens; longer raw rows are cut at the end, which is a warning and counted in the
+            attribute `left_out` of the list, or of the stream once it has been read.
         model: Determines the task (`models.tasks.task_of`), the number of classes, and the context.
         task: The task, instead of the model's; default `language-model`.
         idk_seed: Give each row of a language model an alternate answer that says "I don't know", drawn by this seed
@@ -139,12 +139,13 @@ def encode_dataset(
         encode = with_alternatives(encode, what)
     if idk_seed is not None:
         encode = _with_idk(encode, idk_seed)
+    encode = _counting(encode, context)
     if streamed:
-        return RowStream(rows, encode)
+        return RowStream(rows, encode, what=what, max_length=max_length)
     if task == "image-classification":  # the pixels of all rows at once would take too much memory
         return EncodedRows(rows, encode)
-    encoded = EncodedList((encode(rows[index], index) for index in range(len(rows))), context.left_out)
-    context.left_out.warn(what, len(rows), max_length)
+    encoded = EncodedList(encode(rows[index], index) for index in range(len(rows)))
+    encoded.left_out.warn(what, max_length)
     return encoded
 
 
@@ -165,7 +166,7 @@ def _complete(rows: Any, first: Row, what: str, task: Task, model: nn.Module | N
         require_continuing(model, complete(first, 0) if checked else first, what)
     if not hasattr(rows, "__len__"):
         return RowStream(rows, complete if checked else lambda row, index: dict(row))
-    completed = EncodedList((complete(rows[index], index) for index in range(len(rows) if checked else 0)), LeftOut())
+    completed = EncodedList(complete(rows[index], index) for index in range(len(rows) if checked else 0))
     return completed if labelled else rows
 
 
@@ -174,16 +175,25 @@ def _continues(model: nn.Module) -> bool:
     return task_of(model) == "language-model" and not sees_what_follows(model)
 
 
+def _counting(encode: Encode, context: EncodingContext) -> Encode:
+    """Return an encoder whose rows carry how many of their tokens were left out."""
+
+    def encode_and_count(row: Row, index: int) -> dict[str, Any]:
+        before = context.left_out.tokens
+        encoded = encode(row, index)
+        left_out = context.left_out.tokens - before
+        return CutRow(encoded, left_out) if left_out else encoded
+
+    return encode_and_count
+
+
 class EncodedList(list[dict[str, Any]]):
-    """Encoded rows in memory.
+    """Encoded rows in memory."""
 
-    Attributes:
-        left_out: How many of the rows were cut at `max_length`, and by how many tokens.
-    """
-
-    def __init__(self, rows: Iterable[dict[str, Any]], left_out: LeftOut):
-        super().__init__(rows)
-        self.left_out = left_out
+    @property
+    def left_out(self) -> LeftOut:
+        """How many of the rows were cut at `max_length`, and by how many tokens."""
+        return LeftOut.of(self)
 
 
 @dataclass(frozen=True)
@@ -220,11 +230,27 @@ class RowStream(IterableDataset):
 
     Attributes:
         total: Number of rows of the stream, once it has been read to the end.
+        left_out: How many of this process's rows were cut at `max_length`; a warning says so at the end.
     """
 
-    def __init__(self, dataset: "datasets.IterableDataset", encode: Encode, max_rows: int | None = None):
+    def __init__(
+        self,
+        dataset: "datasets.IterableDataset",
+        encode: Encode,
+        max_rows: int | None = None,
+        *,
+        what: str = "given",
+        max_length: int | None = None,
+    ):
         self.dataset, self.encode, self.max_rows = dataset, encode, max_rows
+        self.what, self.max_length = what, max_length
         self.total = 0
+        self.left_out = LeftOut()
+        self._warned = False
+
+    def limited(self, max_rows: int | None) -> "RowStream":
+        """Return the first rows of the stream."""
+        return RowStream(self.dataset, self.encode, max_rows, what=self.what, max_length=self.max_length)
 
     def first(self) -> dict[str, Any]:
         """Return the first row, encoded."""
@@ -232,8 +258,13 @@ class RowStream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         rank, size = world()
-        self.total = 0
+        self.total, self.left_out = 0, LeftOut()
         for index, row in enumerate(islice(iter(self.dataset), self.max_rows)):
             self.total = index + 1
             if index % size == rank:
-                yield self.encode(row, index)
+                encoded = self.encode(row, index)
+                self.left_out = self.left_out.plus(encoded)
+                yield encoded
+        if not self._warned:  # statistics may read a stream several times
+            self._warned = True
+            self.left_out.warn(self.what, self.max_length)

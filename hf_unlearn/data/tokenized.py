@@ -27,8 +27,8 @@ def means_labels(row: Row) -> bool:
 
 
 def _label_column(row: Row) -> str | None:
-    """Return the column with a label for each token; a single number, such as a class, is no label of a text."""
-    return next((name for name in LABELS if np.ndim(row.get(name)) > 0), None)
+    """Return the column with a label for each token; a single number, such as a class, does not count."""
+    return next((name for name in LABELS if name in row and np.ndim(row[name]) > 0), None)
 
 
 def may_be_packed(row: Row) -> bool:

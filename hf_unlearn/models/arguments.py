@@ -29,7 +29,7 @@ def taken_inputs(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
     ['input_ids', 'labels']
     """
     inner = without_wrapper(getattr(model, "module", model))
-    parameters = signature(inner.forward).parameters.values()
+    parameters = signature(getattr(inner, "forward", inner)).parameters.values()  # the model may be a function
     takes_any = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters)
     named = {parameter.name for parameter in parameters if parameter.kind not in _VARIABLE}
     if takes_any and not (named and hasattr(inner, "main_input_name")):

@@ -145,7 +145,7 @@ class Accumulator:
             counted: If false, the batch only keeps the processes of a distributed run in step and is not added.
         """
         self._counted = counted
-        inputs = taken_inputs(self.model, inputs)  # a column that the model does not read is no part of a row
+        inputs = taken_inputs(self.model, inputs)  # a row is what the model reads of it
         logits, hashes = self._forward(inputs)
         labels = 0
         if self.fisher:

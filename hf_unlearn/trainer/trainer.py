@@ -21,6 +21,7 @@ from hf_unlearn.constraints.step_constrainer import EngineOptimizer, StepConstra
 from hf_unlearn.core.sharding import check_sharding, shard_on_cpu, sharding_of
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.formats import Rows
+from hf_unlearn.data.left_out import cut_records
 from hf_unlearn.data.pairs import PairedDataset, attackers_rows
 from hf_unlearn.errors import ModelError, NonFiniteLossError, SettingsError
 from hf_unlearn.evaluation.report import UnlearningReport
@@ -88,6 +89,7 @@ class UnlearningTrainer(Trainer):
         constrainer: The `StepConstrainer`: drift, leak, original weights.
         coverage: Which parameters are protected, frozen and exposed.
         loss: The loss with its settings.
+        row_counts: For each set its number of `rows`, and of `rows_cut` and `tokens_cut` at `args.max_length`.
 
     Raises:
         SettingsError: There is a constraint but no statistics and no retain rows to collect them from, or
@@ -187,6 +189,9 @@ class UnlearningTrainer(Trainer):
             "holdout": inputs.holdout,
             "retain": inputs.splits.get("retain"),
         }
+        self.row_counts = cut_records(
+            {"forget": inputs.forget, "retain": inputs.retain, "holdout": inputs.holdout, **inputs.splits}
+        )
         self._outcome: UnlearningOutcome | None = None
         self._add_callbacks()
 

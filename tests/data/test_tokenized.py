@@ -1,5 +1,5 @@
 """Laws of rows that are tokens already, in the layouts of trl's `SFTTrainer`: their labels are those that it trains on,
-wherever rows are read, and packed rows are refused. The layouts are made by hand, because trl is no dependency."""
+wherever rows are read, and packed rows are refused. The layouts are made by hand, because trl may be missing."""
 
 from __future__ import annotations
 
