@@ -15,12 +15,13 @@ Rows that are encoded already (tokens, `pixel_values`) skip the first step. Enco
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import numpy as np
 from torch import nn
 from torch.utils.data import IterableDataset
 
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     import datasets
 
     from hf_unlearn.models.tasks import ProcessingClass
+
+_NO_ROW = object()
 
 
 @overload
@@ -119,18 +122,19 @@ def encode_dataset(
     """
     rows: Any = dataset
     check_container(rows, what)
-    streamed = rows is not None and not hasattr(rows, "__len__")
+    streamed = rows is not None and (not hasattr(rows, "__len__") or isinstance(rows, IterableDataset))
     if not streamed:
         require_rows(rows, what)
     elif not streams:
         raise DataError(f"the {what} set is a stream, which only collect_statistics reads; make it a list or a Dataset")
-    first = next(iter(rows), None) if streamed else rows[0]
-    if first is None:
+    first = next(iter(rows), _NO_ROW) if streamed else rows[0]
+    if first is _NO_ROW:
         raise DataError(f"the {what} set is empty; give it at least one row")
-    check_row(first, what)
+    for index, row in enumerate(rows if isinstance(rows, (list, tuple)) else [first]):
+        check_row(row, what, index)
     task = task or (task_of(model) if model is not None else None) or "language-model"
     if set(first) & set(MODEL_INPUTS):
-        return _complete(rows, first, what, task, model)
+        return _complete(rows, first, what, task, model, streamed)
     if model is not None:
         require_continuing(model, first, what)
     context = EncodingContext(processing_class, what, max_length, model)
@@ -149,7 +153,7 @@ def encode_dataset(
     return encoded
 
 
-def _complete(rows: Any, first: Row, what: str, task: Task, model: nn.Module | None) -> Any:
+def _complete(rows: Any, first: Row, what: str, task: Task, model: nn.Module | None, streamed: bool) -> Any:
     """Return encoded rows or a stream of them, checked and with the labels that follow from their other columns."""
     masks = tuple(name for name in MASKS if name in first)
     continues = task == "language-model" if model is None else _continues(model)
@@ -158,14 +162,15 @@ def _complete(rows: Any, first: Row, what: str, task: Task, model: nn.Module | N
     checked = labelled or may_be_packed(first)
 
     def complete(row: Row, index: int) -> dict[str, Any]:
+        check_row(row, what, index)
         where = f"row {index} of the {what} set"
         refuse_packed(row, where)
         return with_labels(row, where, masks) if labelled else dict(row)
 
     if model is not None:
         require_continuing(model, complete(first, 0) if checked else first, what)
-    if not hasattr(rows, "__len__"):
-        return RowStream(rows, complete if checked else lambda row, index: dict(row))
+    if streamed:
+        return RowStream(rows, complete)
     completed = EncodedList(complete(rows[index], index) for index in range(len(rows) if checked else 0))
     return completed if labelled else rows
 
@@ -179,12 +184,20 @@ def _counting(encode: Encode, context: EncodingContext) -> Encode:
     """Return an encoder whose rows carry how many of their tokens were left out."""
 
     def encode_and_count(row: Row, index: int) -> dict[str, Any]:
+        check_row(row, context.what, index)
         before = context.left_out.tokens
-        encoded = encode(row, index)
+        encoded = encode({name: _listed(value) for name, value in row.items()}, index)
         left_out = context.left_out.tokens - before
         return CutRow(encoded, left_out) if left_out else encoded
 
     return encode_and_count
+
+
+def _listed(value: Any) -> Any:
+    """Return an array of texts or of mappings, as data sets in numpy format have it, as a list."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "OU":
+        return [_listed(item) for item in value.tolist()]
+    return {name: _listed(item) for name, item in value.items()} if isinstance(value, Mapping) else value
 
 
 class EncodedList(list[dict[str, Any]]):

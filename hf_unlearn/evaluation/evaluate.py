@@ -143,7 +143,9 @@ def training_metrics(
 def encode_splits(
     splits: Mapping[str, Rows], processing_class: "ProcessingClass | None", model: nn.Module | None
 ) -> dict[str, Rows]:
-    """Encode the rows of every split; raises `DataError` if there is no split `forget`."""
+    """Encode the rows of every split; raises `DataError` if there is none of the name `forget`."""
+    if not isinstance(splits, Mapping):
+        raise DataError(f"the splits are a {type(splits).__name__}; name them, such as {{'forget': rows}}")
     if "forget" not in splits:
         raise DataError(f"the splits are {sorted(splits)}; one must be named 'forget'")
     return {name: encode_dataset(data, processing_class, what=name, model=model) for name, data in splits.items()}
