@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from hf_unlearn.models.tasks import ProcessingClass
 
-_NO_ROW = object()
+_NO_ROW: Any = object()
 
 
 @overload
