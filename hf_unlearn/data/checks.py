@@ -1,6 +1,6 @@
 """Checks that data sets must pass before training."""
 
-from collections.abc import Mapping, Sized
+from collections.abc import Iterator, Mapping, Sized
 from os import PathLike
 
 import torch
@@ -40,17 +40,30 @@ splits, [row] for one row, or datasets.Dataset.from_dict(columns)
         )
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):
         raise DataError(f"the {what} set is a {kind}; pass its rows, such as datasets.Dataset.from_pandas(table)")
+    if hasattr(rows, "to_pylist") or hasattr(rows, "iloc"):
+        method = "to_pylist" if hasattr(rows, "to_pylist") else "tolist"
+        raise DataError(f"the {what} set is a {kind}; pass its rows as a list, its {method}()")
+    if isinstance(rows, Iterator):
+        raise DataError(
+            f"the {what} set is a {kind}, which can be read only once; pass list(rows), or a stream that begins again "
+            "(datasets.IterableDataset.from_generator)"
+        )
+    can_be_read = hasattr(rows, "__iter__") or hasattr(rows, "__getitem__")
+    if isinstance(rows, type) or not (rows is None or can_be_read):
+        raise DataError(f"the {what} set is {rows!r:.80}, not rows; pass a list of rows or a datasets.Dataset")
     if hasattr(rows, "__len__") and not hasattr(rows, "__getitem__"):
         raise DataError(f"the {what} set is a {kind}, whose rows have no numbers; pass list(rows) or its dataset")
 
 
-def check_row(row: object, what: str) -> None:
-    """Raise `DataError` if the first row of a set is not a mapping from column names to values."""
-    if not isinstance(row, Mapping):
-        raise DataError(
-            f"row 0 of the {what} set is a {type(row).__name__}, not a mapping from column names to values; give rows "
-            "such as {'text': ...} or {'image': ..., 'label': ...}"
-        )
+def check_row(row: object, what: str, index: int = 0) -> None:
+    """Raise `DataError` if a row of a set is not a mapping from column names to values."""
+    if isinstance(row, Mapping):
+        return
+    kind = type(row).__name__
+    remedy = "give rows such as {'text': ...} or {'image': ..., 'label': ...}"
+    if hasattr(row, "column_names") or (hasattr(row, "columns") and hasattr(row, "to_dict")):
+        remedy = "the data set is formatted as tables: pass dataset.with_format(None)"
+    raise DataError(f"row {index} of the {what} set is a {kind}, not a mapping from column names to values; {remedy}")
 
 
 def require_continuing(model: nn.Module, row: Row, what: str) -> None:
@@ -62,15 +75,21 @@ def require_continuing(model: nn.Module, row: Row, what: str) -> None:
     tokens, labels = row.get("input_ids"), row.get("labels")
     if tokens is not None and (labels is None or _some_masked(tokens, labels)):
         return
-    model = without_wrapper(getattr(model, "module", model))
-    causal = [value for module in model.modules() if isinstance(value := getattr(module, "is_causal", None), bool)]
-    is_masked = getattr(model, "loss_type", None) == "ForMaskedLM"
-    if is_masked or (task_of(model) == "language-model" and causal and not any(causal)):
+    if sees_what_follows(model):
+        kind = type(without_wrapper(getattr(model, "module", model))).__name__
         raise DataError(
-            f"the model of the {what} set is a {type(model).__name__}, whose tokens see those that follow, so it would "
+            f"the model of the {what} set is a {kind}, whose tokens see those that follow, so it would "
             "only copy its labels; use a model that continues texts (AutoModelForCausalLM, config.is_decoder), or a "
             "classifier"
         )
+
+
+def sees_what_follows(model: nn.Module) -> bool:
+    """Return whether a model is a masked language model, or a language model whose tokens see those that follow."""
+    model = without_wrapper(getattr(model, "module", model))
+    causal = [value for module in model.modules() if isinstance(value := getattr(module, "is_causal", None), bool)]
+    is_masked = getattr(model, "loss_type", None) == "ForMaskedLM"
+    return is_masked or (task_of(model) == "language-model" and bool(causal) and not any(causal))
 
 
 def _some_masked(tokens: object, labels: object) -> bool:

@@ -30,7 +30,7 @@ from hf_unlearn.data.formats import (
     last_answer,
     with_answer,
 )
-from hf_unlearn.data.left_out import LeftOut
+from hf_unlearn.data.left_out import CutCounter
 from hf_unlearn.data.pictures import picture
 from hf_unlearn.data.tokens import encode as encode_text
 from hf_unlearn.data.tokens import tokens_of_parts, with_end
@@ -60,20 +60,21 @@ class EncodingContext(ShortRepr):
         what: The name of the set.
         max_length: Longest row in tokens; longer rows are cut.
         model: The model, for its context, its vocabulary, its number of classes and its channels.
-        left_out: Counts the rows that are cut, and their tokens that are left out.
+        left_out: Counts the tokens of cut rows that are left out.
     """
 
     processing_class: "ProcessingClass | None"
     what: str
     max_length: int | None
     model: nn.Module | None
-    left_out: LeftOut = field(default_factory=LeftOut)
+    left_out: CutCounter = field(default_factory=CutCounter)
 
     def tokenizer(self, columns: set[str]) -> "PreTrainedTokenizerBase":
         """Return the tokenizer; raise `DataError` if there is none for these raw columns."""
         if self.processing_class is None or not callable(getattr(self.processing_class, "encode", None)):
             raise DataError(
-                f"the {self.what} set has raw columns {sorted(columns)}; pass the model's tokenizer to encode them"
+                f"the {self.what} set has raw columns {sorted(columns)}; pass the model's tokenizer to encode them "
+                "(processing_class, or encode_dataset(rows, tokenizer))"
             )
         return self.processing_class
 
@@ -85,21 +86,21 @@ class EncodingContext(ShortRepr):
         """Return the name of a row in errors."""
         return f"row {index} of the {self.what} set"
 
-    def cut(self, tokens: list[int], index: int) -> list[int]:
+    def cut(self, tokens: list[int]) -> list[int]:
         """Return the first `max_length` tokens, and count what is left out."""
         if self.max_length is None or len(tokens) <= self.max_length:
             return tokens
-        self.left_out.add(index, len(tokens) - self.max_length)
+        self.left_out.tokens += len(tokens) - self.max_length
         return tokens[: self.max_length]
 
-    def truncated(self, tokenize: "Callable[..., BatchEncoding]", index: int) -> "BatchEncoding":
+    def truncated(self, tokenize: "Callable[..., BatchEncoding]") -> "BatchEncoding":
         """Return the inputs that `tokenize` makes with its truncation options, and count the tokens that it cuts."""
         whole = tokenize(verbose=False)
         length = len(whole["input_ids"])
         if self.max_length is None or length <= self.max_length:
             return whole
         inputs = tokenize(**self.truncation())
-        self.left_out.add(index, length - len(inputs["input_ids"]))
+        self.left_out.tokens += length - len(inputs["input_ids"])
         return inputs
 
     def check_ids(self, tokens: Sequence[int], index: int) -> None:
@@ -159,7 +160,7 @@ def language_encoder(columns: set[str], context: EncodingContext) -> Encode:
     def encode_answer(row: Row, index: int, alternate: bool = False) -> dict[str, Any]:
         tokens, chosen = split(row, tokenizer, context.where(index), alternate)
         context.check_ids(tokens, index)
-        tokens, chosen = context.cut(tokens, index), chosen[: context.max_length]
+        tokens, chosen = context.cut(tokens), chosen[: context.max_length]
         if not any(chosen[1:]):  # nothing precedes the first token of a text, so it cannot be predicted
             raise DataError(
                 f"{context.where(index)} has no token to predict within {context.max_length or 'its'} tokens"
@@ -257,8 +258,8 @@ def seq2seq_encoder(columns: set[str], context: EncodingContext) -> Encode:
 
     def encode(row: Row, index: int) -> dict[str, Any]:
         where = context.where(index)
-        inputs = context.truncated(partial(tokenizer, text_cell(row, source, where)), index)
-        labels = context.truncated(partial(tokenizer, text_target=answer_cell(row, target, where)), index)["input_ids"]
+        inputs = context.truncated(partial(tokenizer, text_cell(row, source, where)))
+        labels = context.truncated(partial(tokenizer, text_target=answer_cell(row, target, where)))["input_ids"]
         for tokens in (inputs["input_ids"], labels):
             context.check_ids(tokens, index)
             context.check_length(tokens, index)
@@ -278,7 +279,7 @@ def text_encoder(columns: set[str], context: EncodingContext) -> Encode:
 
     def encode(row: Row, index: int) -> dict[str, Any]:
         texts = [text_cell(row, name, context.where(index)) for name in names]
-        inputs = context.truncated(partial(tokenizer, *texts), index)
+        inputs = context.truncated(partial(tokenizer, *texts))
         context.check_ids(inputs["input_ids"], index)
         context.check_length(inputs["input_ids"], index)
         return {**inputs, **context.label(row, index)}
@@ -302,7 +303,7 @@ def token_encoder(columns: set[str], context: EncodingContext) -> Encode:
     def encode(row: Row, index: int) -> dict[str, Any]:
         where = context.where(index)
         texts = word_cells(row, words, where)
-        inputs = context.truncated(partial(tokenizer, texts, is_split_into_words=True), index)
+        inputs = context.truncated(partial(tokenizer, texts, is_split_into_words=True))
         context.check_ids(inputs["input_ids"], index)
         context.check_length(inputs["input_ids"], index)
         if tags is None:

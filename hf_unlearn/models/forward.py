@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.errors import DataError, ModelError, SettingsError
 from hf_unlearn.models.adapters import base_name, without_wrapper
+from hf_unlearn.models.arguments import taken_inputs
 from hf_unlearn.models.padding import has_values, own_padding
 from hf_unlearn.models.tasks import (
     DECODER_INPUTS,
@@ -176,14 +177,16 @@ def _check_channels(model: nn.Module, inputs: Batch) -> None:
 def output_logits(model: nn.Module, inputs: Batch, **forward_options: int) -> Tensor:
     """Run a forward pass without labels and return the logits, `[B, V]` or `[B, T, V]`.
 
-    Padded positions get the padding id of the model's configuration, because some models look for it: classifiers on
-    decoders read the last position that does not have it.
+    Columns that the model does not take are left out (`arguments.taken_inputs`). Padded positions get the padding id of
+    the model's configuration, because some models look for it: classifiers on decoders read the last position that does
+    not have it.
 
     Raises:
         DataError: A row is longer than the model's context, has a token that the model has no embedding for, or images
             do not have the model's number of channels.
         ModelError: The model returns no logits.
     """
+    inputs = taken_inputs(model, inputs)
     length, context = inputs["input_ids"].shape[-1] if "input_ids" in inputs else 0, context_length(model)
     if context is not None and length > context:
         raise DataError(
@@ -250,6 +253,7 @@ def predict(model: nn.Module, inputs: Batch, skip_first: bool = False, layer: in
         ModelError: The model returns no logits, or not one distribution per label.
         SettingsError: The model has no such layer.
     """
+    inputs = taken_inputs(model, inputs)
     labels = inputs.get("labels")
     if labels is None:
         raise DataError(f"the batch has no column 'labels', only {sorted(inputs)}; a label is what is forgotten")

@@ -21,12 +21,14 @@ from hf_unlearn.constraints.step_constrainer import EngineOptimizer, StepConstra
 from hf_unlearn.core.sharding import check_sharding, shard_on_cpu, sharding_of
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.formats import Rows
+from hf_unlearn.data.left_out import cut_records
 from hf_unlearn.data.pairs import PairedDataset, attackers_rows
 from hf_unlearn.errors import ModelError, NonFiniteLossError, SettingsError
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.evaluation.row_scores import RowScores, score_predictions
 from hf_unlearn.losses import UnlearningLoss
 from hf_unlearn.losses.registry import ForgetTerm
+from hf_unlearn.models.arguments import taken_inputs
 from hf_unlearn.models.forward import predict
 from hf_unlearn.models.modes import hold_norm_statistics
 from hf_unlearn.models.tasks import Batch, Collator, ProcessingClass
@@ -88,6 +90,7 @@ class UnlearningTrainer(Trainer):
         constrainer: The `StepConstrainer`: drift, leak, original weights.
         coverage: Which parameters are protected, frozen and exposed.
         loss: The loss with its settings.
+        row_counts: For each set its number of `rows`, and of `rows_cut` and `tokens_cut` at `args.max_length`.
 
     Raises:
         SettingsError: There is a constraint but no statistics and no retain rows to collect them from, or
@@ -187,6 +190,9 @@ class UnlearningTrainer(Trainer):
             "holdout": inputs.holdout,
             "retain": inputs.splits.get("retain"),
         }
+        self.row_counts = cut_records(
+            {"forget": inputs.forget, "retain": inputs.retain, "holdout": inputs.holdout, **inputs.splits}
+        )
         self._outcome: UnlearningOutcome | None = None
         use_step_lines(self.callback_handler, list(inputs.splits))
         self._add_callbacks()
@@ -360,7 +366,7 @@ class UnlearningTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """Return the unlearning loss of a pair of batches, or the model's own loss of a plain batch (evaluation)."""
         if "forget" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, None)
+            return super().compute_loss(model, taken_inputs(model, inputs), return_outputs, None)
         hold_norm_statistics(model)
         loss = self.loss(model, inputs, self._original, num_items_in_batch)
         # gradients are averaged over processes, but counts are sums; a batch that does not count still makes its
