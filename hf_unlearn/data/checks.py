@@ -1,6 +1,6 @@
 """Checks that data sets must pass before training."""
 
-from collections.abc import Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from os import PathLike
 
 import torch
@@ -42,14 +42,21 @@ splits, [row] for one row, or datasets.Dataset.from_dict(columns)
         raise DataError(f"the {what} set is a {kind}; pass its rows, such as datasets.Dataset.from_pandas(table)")
     if hasattr(rows, "__len__") and not hasattr(rows, "__getitem__"):
         raise DataError(f"the {what} set is a {kind}, whose rows have no numbers; pass list(rows) or its dataset")
+    if isinstance(rows, Iterator):
+        raise DataError(
+            f"the {what} set is a {kind}, which gives its rows only once; pass list(rows), or a stream that can be read "
+            "again such as datasets.IterableDataset.from_generator"
+        )
+    if rows is not None and not isinstance(rows, Iterable) and not hasattr(rows, "__getitem__"):
+        raise DataError(f"the {what} set is {rows!r:.80}, not a list of rows; give rows such as {{'text': ...}}")
 
 
-def check_row(row: object, what: str) -> None:
-    """Raise `DataError` if the first row of a set is not a mapping from column names to values."""
+def check_row(row: object, what: str, index: int = 0) -> None:
+    """Raise `DataError` if a row of a set is not a mapping from column names to values."""
     if not isinstance(row, Mapping):
         raise DataError(
-            f"row 0 of the {what} set is a {type(row).__name__}, not a mapping from column names to values; give rows "
-            "such as {'text': ...} or {'image': ..., 'label': ...}"
+            f"row {index} of the {what} set is a {type(row).__name__}, not a mapping from column names to values; give "
+            "rows such as {'text': ...} or {'image': ..., 'label': ...}"
         )
 
 
