@@ -21,7 +21,7 @@ AnyRows = TypeVar("AnyRows", bound=Rows | RowStream)
 def take(rows: AnyRows, max_rows: int | None) -> AnyRows:
     """Return the first rows of encoded rows or of a stream; all of them if `max_rows` is None."""
     if isinstance(rows, RowStream):
-        return cast(AnyRows, rows.take(max_rows))
+        return cast(AnyRows, RowStream(rows.dataset, rows.encode, max_rows))
     return rows if max_rows is None or max_rows >= len(rows) else cast(AnyRows, select(rows, range(max_rows)))
 
 

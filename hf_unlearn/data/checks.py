@@ -1,5 +1,6 @@
 """Checks that data sets must pass before training."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from os import PathLike
 
@@ -44,8 +45,8 @@ splits, [row] for one row, or datasets.Dataset.from_dict(columns)
         raise DataError(f"the {what} set is a {kind}, whose rows have no numbers; pass list(rows) or its dataset")
     if isinstance(rows, Iterator):
         raise DataError(
-            f"the {what} set is a {kind}, which gives its rows only once; pass list(rows), or a stream that can be read "
-            "again such as datasets.IterableDataset.from_generator"
+            f"the {what} set is a {kind}, which gives its rows only once; pass list(rows), or a stream that can be "
+            "read again such as datasets.IterableDataset.from_generator"
         )
     if rows is not None and not isinstance(rows, Iterable) and not hasattr(rows, "__getitem__"):
         raise DataError(f"the {what} set is {rows!r:.80}, not a list of rows; give rows such as {{'text': ...}}")
@@ -112,12 +113,31 @@ def require_labels(rows: Rows, what: str) -> bool:
 def require_disjoint(forget: Rows, retain: Rows, what: str = "retain") -> None:
     """Raise `DataError` if a row is in the forget set and in the `what` set.
 
+    Rows of other texts whose tokens are the same because the tokenizer does not know them all are a warning.
+
     >>> require_disjoint([{"input_ids": [1, 2]}], [{"input_ids": [1, 3]}])
     """
     numbers = {row_hash(forget[i]): i for i in range(len(forget))}
     shared = [(numbers[key], i) for i in range(len(retain)) if (key := row_hash(retain[i])) in numbers]
+    unclear = [pair for pair in shared if _only_tokens_agree(forget, retain, *pair)]
+    if unclear:
+        warnings.warn(
+            f"{len(unclear)} forget rows have the tokens of {what} rows with another text (first: forget row "
+            f"{unclear[0][0]} and {what} row {unclear[0][1]}), because the tokenizer does not know all of it; the "
+            "model cannot tell them apart",
+            stacklevel=2,
+        )
+    shared = [pair for pair in shared if pair not in unclear]
     if shared:
         raise DataError(
             f"{len(shared)} forget rows are also in the {what} set (first: forget row {shared[0][0]} is {what} row "
             f"{shared[0][1]}); remove them from the {what} set"
         )
+
+
+def _only_tokens_agree(forget: Rows, retain: Rows, forget_index: int, retain_index: int) -> bool:
+    """Return whether two rows with the same tokens have other texts, of which tokens are unknown."""
+    raw, other, unknown = getattr(forget, "raw", None), getattr(retain, "raw", None), getattr(forget, "unknown", None)
+    if raw is None or other is None or unknown is None or unknown not in forget[forget_index].get("input_ids", ()):
+        return False
+    return row_hash(raw[forget_index]) != row_hash(other[retain_index])

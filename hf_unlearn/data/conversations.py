@@ -93,9 +93,7 @@ def _render(
         ) from error
 
 
-def _answer_span(
-    messages: Sequence[Row], answer: int, text: str, render: Callable[..., str], where: str
-) -> Span:
+def _answer_span(messages: Sequence[Row], answer: int, text: str, render: Callable[..., str], where: str) -> Span:
     """Return where the text of the conversation has an answer, with what the template writes around its content."""
     before, until = messages[:answer], messages[: answer + 1]
     prompt = render(before, prompt=True) if before else ""

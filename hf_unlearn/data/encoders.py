@@ -210,7 +210,9 @@ def _splitter(columns: set[str], what: str) -> Split:
 def _split_messages(row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, alternate: bool) -> TokensAndAnswers:
     messages = cell(row, "messages", where)
     context = last_answer(row["messages"]) if alternate else 0  # the row itself was encoded before its alternate
-    return encode_conversation(cast("Sequence[Row]", messages), tokenizer, where, context, _template_options(row, where))
+    return encode_conversation(
+        cast("Sequence[Row]", messages), tokenizer, where, context, _template_options(row, where)
+    )
 
 
 def _template_options(row: Row, where: str) -> dict[str, Any]:
@@ -332,7 +334,7 @@ def token_encoder(columns: set[str], context: EncodingContext) -> Encode:
         if not isinstance(given, Sized) or len(given) != len(texts):
             count = len(given) if isinstance(given, Sized) else given
             raise DataError(f"{where} has {len(texts)} words and {count} {tags}; give one for each word")
-        classes = [context.class_number(tag, index, ignored=True) for tag in given]
+        classes = [context.class_number(tag, index, ignored=True) for tag in cast("Sequence[object]", given)]
         word_ids = inputs.word_ids()
         is_first = [word is not None and word not in word_ids[:place] for place, word in enumerate(word_ids)]
         labels = [classes[word] if first else IGNORED for word, first in zip(word_ids, is_first, strict=True)]

@@ -28,7 +28,7 @@ from hf_unlearn.core.processes import world
 from hf_unlearn.data.checks import check_container, check_row, require_continuing, require_rows
 from hf_unlearn.data.encoders import ENCODERS, Encode, EncodingContext
 from hf_unlearn.data.formats import MODEL_INPUTS, Row, Rows
-from hf_unlearn.data.left_out import CutWarning, LeftOut
+from hf_unlearn.data.left_out import LeftOut
 from hf_unlearn.data.row_identity import row_hash
 from hf_unlearn.data.wrong_answers import WRONG, with_alternatives
 from hf_unlearn.errors import DataError
@@ -95,8 +95,8 @@ def encode_dataset(
         dataset: `datasets.Dataset`, any sequence of rows, or a `datasets.IterableDataset`.
         processing_class: The model's tokenizer or image processor; not needed for rows that are model inputs.
         what: The name of the set in error messages.
-        max_length: Longest row in tokens; longer rows are cut at the end, which is a warning (for a stream, when it
-            has been read) and counted in the attribute `left_out` of the list.
+        max_length: Longest row in tokens; longer rows are cut at the end, which is a warning and counted in the
+            attribute `left_out` of the list.
         model: Determines the task (`models.tasks.task_of`), the number of classes, and the context.
         task: The task, instead of the model's; default `language-model`.
         idk_seed: Give each row of a language model an alternate answer that says "I don't know", drawn by this seed
@@ -137,11 +137,12 @@ def encode_dataset(
         encode = _with_idk(encode, idk_seed)
     encode = _with_check(encode, what)
     if streamed:
-        return RowStream(rows, encode, cut=CutWarning(context.left_out, what, max_length))
+        return RowStream(rows, encode)
     if task == "image-classification":  # the pixels of all rows at once would take too much memory
         return EncodedRows(rows, encode)
     encoded = EncodedList((encode(rows[index], index) for index in range(len(rows))), context.left_out)
-    CutWarning(context.left_out, what, max_length).warn(len(rows))
+    encoded.raw, encoded.unknown = rows, getattr(processing_class, "unk_token_id", None)
+    context.left_out.warn(what, len(rows), max_length)
     return encoded
 
 
@@ -150,7 +151,12 @@ class EncodedList(list[dict[str, Any]]):
 
     Attributes:
         left_out: How many of the rows were cut at `max_length`, and by how many tokens.
+        raw: The raw rows that they were made of.
+        unknown: The token that stands for everything that the tokenizer does not know.
     """
+
+    raw: Rows | None = None
+    unknown: int | None = None
 
     def __init__(self, rows: Iterable[dict[str, Any]], left_out: LeftOut):
         super().__init__(rows)
@@ -201,19 +207,9 @@ class RowStream(IterableDataset):
         total: Number of rows of the stream, once it has been read to the end.
     """
 
-    def __init__(
-        self,
-        dataset: "datasets.IterableDataset",
-        encode: Encode,
-        max_rows: int | None = None,
-        cut: CutWarning | None = None,
-    ):
-        self.dataset, self.encode, self.max_rows, self.cut = dataset, encode, max_rows, cut
+    def __init__(self, dataset: "datasets.IterableDataset", encode: Encode, max_rows: int | None = None):
+        self.dataset, self.encode, self.max_rows = dataset, encode, max_rows
         self.total = 0
-
-    def take(self, max_rows: int | None) -> "RowStream":
-        """Return the stream of the first rows."""
-        return RowStream(self.dataset, self.encode, max_rows, self.cut)
 
     def first(self) -> dict[str, Any]:
         """Return the first row, encoded."""
@@ -222,13 +218,7 @@ class RowStream(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         rank, size = world()
         self.total = 0
-        if self.cut is not None:
-            self.cut.left_out.clear()  # a second pass reads the same rows
-        try:
-            for index, row in enumerate(islice(iter(self.dataset), self.max_rows)):
-                self.total = index + 1
-                if index % size == rank:
-                    yield self.encode(row, index)
-        finally:  # also where reading stops early
-            if self.cut is not None:
-                self.cut.warn(self.total)
+        for index, row in enumerate(islice(iter(self.dataset), self.max_rows)):
+            self.total = index + 1
+            if index % size == rank:
+                yield self.encode(row, index)
