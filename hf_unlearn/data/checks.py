@@ -82,8 +82,14 @@ def require_continuing(model: nn.Module, row: Row, what: str) -> None:
 
 
 def _some_masked(tokens: object, labels: object) -> bool:
-    """Return whether a label differs from the input at its position, or the two have no common positions."""
-    tokens_T, labels_T = torch.as_tensor(tokens), torch.as_tensor(labels)
+    """Return whether a label differs from the input at its position, or the two have no common positions.
+
+    Values that are no numbers, which `encoded_checks` refuses, have none.
+    """
+    try:
+        tokens_T, labels_T = torch.as_tensor(tokens), torch.as_tensor(labels)
+    except (ValueError, TypeError, RuntimeError):
+        return True
     if tokens_T.shape != labels_T.shape:
         return True
     counted_T = labels_T != IGNORED

@@ -104,10 +104,9 @@ def vocabulary_size(model: nn.Module) -> int | None:
 
 def _embedding_rows(embedding: object) -> int | None:
     """Return the number of rows of an embedding, which I-BERT's own kind says by its weight alone."""
-    weight = getattr(embedding, "weight", None)
-    rows = getattr(
-        embedding, "num_embeddings", len(weight) if isinstance(weight, Tensor) and weight.ndim == 2 else None
-    )
+    weight, rows = getattr(embedding, "weight", None), getattr(embedding, "num_embeddings", None)
+    if rows is None and isinstance(weight, Tensor) and weight.ndim == 2:
+        return len(weight)
     return rows if isinstance(rows, int) else None
 
 
