@@ -70,7 +70,7 @@ def require_some_text(texts: Sequence[str], names: Sequence[str], where: str) ->
 
 
 def listed_cell(row: Row, name: str, where: str) -> list[object]:
-    """Return the list in the column `name`, which may be written as JSON; raise `DataError` if it is none."""
+    """Return the list in the column `name`, which may be written as JSON; raise `DataError` for other values."""
     value = row[name]
     try:
         parsed = json.loads(value) if isinstance(value, str) else value

@@ -23,7 +23,7 @@ _OF_A_CLASS = ("text-classification", "image-classification")
 
 
 def check_encoded(rows: "Rows | RowStream", what: str, model: nn.Module, *, labels: bool = False) -> None:
-    """Raise `DataError` if a row that was encoded before is none that the model can read.
+    """Raise `DataError` if the model cannot read a row that was encoded before.
 
     The tokens of each row are whole numbers that the model has an embedding for, no more than its context has
     positions, and as many as the row's mask has; labels are classes of the model or tokens. Images and other inputs

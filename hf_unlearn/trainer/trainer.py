@@ -708,7 +708,7 @@ class UnlearningTrainer(Trainer):
 def _own_metrics(
     compute_metrics: Callable[[EvalPrediction], dict[str, float]], prediction: EvalPrediction
 ) -> dict[str, float]:
-    """Return what the user's function returns; raise `SettingsError` if it is no mapping, which Trainer fills."""
+    """Return what the user's function returns; raise `SettingsError` if it is not a mapping, which Trainer fills."""
     metrics = compute_metrics(prediction)
     if not isinstance(metrics, Mapping):
         raise SettingsError(f"compute_metrics returned {metrics!r:.60}; return a dict of numbers by name")
