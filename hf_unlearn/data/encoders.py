@@ -167,7 +167,9 @@ def language_encoder(columns: set[str], context: EncodingContext) -> Encode:
         tokens, chosen = split(row, tokenizer, context.where(index), alternate)
         context.check_ids(tokens, index)
         tokens, chosen = context.cut(tokens, index), chosen[: context.max_length]
-        behind = len(tokens) - (tokens[-1:] == [tokenizer.eos_token_id])  # an end token alone says nothing
+        is_bare = not any(row.get(prompt) for prompt, _ in LANGUAGE_PAIRS)
+        ended = is_bare and tokens[-1:] == [tokenizer.eos_token_id]  # behind nothing, an end token alone says nothing
+        behind = len(tokens) - ended
         if not any(chosen[1:behind]):  # nothing precedes the first token of a text, so it cannot be predicted
             raise DataError(
                 f"{context.where(index)} has no token to predict within {context.max_length or 'its'} tokens: each is "
