@@ -150,6 +150,7 @@ def encode_dataset(
     if task == "image-classification":  # the pixels of all rows at once would take too much memory
         return EncodedRows(rows, encode)
     encoded = EncodedList(encode(rows[index], index) for index in range(len(rows)))
+    encoded.raw, encoded.unknown = rows, getattr(processing_class, "unk_token_id", None)
     encoded.left_out.warn(what, max_length)
     return encoded
 
@@ -202,7 +203,15 @@ def _listed(value: Any) -> Any:
 
 
 class EncodedList(list[dict[str, Any]]):
-    """Encoded rows in memory."""
+    """Encoded rows in memory.
+
+    Attributes:
+        raw: The raw rows that they were made of.
+        unknown: The token that stands for everything that the tokenizer does not know.
+    """
+
+    raw: Rows | None = None
+    unknown: int | None = None
 
     @property
     def left_out(self) -> LeftOut:

@@ -107,8 +107,7 @@ def counted_labels(model: nn.Module, inputs: Batch) -> Tensor:
     tensor([[   5,    6, -100]])
     """
     labels = inputs["labels"]
-    is_seq2seq = getattr(getattr(getattr(model, "module", model), "config", None), "is_encoder_decoder", False)
-    mask_BT = inputs.get("decoder_attention_mask" if is_seq2seq else "attention_mask")
+    mask_BT = inputs.get("decoder_attention_mask" if _has_decoder(model) else "attention_mask")
     if mask_BT is None or labels.ndim != 2 or mask_BT.shape != labels.shape:
         return labels
     seen_BT = mask_BT.bool()
@@ -128,15 +127,19 @@ def label_positions(model: nn.Module, labels: Tensor, skip_first: bool = False) 
     mask_BT = (labels[:, 1:] if shifts_labels(model) else labels) != IGNORED
     if skip_first and _writes_answers(model):
         before_BT = F.pad(mask_BT[:, :-1], (1, 0), value=False)
-        next_BT, third_BT = (F.pad(mask_BT[:, n:], (0, n), value=False) for n in (1, 2))
+        next_BT, third_BT = (F.pad(mask_BT, (0, n), value=False)[:, n:] for n in (1, 2))  # rows may be shorter
         mask_BT = mask_BT & (before_BT | ~next_BT | ~third_BT)
     return mask_BT
 
 
 def _writes_answers(model: nn.Module) -> bool:
     """Return whether the labels of a row are the tokens of an answer; those of a token classifier are not."""
-    config = getattr(getattr(model, "module", model), "config", None)
-    return shifts_labels(model) or bool(getattr(config, "is_encoder_decoder", False))
+    return shifts_labels(model) or _has_decoder(model)
+
+
+def _has_decoder(model: nn.Module) -> bool:
+    """Return whether the model has an encoder for its input and a decoder for its answer."""
+    return bool(getattr(getattr(getattr(model, "module", model), "config", None), "is_encoder_decoder", False))
 
 
 def _without_labels(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
@@ -187,7 +190,9 @@ def output_logits(model: nn.Module, inputs: Batch, **forward_options: int) -> Te
         ModelError: The model returns no logits.
     """
     inputs = taken_inputs(model, inputs)
-    length, context = inputs["input_ids"].shape[-1] if "input_ids" in inputs else 0, context_length(model)
+    decoder_reads = ("labels", "decoder_input_ids") if _has_decoder(model) else ()
+    read = [inputs[name] for name in ("input_ids", *decoder_reads) if name in inputs and inputs[name].ndim == 2]
+    length, context = max((tokens_BT.shape[1] for tokens_BT in read), default=0), context_length(model)
     if context is not None and length > context:
         raise DataError(
             f"a row has {length} tokens, the model's context is {context}; lower max_length, or cut the row"

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,7 +170,8 @@ class UnlearningTrainer(Trainer):
             optimizers=optimizers,
             compute_metrics=compute_metrics or _mean_scores,
         )
-        self.compute_metrics: Callable[[EvalPrediction], dict[str, float]] = compute_metrics or _mean_scores
+        metrics = _mean_scores if compute_metrics is None else partial(_own_metrics, compute_metrics)
+        self.compute_metrics: Callable[[EvalPrediction], dict[str, float]] = metrics
         self.loss_is_scaled_for_ga = True  # by the counts of get_batch_samples
         self.loss, self.coverage, self.extra_metrics = inputs.loss, inputs.coverage, extra_metrics
         self.constrainer = StepConstrainer(
@@ -512,6 +514,11 @@ class UnlearningTrainer(Trainer):
                 raise SettingsError(f"utility_floor names {name!r}; an evaluation has {', '.join(sorted(metrics))}")
             if not metrics[key] >= floor:
                 return False
+        followed = self.args.metric_for_best_model
+        if followed is not None and f"eval_{followed.removeprefix('eval_')}" not in metrics:
+            raise SettingsError(
+                f"metric_for_best_model is {followed!r}; an evaluation has {', '.join(sorted(metrics))}"
+            )
         return super()._determine_best_metric(metrics, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -704,6 +711,16 @@ class UnlearningTrainer(Trainer):
         """Publish nothing, unless both `hub_strategy` and `push_unfinished` ask for it."""
         if self.args.push_unfinished and self.args.hub_strategy != "end":
             self.push_to_hub(f"Unfinished: step {self.state.global_step}")
+
+
+def _own_metrics(
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]], prediction: EvalPrediction
+) -> dict[str, float]:
+    """Return what the user's function returns; raise `SettingsError` if it is not a mapping, which Trainer fills."""
+    metrics = compute_metrics(prediction)
+    if not isinstance(metrics, Mapping):
+        raise SettingsError(f"compute_metrics returned {metrics!r:.60}; return a dict of numbers by name")
+    return dict(metrics)
 
 
 def _mean_scores(prediction: EvalPrediction) -> dict[str, float]:
