@@ -61,6 +61,7 @@ from .statistics import CollectionOptions as CollectionOptions
 from .statistics import RetainStatistics as RetainStatistics
 from .statistics import collect_statistics as collect_statistics
 from .trainer import UnlearningConfig as UnlearningConfig
+from .trainer import UnlearningOutcome as UnlearningOutcome
 from .trainer import UnlearningTrainer as UnlearningTrainer
 
 __version__: str

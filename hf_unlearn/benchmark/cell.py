@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
 _WITHOUT_EFFECT = frozenset(
     "output_dir overwrite_output_dir cache_dir methods constraints seeds cell_settings disable_tqdm report_to "
-    "logging_dir run_name hub_model_id hub_token local_rank".split()
+    "logging_dir run_name hub_model_id hub_token local_rank license language".split()
 )
 """Settings that say where files are, what else the grid has, or what is printed; they do not change a result."""
+
+_FORMER_DEFAULTS: dict[str, Any] = {"task": "language-model"}
+"""Values that settings had by default in the first grids and are now found out: the names of those cells keep them."""
 
 _ADDED_DEFAULTS: dict[str, Any] = {"sketch_above": SKETCH_ABOVE, "sketch_rank": SKETCH_RANK}
 """Defaults of settings that were added after the first grids: they must not change the names of those cells."""
@@ -51,6 +54,7 @@ class Cell:
     def file(self) -> str:
         """Name of the cell's file, with a hash of the settings that can change its result."""
         settings = {**plain(self.config.to_dict()), **plain(asdict(self.args))}
+        settings |= {name: value for name, value in _FORMER_DEFAULTS.items() if settings.get(name) is None}
         # settings that are off are left out: one that a later version adds, off by default, keeps the cell's name
         hashed = {
             name: value

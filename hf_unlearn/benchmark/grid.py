@@ -17,9 +17,11 @@ from tqdm.auto import tqdm
 from hf_unlearn.benchmark.cell import Cell
 from hf_unlearn.benchmark.cell_run import CellFailure, groups_of, run_group, split_names
 from hf_unlearn.constraints.registry import CONSTRAINTS
-from hf_unlearn.core.files import write_json
+from hf_unlearn.core.files import check_folder, write_json
 from hf_unlearn.core.processes import gather, is_main, wait_for_all
+from hf_unlearn.core.text import ShortRepr, one_line
 from hf_unlearn.deletion.arguments import BenchmarkArguments
+from hf_unlearn.deletion.checks import check_run
 from hf_unlearn.errors import OutputError, SettingsError
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.losses import LOSSES
@@ -29,8 +31,8 @@ CELLS_FOLDER = "cells"
 """Folder of the cells' files, inside the output folder."""
 
 
-@dataclass(frozen=True)
-class Results:
+@dataclass(frozen=True, repr=False)
+class Results(ShortRepr):
     """The results of a grid.
 
     Attributes:
@@ -88,7 +90,7 @@ def _cell_config(
     try:
         return config.but(**settings)
     except TypeError as error:
-        raise SettingsError(f"cell_settings of {method}/{constraint}: {str(error).splitlines()[0]}") from error
+        raise SettingsError(f"cell_settings of {method}/{constraint}: {one_line(error)}") from error
 
 
 def _cell_settings(
@@ -129,6 +131,7 @@ def run_grid(args: BenchmarkArguments, config: UnlearningConfig, folder: Path) -
         OutputError: `folder` has other files, a damaged cell, or cells of other weights or rows.
     """
     grid = grid_cells(args, config)
+    check_folder(folder, "--output_dir", "the output")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / CELLS_FOLDER).is_dir():
         raise OutputError(f"{folder} is not empty and has no results of a benchmark; choose another --output_dir")
     cells_folder = folder / CELLS_FOLDER
@@ -136,6 +139,7 @@ def run_grid(args: BenchmarkArguments, config: UnlearningConfig, folder: Path) -
     if is_main():
         cells_folder.mkdir(parents=True, exist_ok=True)
     wait_for_all()
+    _check_unfinished(grid, cells_folder)
     reports: dict[Cell, UnlearningReport] = {}
     failed: dict[Cell, str] = {}
     with tqdm(total=len(grid), unit="cell", disable=config.disable_tqdm or not is_main()) as bar:
@@ -156,6 +160,13 @@ def run_grid(args: BenchmarkArguments, config: UnlearningConfig, folder: Path) -
                 reports[cell] = UnlearningReport.load(path)
     _require_same_origin(reports)
     return Results({cell: reports[cell] for cell in grid if cell in reports}, failed)
+
+
+def _check_unfinished(grid: Sequence[Cell], cells_folder: Path) -> None:
+    """Check the models, rows and names of the cells that are to run; one cell alone is checked when it runs."""
+    unfinished = [cell for cell in grid if gather(not (cells_folder / cell.file).is_file())[0]]
+    for group in groups_of(unfinished):
+        check_run(replace(group[0].args, constraints=None), group[0].config)
 
 
 def _require_same_origin(reports: Mapping[Cell, UnlearningReport]) -> None:

@@ -80,12 +80,39 @@ def markdown(name: str, benchmark: Benchmark, results: Results, command: str) ->
         ]
         for (method, constraint), reports in lines.items()
     ]
-    paragraphs = [f"# {name}: {benchmark.about}", _provenance(results), table([head, *body])]
+    others = changed_data(benchmark, results)
+    paragraphs = [f"# {name}: {others or benchmark.about}", _provenance(results), table([head, *body])]
     if results.failed:
         reasons = dict.fromkeys(f"- {cell.name}: {reason}" for cell, reason in results.failed.items())
         paragraphs.append("Not run:\n\n" + "\n".join(reasons))
+    if others is not None and benchmark.published:
+        paragraphs.append("The published numbers are of other rows or another model than those of this table.")
     paragraphs += [_published(published) for published in benchmark.published]
     return "\n\n".join([*paragraphs, f"```\n{command}\n```"]) + "\n"
+
+
+def changed_data(benchmark: Benchmark, results: Results) -> str | None:
+    """Return the data set, its splits and the model in words if the grid was run on others than the benchmark's.
+
+    Args:
+        benchmark: Its defaults name the data set, the splits and the model.
+        results: What `run_grid` returned.
+
+    Returns:
+        None if they are those of the benchmark, or if there is no cell.
+    """
+    cell = next(iter([*results.reports, *results.failed]), None)
+    names = ("dataset_name", "train", "forget", "model_name_or_path")
+    if cell is None or all(getattr(cell.args, name) == benchmark.defaults.get(name, "") for name in names):
+        return None
+    dataset, train, forget, model = (str(getattr(cell.args, name)) for name in names)
+    rows = f"{forget} of {train}" if forget and train else forget or train
+    return f"{_last(dataset)} ({rows}), {_last(model)}"
+
+
+def _last(name: str) -> str:
+    """Return a Hub id as it is, and of a local folder the last part of its path."""
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def _provenance(results: Results) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import import_module
 
-from hf_unlearn.cli.answers import NO, WRONG_INPUT, Answer, run_and_print
+from hf_unlearn.cli.answers import MISSED, NO, NOTHING_TO_FORGET, WRONG_INPUT, Answer, run_and_print
 from hf_unlearn.cli.plugins import check_plugin, import_plugin, plugin_flags, take_plugins
 from hf_unlearn.cli.setup import peft_hidden
 from hf_unlearn.core.registry import suggestion
@@ -47,7 +47,9 @@ _FOOTER = f"""hf-unlearn COMMAND --help lists the options. Every command takes:
   [--num_machines M --machine_rank I --main_process_ip ADDRESS --main_process_port PORT]
 
 exit codes: 0 done; {WRONG_INPUT} a wrong input, with one line on standard error;
-{NO} the answer is "no" (ledger verify: damaged, ledger prove: not in it); 1 anything else"""
+{NO} the answer is "no" (ledger verify: damaged, ledger prove: not in it); 1 anything else;
+run, with a complete output folder: {MISSED} the run ended and its mark was missed, {NOTHING_TO_FORGET} there was
+nothing to forget (the rows had reached the mark before the first step), 0 the mark was reached or there is none"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,7 +119,15 @@ def _launch(argv: list[str]) -> Answer:
 
     for plugin in take_plugins(argv)[1]:
         check_plugin(plugin)  # the processes import it
+    _check_flags(argv[0], argv[1:])
     return Answer(None, None, launch(argv))
+
+
+def _check_flags(command: str, argv: Sequence[str]) -> None:
+    """Raise `SettingsError` on a wrong flag or value, before several processes would fail at it."""
+    from hf_unlearn.cli.settings_file import take_settings_file
+
+    import_module(f"hf_unlearn.cli.{command}").parser().parse_args(take_settings_file(list(argv))[0])
 
 
 def _run(command: str, argv: list[str]) -> Answer:

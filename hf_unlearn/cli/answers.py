@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_unlearn.errors import UnlearningError
@@ -17,6 +18,15 @@ WRONG_INPUT = 2
 """Exit code of a command that was refused because of its input."""
 NO = 3
 """Exit code of a question whose answer is no."""
+MISSED = 4
+"""Exit code of a run that ended without reaching its mark; the output folder is complete."""
+NOTHING_TO_FORGET = 5
+"""Exit code of a run whose forget rows had reached the mark before the first step; the output folder is complete."""
+OUTCOME_CODES = {"missed": MISSED, "nothing to forget": NOTHING_TO_FORGET}
+"""Exit codes by the `status` of an outcome, the worst first; 0 for all others."""
+ANSWER_CODE = "HF_UNLEARN_ANSWER_CODE"
+"""Environment variable with the file for the exit code of an answer, for processes of a launcher, which would take any
+code but 0 for a crash."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ def run_and_print(command: Callable[[], Answer], as_json: bool, debug: bool) -> 
             answer = command()
         if prints and answer.text is not None:
             print(json.dumps(answer.content, allow_nan=False) if as_json else answer.text, flush=True)
+        told = answer.code != 0 and _tell_launcher(answer.code)
         if "RANK" in os.environ:
             from hf_unlearn.core.processes import leave
 
@@ -57,33 +68,62 @@ def run_and_print(command: Callable[[], Answer], as_json: bool, debug: bool) -> 
             print(f"hf-unlearn: {error}", file=sys.stderr)
             if as_json:
                 print(json.dumps({"error": str(error)}))
+        _tell_launcher(WRONG_INPUT)
         return WRONG_INPUT
-    return answer.code
+    return 0 if told else answer.code
+
+
+def _tell_launcher(code: int) -> bool:
+    """Write the exit code of an answer where the launcher reads it; return whether there is a launcher."""
+    file = os.environ.get(ANSWER_CODE)
+    if file and os.environ.get("RANK", "0") == "0":
+        Path(file).write_text(str(code), encoding="utf-8")
+    return bool(file)
 
 
 def reports_answer(reports: "Mapping[str, UnlearningReport]", output_dir: str, metric: str) -> Answer:
-    """Return one table, the samples side by side, and where the files are.
+    """Return one table, the samples side by side, where the files are, and the outcome, which is also the exit code.
 
     Args:
         reports: Reports by name of the constraint.
         output_dir: The output folder.
         metric: Name of the metric in the table.
     """
-    from hf_unlearn.evaluation.tables import side_by_side
+    from hf_unlearn.evaluation.tables import cut_lines, outcome_lines, side_by_side
 
     first = next(iter(reports.values()))
-    lines = [f"\n{metric} by split (forgotten: {first.request['rows']} rows of {first.request['source']})\n"]
+    source = str(first.request.get("source") or "").strip()
+    count = first.request["rows"]
+    forgotten = f"{count} row{'' if count == 1 else 's'}" + f" of {source}" * bool(source)
+    lines = [f"\n{metric} by split (forgotten: {forgotten})\n"]
     lines.append(side_by_side(dict(reports), metric))
+    lines += ["", *cut_lines(first)] if cut_lines(first) else []
     for name, report in reports.items():
         lines.append(f"\n{name}: {report.method['stopped']}")
+        lines += [f"  {line}" for line in outcome_lines(report)]
         for sample in report.samples:
             lines.append(f"  Q      {sample['prompt']}\n  before {sample['answer']}\n  after  {sample['after']}\n")
     lines += _series_lines(first)
     lines.append("\ntime: " + ", ".join(f"{phase} {value:.1f} s" for phase, value in first.timings.items()))
     several = "/<constraint>" if len(reports) > 1 else ""
     lines.append(f"checkpoint, report, card and plots: {output_dir}{several}")
-    content = {"output_dir": output_dir, "reports": {name: report.content() for name, report in reports.items()}}
-    return Answer("\n".join(lines), content)
+    outcome, code = _worst_outcome(reports)
+    content = {
+        "output_dir": output_dir,
+        "outcome": outcome,
+        "reports": {name: report.content() for name, report in reports.items()},
+    }
+    return Answer("\n".join(lines), content, code)
+
+
+def _worst_outcome(reports: "Mapping[str, UnlearningReport]") -> tuple[dict[str, object], int]:
+    """Return the worst outcome of the runs, with the name of its constraint, and its exit code."""
+    for status, code in OUTCOME_CODES.items():
+        for name, report in reports.items():
+            if report.outcome.get("status") == status:
+                return {**report.outcome, "constraint": name}, code
+    name, report = next(iter(reports.items()))
+    return {**report.outcome, "constraint": name}, 0
 
 
 def _series_lines(report: "UnlearningReport") -> list[str]:

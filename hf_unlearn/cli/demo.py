@@ -1,6 +1,6 @@
 """`hf-unlearn demo`: see it work, offline."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_unlearn.cli.answers import Answer, reports_answer
@@ -46,9 +46,9 @@ def main(argv: list[str]) -> Answer:
         from hf_unlearn.demo.digits import run_digits
 
         reports = run_digits(args.output_dir, args.forget or "class:3", args.constraint, **options)
-        return reports_answer(reports, args.output_dir, "accuracy")
+        return replace(reports_answer(reports, args.output_dir, "accuracy"), code=0)
     from hf_unlearn.demo.people import DEFAULT_MODEL, run_people
 
     options |= {"model": args.model or DEFAULT_MODEL, "cache_dir": args.cache_dir}
     reports = run_people(args.output_dir, args.forget or "person:1", args.constraint, **options)
-    return reports_answer(reports, args.output_dir, "answer_probability")
+    return replace(reports_answer(reports, args.output_dir, "answer_probability"), code=0)

@@ -32,7 +32,7 @@ class EstimateArguments:
     """Settings of an estimate."""
 
     model_name_or_path: str = setting("", "Folder or Hub id of a model, also as first argument; its config is read.")
-    task: Task = setting("language-model", "What the model does.")
+    task: Task | None = setting(None, "What the model does; default: what its configuration says.")
     constraint: str = setting(UnlearningConfig.constraint, f"Constraint on every step: {', '.join(CONSTRAINTS)}.")
     fisher: bool = setting(False, "Also collect Fishers; they are always collected if the constraint needs them.")
     loss: str = setting(UnlearningConfig.loss, "Forget loss; one that reads the original model adds a forward pass.")
@@ -91,9 +91,11 @@ def _check(args: EstimateArguments) -> int:
     """Check the settings and return the bytes of one device."""
     from accelerate.utils import convert_file_size_to_int
 
-    from hf_unlearn.models.loading import MODELS
+    from hf_unlearn.models.loading import MODELS, read_config, trained_task
 
     check_choice("constraint", args.constraint, list(CONSTRAINTS))
+    if args.task is None:
+        args.task = trained_task(read_config(args.model_name_or_path)) or "language-model"
     check_choice("task", args.task, list(MODELS))
     check_choice("optim", args.optim, list(OPTIMIZERS))
     check_choice("dtype", args.dtype, PRECISIONS)
@@ -111,13 +113,14 @@ def _trace(args: EstimateArguments, settings: EstimateSettings) -> Trace:
     import torch
 
     from hf_unlearn.deletion.arguments import RunArguments
-    from hf_unlearn.deletion.build import peft_config
-    from hf_unlearn.estimate.tracing import read_config, trace_model
+    from hf_unlearn.deletion.options import peft_config
+    from hf_unlearn.estimate.tracing import trace_model
     from hf_unlearn.losses import build_loss
+    from hf_unlearn.models.loading import read_config
 
     trace = trace_model(
         read_config(args.model_name_or_path),
-        args.task,
+        args.task or "language-model",
         build_loss(args.loss),
         batch_size=args.batch_size,
         length=args.max_length,

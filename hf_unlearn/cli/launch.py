@@ -4,11 +4,13 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
+from hf_unlearn.cli.answers import ANSWER_CODE
 from hf_unlearn.core.files import read_yaml
 from hf_unlearn.core.registry import suggestion
 from hf_unlearn.errors import SettingsError
@@ -50,7 +52,11 @@ def launch(argv: Sequence[str]) -> int:
     line += [f"--{name}={value}" for name, value in options.items()]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) * machines // processes))}
     environment = {**threads, **os.environ, REQUESTED: str(processes)}
-    return subprocess.run([*line, "-m", "hf_unlearn", *command], env=environment, check=False).returncode
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "code"
+        line += ["-m", "hf_unlearn", *command]
+        code = subprocess.run(line, env={**environment, ANSWER_CODE: str(answer)}, check=False).returncode
+        return int(answer.read_text(encoding="utf-8")) if answer.is_file() else code
 
 
 def check_processes() -> None:

@@ -1,19 +1,24 @@
 """Parsers of the commands: flags are made from the fields of dataclasses."""
 
+import re
 from argparse import ArgumentParser, HelpFormatter
 from collections.abc import Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from hf_unlearn.cli.plugins import import_plugin
 from hf_unlearn.cli.settings_file import read_settings, take_flag, take_settings_file
 from hf_unlearn.core.registry import suggestion
+from hf_unlearn.core.text import one_line
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.trainer.presets import CHOICES, PRESETS, overridden, preset
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
 
+_UNKNOWN_FLAGS = re.compile(r"(?:unrecognized arguments:|are not used by the HfArgumentParser:)\s*(?P<flags>.+)")
+_UNKNOWN_VALUE = re.compile(r"invalid choice: '(?P<value>[^']*)' \(choose from (?P<choices>.+)\)")
 Parser = TypeVar("Parser", bound=ArgumentParser)
 
 
@@ -75,7 +80,7 @@ def _completed(parser: Parser, command: str) -> Parser:
     """Add the flags of every command, and raise `SettingsError` on a wrong flag instead of ending the process."""
 
     def error(message: str) -> NoReturn:
-        raise _wrong_flag(command, message)
+        raise _wrong_flag(command, _with_suggestion(message, parser))
 
     # `main` handles these before a command sees them; they are here for help and completion
     _add_flag(parser, "--json", action="store_true", help="Print one JSON document on standard output, nothing else.")
@@ -90,6 +95,41 @@ def _completed(parser: Parser, command: str) -> Parser:
     )
     parser.error = error  # type: ignore[method-assign]
     return parser
+
+
+def _with_suggestion(message: str, parser: ArgumentParser) -> str:
+    """Add the closest known flag or value to a message of argparse about an unknown one."""
+    if match := _UNKNOWN_FLAGS.search(message):
+        known = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+        flags = [word.strip("'\",[]").partition("=")[0] for word in match["flags"].split()]
+        unknown = [flag for flag in flags if flag.startswith("-") and not _is_number(flag)]
+        if not unknown:  # values without a flag
+            return f"unexpected {', '.join(flags)}: each setting is a flag and its value, such as --seed 1"
+        hints = [f"did you mean {close[0]}?" for flag in unknown if (close := _closest(flag, known))]
+        return " ".join([f"unknown {', '.join(unknown)};", *dict.fromkeys(hints)]).rstrip(";")
+    if match := _UNKNOWN_VALUE.search(message):
+        choices = [choice.strip().strip("'\"") for choice in match["choices"].split(",")]
+        close = _closest(match["value"], choices)
+        return message + (f"; did you mean {close[0]}?" if close else "")
+    return message
+
+
+def _closest(word: str, known: Sequence[str]) -> list[str]:
+    """Return the closest known word, or nothing; a flag may be written with - for _, or without its underscores."""
+    by_form = {_plain(name): name for name in reversed(known)}
+    return [by_form[form] for form in get_close_matches(_plain(word), by_form, n=1, cutoff=0.7)]
+
+
+def _plain(word: str) -> str:
+    return word.strip("-").replace("-", "_").lower()
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _wrong_flag(command: str, message: str) -> SettingsError:
@@ -129,7 +169,7 @@ def parse(parser: "HfArgumentParser", argv: list[str]) -> tuple[Any, ...]:
     except SettingsError:
         raise
     except ValueError as error:
-        raise _wrong_flag(parser.prog.split()[-1], str(error).splitlines()[0]) from error
+        raise _wrong_flag(parser.prog.split()[-1], _with_suggestion(one_line(error), parser)) from error
 
 
 def check_choice(what: str, value: str, choices: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from hf_unlearn.constraints.layouts import apply_right, group_of, local_squares, sum_over_shards, transposed
 from hf_unlearn.constraints.trained_weights import TrainedAdapter, TrainedLayer, TrainedWeight
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.statistics.eigen import Eigen
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
 
@@ -19,8 +20,8 @@ SMALLEST_OUTPUT = 1e-30
 """Lower bound of `|W_0 X^T|`, so that the relative drift of a layer with zero outputs is finite."""
 
 
-@dataclass(frozen=True)
-class Drift:
+@dataclass(frozen=True, repr=False)
+class Drift(ShortRepr):
     """Predicted effect on the retain data of the total move `D = W - W_0` from the original weights.
 
     >>> drift = Drift(by_layer={"first": 0.03, "second": 0.04}, kl=None)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_unlearn.core.sharding import whole
 from hf_unlearn.core.storage import Storage, fetch
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.statistics.eigen import Eigen, eigendecomposition
 
 NEGLIGIBLE_SHRINKAGE = 2.0**-25
@@ -34,8 +35,8 @@ class Factor(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
-class Remove:
+@dataclass(frozen=True, eq=False, repr=False)
+class Remove(ShortRepr):
     """`I - U U^T`, from the basis U of what is removed: `2 O I K` multiply-adds.
 
     >>> Remove(torch.tensor([[1.0], [0.0]]))(torch.tensor([[3.0, 4.0]]))
@@ -55,8 +56,8 @@ class Remove:
         return Remove(storage.keep(self.basis_IK))
 
 
-@dataclass(frozen=True, eq=False)
-class Keep:
+@dataclass(frozen=True, eq=False, repr=False)
+class Keep(ShortRepr):
     """`V V^T`, from the basis V of what is kept: `2 O I M` multiply-adds."""
 
     basis_IM: Tensor
@@ -72,8 +73,8 @@ class Keep:
         return Keep(storage.keep(self.basis_IM))
 
 
-@dataclass(frozen=True, eq=False)
-class Shrink:
+@dataclass(frozen=True, eq=False, repr=False)
+class Shrink(ShortRepr):
     """A dense symmetric matrix: `O I^2` multiply-adds."""
 
     matrix_II: Tensor
@@ -89,8 +90,8 @@ class Shrink:
         return Shrink(storage.keep(self.matrix_II))
 
 
-@dataclass(frozen=True, eq=False)
-class ShrinkThin:
+@dataclass(frozen=True, eq=False, repr=False)
+class ShrinkThin(ShortRepr):
     """`outside I + U diag(scale - outside) U^T` with a thin U: `2 O I K` multiply-adds, and no `I x I` matrix."""
 
     basis_IK: Tensor
@@ -109,8 +110,8 @@ class ShrinkThin:
         return ShrinkThin(storage.keep(self.basis_IK), self.scale_K, self.outside)
 
 
-@dataclass(frozen=True, eq=False)
-class Scale:
+@dataclass(frozen=True, eq=False, repr=False)
+class Scale(ShortRepr):
     """A diagonal matrix: `O I` multiplications."""
 
     scale_I: Tensor
@@ -125,8 +126,8 @@ class Scale:
         return Scale(storage.keep(self.scale_I))
 
 
-@dataclass(frozen=True, eq=False)
-class Stack:
+@dataclass(frozen=True, eq=False, repr=False)
+class Stack(ShortRepr):
     """One factor for each block of a layer: `step_GOI -> step_GOI`."""
 
     blocks: tuple[Factor, ...]

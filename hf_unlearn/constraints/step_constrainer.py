@@ -13,6 +13,7 @@ from hf_unlearn.constraints.drift import Drift, DriftMeter, step_leak
 from hf_unlearn.constraints.layouts import ZeroOptimizer, publish_master_weights, reshard_gathered
 from hf_unlearn.constraints.relative_step import RelativeStep
 from hf_unlearn.constraints.trained_weights import trained_adapters, trained_weights
+from hf_unlearn.core.processes import gather
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.models.adapters import check_adapters
 from hf_unlearn.models.trainable import check_covered
@@ -165,6 +166,10 @@ class StepConstrainer:
         self._gradients_constrained = False
         self._zero_optimizer: ZeroOptimizer | None = None
 
+    def __repr__(self) -> str:
+        trained = f"weights={len(self.weights)}, adapters={len(self.adapters)}, statistics={self.statistics}"
+        return f"StepConstrainer({trained}, relative_step={self._relative_step is not None})"
+
     def attach(self, optimizer: torch.optim.Optimizer | EngineOptimizer) -> None:
         """Register the step hooks on a torch optimizer, or wrap the steps of a DeepSpeed engine.
 
@@ -221,6 +226,11 @@ class StepConstrainer:
         self._publish_master_weights()
         torch.clear_autocast_cache()  # autocast would use its low-precision copies of the previous weights
         return previous
+
+    def has_moved(self) -> bool:
+        """Return whether a trained weight differs from its original value, on any process (a collective call)."""
+        self._follow_sharding()
+        return any(gather(any(not torch.equal(weight.layout.read(), weight.anchor) for weight in self.weights)))
 
     def copy_weights(self) -> list[Tensor]:
         """Return copies of this process's values of the trained weights, for `restore`."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_unlearn.constraints.base import BoundConstraint
 from hf_unlearn.constraints.layouts import Layout, Replicated, apply_right, gathered_parameter, layout_of
 from hf_unlearn.core.sharding import whole
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.errors import ModelError, SettingsError
 from hf_unlearn.models.adapters import base_name, layer_of, lora_layers
 from hf_unlearn.models.layers import Layer, describe_layer, layers_of
@@ -36,8 +37,8 @@ class TrainedLayer(Protocol):
         ...
 
 
-@dataclass
-class TrainedWeight:
+@dataclass(repr=False)
+class TrainedWeight(ShortRepr):
     """One trained parameter with its constraint and the values to return to.
 
     Attributes:
@@ -125,8 +126,8 @@ class TrainedWeight:
         return apply_right(gram.times_root, step_OI)
 
 
-@dataclass
-class TrainedAdapter:
+@dataclass(repr=False)
+class TrainedAdapter(ShortRepr):
     """A LoRA layer with both factors trained: the base weight moves by `scaling * B A`, with B = 0 at the start.
 
     The factors are small, so what needs both is computed from the gathered factors on every process.

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hf_unlearn.core.text import one_line
 from hf_unlearn.errors import OutputError, SettingsError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
@@ -136,7 +137,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"cannot read settings {path}: {str(error).splitlines()[0]}") from error
+        raise SettingsError(f"cannot read settings {path}: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{path} is not a YAML mapping of settings")
     return content

@@ -1,6 +1,6 @@
 """Batches of encoded rows: padding, and the share of each process."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from hf_unlearn.core.processes import own_indices
 from hf_unlearn.data.encoding import RowStream
-from hf_unlearn.data.formats import Row, Rows
+from hf_unlearn.data.formats import LABELS, MODEL_INPUTS, Row, Rows
+from hf_unlearn.errors import DataError
 from hf_unlearn.models.tasks import IGNORED, Batch, Collator
 
 AnyRows = TypeVar("AnyRows", bound=Rows | RowStream)
@@ -20,7 +21,7 @@ AnyRows = TypeVar("AnyRows", bound=Rows | RowStream)
 def take(rows: AnyRows, max_rows: int | None) -> AnyRows:
     """Return the first rows of encoded rows or of a stream; all of them if `max_rows` is None."""
     if isinstance(rows, RowStream):
-        return cast(AnyRows, RowStream(rows.dataset, rows.encode, max_rows))
+        return cast(AnyRows, rows.limited(max_rows))
     return rows if max_rows is None or max_rows >= len(rows) else cast(AnyRows, select(rows, range(max_rows)))
 
 
@@ -59,8 +60,10 @@ def own_batches(rows: Rows | RowStream, collator: Collator, batch_size: int) -> 
 class PaddingCollator:
     """Stack B rows into a batch, padding token sequences on the right, or on the left with `side="left"`.
 
-    Text columns and alternative answers are left out, and `label` is renamed to `labels`; every other column reaches
-    the model. Labels are padded with -100, `input_ids` with `pad_token_id`, other sequences with 0.
+    A column that does not make a tensor (texts, dates, alternative answers, None, tables of unequal sizes) is left out,
+    and `label` is renamed to `labels`. Of the other columns, the model gets those that it takes
+    (`models.arguments.taken_inputs`). Labels are padded with -100, `input_ids` with `pad_token_id`, other sequences
+    with 0.
 
     >>> batch = PaddingCollator(pad_token_id=9)([{"input_ids": [1, 2], "label": 0}, {"input_ids": [3], "label": 1}])
     >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist(), batch["labels"].tolist()
@@ -74,11 +77,15 @@ class PaddingCollator:
         """Return the batch: tensors `[B, ...]` by argument name of the model."""
         batch = {}
         for name in rows[0]:
-            values = [row[name] for row in rows]
-            if isinstance(values[0], (str, Mapping)) or values[0] is None:
+            required = name in (*LABELS, *MODEL_INPUTS, "attention_mask")
+            some_or_all = any if required else all  # an input that only some rows have is an error, not left out
+            if not some_or_all(_is_number_like(row.get(name)) for row in rows):
                 continue
-            tensors = [_tensor(value) for value in values]
-            batch["labels" if name in ("label", "label_ids") else name] = self._stack(name, tensors)
+            try:
+                batch["labels" if name in LABELS else name] = self._stack(name, _tensors(rows, name))
+            except DataError:  # of numbers of unequal sizes, or too large for a tensor
+                if required:
+                    raise
         if "input_ids" in batch and "attention_mask" not in batch:
             ones = [torch.ones(len(row["input_ids"])) for row in rows]
             batch["attention_mask"] = self._stack("attention_mask", ones).long()
@@ -86,9 +93,41 @@ class PaddingCollator:
 
     def _stack(self, name: str, tensors: list[Tensor]) -> Tensor:
         if tensors[0].ndim != 1 or len({len(tensor) for tensor in tensors}) == 1:
-            return torch.stack(tensors)
+            return _stacked(tensors, name)
         value = {"input_ids": self.pad_token_id, "labels": IGNORED}.get(name, 0)
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=self.side)
+
+
+def _stacked(tensors: list[Tensor], name: str) -> Tensor:
+    """Stack tensors of one size; raise `DataError` if they have several."""
+    sizes = {tuple(tensor.shape) for tensor in tensors}
+    if len(sizes) > 1:
+        shown = " and ".join(str(list(size)) for size in sorted(sizes)[:2])
+        raise DataError(f"a batch has values of sizes {shown} in column {name!r}; give all rows the same size")
+    return torch.stack(tensors)
+
+
+def _is_number_like(value: object) -> bool:
+    """Return whether a value is a number, or numbers in an array or nested lists."""
+    if isinstance(value, (Tensor, bool, int, float)):
+        return True
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_number_like, value))
+    return isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biuf"
+
+
+def _tensors(rows: Sequence[Row], name: str) -> list[Tensor]:
+    """Return a column as tensors; raise `DataError` with the number of the row whose value is none."""
+    tensors = []
+    for number, row in enumerate(rows):
+        try:
+            tensors.append(_tensor(row[name]))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            value = f"{row[name]!r:.60}" if name in row else "no value"
+            raise DataError(
+                f"row {number} of a batch of {len(rows)} has {value} in column {name!r}; give numbers in every row"
+            ) from error
+    return tensors
 
 
 def _tensor(value: object) -> Tensor:

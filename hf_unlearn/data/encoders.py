@@ -4,14 +4,20 @@ An encoder is made once per data set from its columns (`formats`) and an `Encodi
 (`encoding.encode_dataset`). It raises `DataError` with the number of the row and the name of the set.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import nn
 
+from hf_unlearn.core.text import ShortRepr, one_line
+from hf_unlearn.data.cells import answer_cell, cell, is_empty, listed_cell, require_some_text, text_cell, word_cells
+from hf_unlearn.data.conversations import encode_conversation
 from hf_unlearn.data.formats import (
+    ASSISTANT,
+    CONTEXTS,
     IMAGES,
     LABELS,
     LANGUAGE_FORMATS,
@@ -21,39 +27,54 @@ from hf_unlearn.data.formats import (
     TEXTS,
     WORDS,
     Row,
+    last_answer,
     with_answer,
 )
+from hf_unlearn.data.left_out import CutCounter
+from hf_unlearn.data.pictures import picture
+from hf_unlearn.data.tokens import encode as encode_text
+from hf_unlearn.data.tokens import tokens_of_parts, with_end
 from hf_unlearn.errors import DataError
-from hf_unlearn.models.tasks import IGNORED, ProcessingClass, Task, context_length
+from hf_unlearn.models.tasks import (
+    IGNORED,
+    ProcessingClass,
+    Task,
+    context_length,
+    resize_remedy,
+    vocabulary_size,
+)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 Encode: TypeAlias = Callable[[Row, int], dict[str, Any]]
 """Makes model inputs of a raw row and its number."""
 
 
-@dataclass(frozen=True)
-class EncodingContext:
+@dataclass(frozen=True, repr=False)
+class EncodingContext(ShortRepr):
     """What an encoder needs besides the row: the processor, the set's name for errors, and what the model takes.
 
     Attributes:
         processing_class: The model's tokenizer or image processor, if there is one.
         what: The name of the set.
         max_length: Longest row in tokens; longer rows are cut.
-        model: The model, for its context, its number of classes and its channels.
+        model: The model, for its context, its vocabulary, its number of classes and its channels.
+        left_out: Counts the tokens of cut rows that are left out.
     """
 
     processing_class: "ProcessingClass | None"
     what: str
     max_length: int | None
     model: nn.Module | None
+    left_out: CutCounter = field(default_factory=CutCounter)
 
     def tokenizer(self, columns: set[str]) -> "PreTrainedTokenizerBase":
         """Return the tokenizer; raise `DataError` if there is none for these raw columns."""
         if self.processing_class is None or not callable(getattr(self.processing_class, "encode", None)):
             raise DataError(
-                f"the {self.what} set has raw columns {sorted(columns)}; pass the model's tokenizer to encode them"
+                f"the {self.what} set has raw columns {sorted(columns)}; pass the model's tokenizer to encode them "
+                "(processing_class, or encode_dataset(rows, tokenizer))"
             )
         return self.processing_class
 
@@ -61,8 +82,37 @@ class EncodingContext:
         """Return the tokenizer options that cut rows at `max_length`."""
         return {} if self.max_length is None else {"truncation": True, "max_length": self.max_length}
 
+    def where(self, index: int) -> str:
+        """Return the name of a row in errors."""
+        return f"row {index} of the {self.what} set"
+
+    def cut(self, tokens: list[int]) -> list[int]:
+        """Return the first `max_length` tokens, and count what is left out."""
+        if self.max_length is None or len(tokens) <= self.max_length:
+            return tokens
+        self.left_out.tokens += len(tokens) - self.max_length
+        return tokens[: self.max_length]
+
+    def truncated(self, tokenize: "Callable[..., BatchEncoding]") -> "BatchEncoding":
+        """Return the inputs that `tokenize` makes with its truncation options, and count the tokens that it cuts."""
+        whole = tokenize(verbose=False)
+        length = len(whole["input_ids"])
+        if self.max_length is None or length <= self.max_length:
+            return whole
+        inputs = tokenize(**self.truncation())
+        self.left_out.tokens += length - len(inputs["input_ids"])
+        return inputs
+
+    def check_ids(self, tokens: Sequence[int], index: int) -> None:
+        """Raise `DataError` if the model has no embedding for a token."""
+        rows = None if self.model is None else vocabulary_size(self.model)
+        if rows is not None and (unknown := [token for token in tokens if not 0 <= token < rows]):
+            raise DataError(f"{self.where(index)} has the token id {unknown[0]}; {resize_remedy(rows)}")
+
     def check_length(self, tokens: Sequence[int], index: int) -> None:
-        """Raise `DataError` if a row is longer than the model's context."""
+        """Raise `DataError` if a row has no tokens, or is longer than the model's context."""
+        if not len(tokens):
+            raise DataError(f"{self.where(index)} has no tokens; fill in its text or leave the row out")
         context = None if self.model is None else context_length(self.model)
         if context is not None and len(tokens) > context:
             raise DataError(
@@ -79,17 +129,22 @@ class EncodingContext:
         name = next((name for name in LABELS if name in row), None)
         return {} if name is None else {"labels": self.class_number(row[name], index)}
 
-    def class_number(self, label: object, index: int) -> int:
-        """Return the class number that a label of row `index` stands for; raise as `label` does."""
+    def class_number(self, label: object, index: int, ignored: bool = False) -> int:
+        """Return the class number that a label of row `index` stands for; raise as `label` does.
+
+        With `ignored`, a label may also be -100.
+        """
         try:
             value = int(label)  # type: ignore[call-overload]
             if value != label:
                 raise ValueError
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise DataError(
                 f"row {index} of the {self.what} set has the label {label!r}; labels must be class numbers, such "
                 "as model.config.label2id gives for names"
             ) from None
+        if ignored and value == IGNORED:
+            return value
         classes = getattr(getattr(self.model, "config", None), "num_labels", None)
         if classes is not None and not 0 <= value < classes:
             raise DataError(
@@ -102,83 +157,111 @@ class EncodingContext:
 
 
 def language_encoder(columns: set[str], context: EncodingContext) -> Encode:
-    """Return the encoder of a language model: all tokens, with labels on the answer."""
+    """Return the encoder of a language model: all tokens, with labels on the answer.
+
+    In a conversation, every message of the assistant is an answer; in an alternate answer, only the alternate is.
+    """
     split = _splitter(columns, context.what)
     tokenizer = context.tokenizer(columns)
 
-    def encode_answer(row: Row, index: int) -> dict[str, Any]:
-        prompt, tokens = split(row, tokenizer)
-        prompt, tokens = prompt[: context.max_length], tokens[: context.max_length]
-        if max(len(prompt), 1) >= len(tokens):  # nothing precedes the first token of a text, so it cannot be predicted
+    def encode_answer(row: Row, index: int, alternate: bool = False) -> dict[str, Any]:
+        tokens, chosen = split(row, tokenizer, context.where(index), alternate)
+        context.check_ids(tokens, index)
+        tokens, chosen = context.cut(tokens), chosen[: context.max_length]
+        is_bare = not any(row.get(prompt) for prompt, _ in LANGUAGE_PAIRS)
+        ended = is_bare and tokens[-1:] == [tokenizer.eos_token_id]  # behind nothing, an end token alone says nothing
+        behind = len(tokens) - ended
+        if not any(chosen[1:behind]):  # nothing precedes the first token of a text, so it cannot be predicted
             raise DataError(
-                f"row {index} of the {context.what} set has no token to predict within "
-                f"{context.max_length or 'its'} tokens"
+                f"{context.where(index)} has no token to predict within {context.max_length or 'its'} tokens: each is "
+                "predicted from those before it; give a longer text, or a prompt and a completion"
             )
         context.check_length(tokens, index)
-        labels = [IGNORED] * len(prompt) + tokens[len(prompt) :]
+        labels = [token if is_answer else IGNORED for token, is_answer in zip(tokens, chosen, strict=True)]
         return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
 
     def encode(row: Row, index: int) -> dict[str, Any]:
         encoded = encode_answer(row, index)
-        if row.get("alternate"):
-            encoded["alternate"] = encode_answer(with_answer(row, row["alternate"]), index)
+        if not is_empty(row.get("alternate")):
+            encoded["alternate"] = encode_answer(with_answer(row, row["alternate"]), index, alternate=True)
         return encoded
 
     return encode
 
 
-PromptAndAll: TypeAlias = tuple[list[int], list[int]]
-"""The tokens of the prompt, and all tokens, which begin with those of the prompt."""
+TokensAndAnswers: TypeAlias = tuple[list[int], list[bool]]
+"""The tokens of a row, and for each whether it belongs to an answer."""
+Split: TypeAlias = "Callable[[Row, PreTrainedTokenizerBase, str, bool], TokensAndAnswers]"
+"""Tokenizes a row, which its third argument names in errors; the fourth says that its last answer is an alternate."""
 
 
-def _splitter(columns: set[str], what: str) -> "Callable[[Row, PreTrainedTokenizerBase], PromptAndAll]":
+def _splitter(columns: set[str], what: str) -> Split:
     """Return the function that tokenizes rows with these columns."""
     if "messages" in columns:
-        return lambda row, tokenizer: _encode_chat(row["messages"], tokenizer)
+        return _split_messages
     for prompt, completion in LANGUAGE_PAIRS:
         if {prompt, completion} <= columns:
-            return lambda row, tokenizer: _encode_pair(row[prompt], row[completion], tokenizer, prompt == "question")
+            _refuse_parts(columns, CONTEXTS if prompt == "question" else (), (prompt, completion), what)
+            return partial(_split_pair, prompt, completion)
     if "text" in columns:
-        return lambda row, tokenizer: ([], _with_end(tokenizer.encode(row["text"]), tokenizer))
+        return _split_text
     raise DataError(
         f"the {what} set has columns {sorted(columns)}; needed is one of: {', '.join(LANGUAGE_FORMATS)}, or input_ids"
     )
 
 
-def _encode_pair(
-    prompt: Any,
-    completion: Any,
+def _split_messages(row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, alternate: bool) -> TokensAndAnswers:
+    messages = cell(row, "messages", where)
+    context = last_answer(row["messages"]) if alternate else 0  # the row itself was encoded before its alternate
+    return encode_conversation(
+        cast("Sequence[Row]", messages), tokenizer, where, context, _template_options(row, where)
+    )
+
+
+def _template_options(row: Row, where: str) -> dict[str, Any]:
+    """Return what a conversation's template reads besides the messages, under the names of TRL."""
+    own = {name: listed_cell(row, name, where) for name in ("tools", "documents") if not is_empty(row.get(name))}
+    more = row.get("chat_template_kwargs")
+    return {**own, **more} if isinstance(more, Mapping) else own
+
+
+def _split_text(row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, alternate: bool) -> TokensAndAnswers:
+    tokens = with_end(encode_text(text_cell(row, "text", where), tokenizer), tokenizer)
+    return tokens, [True] * len(tokens)
+
+
+def _split_pair(
+    prompt_name: str,
+    completion_name: str,
+    row: Row,
     tokenizer: "PreTrainedTokenizerBase",
-    is_question: bool,
-) -> PromptAndAll:
-    if not isinstance(prompt, str):  # TRL's conversational form: two lists of messages
-        return _encode_chat([*prompt, *completion], tokenizer)
+    where: str,
+    alternate: bool,
+) -> TokensAndAnswers:
+    prompt, completion = cell(row, prompt_name, where), cell(row, completion_name, where)
+    if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):  # TRL's conversational form
+        context = last_answer(completion) if alternate and completion else 0
+        messages = [*prompt, *completion]
+        return encode_conversation(messages, tokenizer, where, len(prompt) + context, _template_options(row, where))
+    prompt, completion = text_cell(row, prompt_name, where), answer_cell(row, completion_name, where)
+    is_question = prompt_name == "question"
     if is_question and getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        return _encode_chat(messages, tokenizer)
+        messages = [{"role": "user", "content": prompt}, {"role": ASSISTANT, "content": completion}]
+        return encode_conversation(messages, tokenizer, where)
     if is_question:
         prompt, completion = f"Question: {prompt}\nAnswer:", f" {completion}"
-    prompt_tokens = tokenizer.encode(prompt)
-    answer_tokens = tokenizer.encode(completion, add_special_tokens=False)
-    return prompt_tokens, _with_end(prompt_tokens + answer_tokens, tokenizer)
+    tokens, chosen = tokens_of_parts(prompt + completion, [(len(prompt), len(prompt + completion))], tokenizer)
+    ended = with_end(tokens, tokenizer)
+    return ended, chosen + [True] * (len(ended) - len(tokens))
 
 
-def _encode_chat(messages: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> PromptAndAll:
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError("the rows are messages, but the tokenizer has no chat template; use prompt + completion rows")
-    options = {"tokenize": True, "return_dict": False}
-    tokens = tokenizer.apply_chat_template(messages, **options)
-    if len(messages) < 2:
-        return [], tokens
-    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)
-    # a template may write the prompt differently before an answer: only what both begin with is certainly the prompt
-    differ = (i for i, (left, right) in enumerate(zip(prompt, tokens, strict=False)) if left != right)
-    return tokens[: next(differ, len(prompt))], tokens
-
-
-def _with_end(tokens: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    end = tokenizer.eos_token_id
-    return tokens if end is None or (tokens and tokens[-1] == end) else [*tokens, end]
+def _refuse_parts(columns: set[str], known: Sequence[str], read: Sequence[str], what: str) -> None:
+    """Raise `DataError` if a column that is a part of the input in some data sets would not be read."""
+    if unread := [name for name in known if name in columns and name not in read]:
+        raise DataError(
+            f"the {what} set has columns {' and '.join(read)}, and {', '.join(unread)}, which would not be read; join "
+            "the texts in one column, or remove the column"
+        )
 
 
 # Encoder-decoders and classifiers
@@ -190,15 +273,18 @@ def seq2seq_encoder(columns: set[str], context: EncodingContext) -> Encode:
     if names is None:
         forms = ", ".join(" + ".join(names) for names in SEQ2SEQ_PAIRS)
         raise DataError(f"the {context.what} set has columns {sorted(columns)}; a seq2seq model needs one of: {forms}")
-    tokenizer, truncation = context.tokenizer(columns), context.truncation()
     source, target = names
+    _refuse_parts(columns, CONTEXTS if source == "question" else (), names, context.what)
+    tokenizer = context.tokenizer(columns)
 
     def encode(row: Row, index: int) -> dict[str, Any]:
-        inputs = tokenizer(row[source], **truncation)
-        labels = tokenizer(text_target=row[target], **truncation)["input_ids"]
-        if not labels:
-            raise DataError(f"row {index} of the {context.what} set has no token to predict: its {target} is empty")
+        where = context.where(index)
+        text = text_cell(row, source, where)
+        require_some_text([text], [source], where)
+        inputs = context.truncated(partial(tokenizer, text))
+        labels = context.truncated(partial(tokenizer, text_target=answer_cell(row, target, where)))["input_ids"]
         for tokens in (inputs["input_ids"], labels):
+            context.check_ids(tokens, index)
             context.check_length(tokens, index)
         return {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"labels": labels}
 
@@ -211,10 +297,14 @@ def text_encoder(columns: set[str], context: EncodingContext) -> Encode:
     if names is None:
         forms = ", ".join(" + ".join(names) for names in TEXTS)
         raise DataError(f"the {context.what} set has columns {sorted(columns)}; a text classifier needs {forms}")
-    tokenizer, truncation = context.tokenizer(columns), context.truncation()
+    _refuse_parts(columns, sorted({name for names in TEXTS for name in names}), names, context.what)
+    tokenizer = context.tokenizer(columns)
 
     def encode(row: Row, index: int) -> dict[str, Any]:
-        inputs = tokenizer(*(row[name] for name in names), **truncation)
+        texts = [text_cell(row, name, context.where(index)) for name in names]
+        require_some_text(texts, names, context.where(index))
+        inputs = context.truncated(partial(tokenizer, *texts))
+        context.check_ids(inputs["input_ids"], index)
         context.check_length(inputs["input_ids"], index)
         return {**inputs, **context.label(row, index)}
 
@@ -230,21 +320,24 @@ def token_encoder(columns: set[str], context: EncodingContext) -> Encode:
             f"the {context.what} set has columns {sorted(columns)}; a token classifier needs {' or '.join(WORDS)} "
             f"(lists of words), and {', '.join(TAGS[:-1])} or {TAGS[-1]}"
         )
-    tokenizer, truncation = context.tokenizer(columns), context.truncation()
+    tokenizer = context.tokenizer(columns)
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(f"{type(tokenizer).__name__} cannot tell which word a token belongs to; use a fast tokenizer")
 
     def encode(row: Row, index: int) -> dict[str, Any]:
-        inputs = tokenizer(list(row[words]), is_split_into_words=True, **truncation)
+        where = context.where(index)
+        texts = word_cells(row, words, where)
+        require_some_text(texts, [words], where)
+        inputs = context.truncated(partial(tokenizer, texts, is_split_into_words=True))
+        context.check_ids(inputs["input_ids"], index)
         context.check_length(inputs["input_ids"], index)
         if tags is None:
             return dict(inputs)
-        if len(row[tags]) != len(row[words]):
-            raise DataError(
-                f"row {index} of the {context.what} set has {len(row[words])} words and {len(row[tags])} {tags}; "
-                "give one for each word"
-            )
-        classes = [IGNORED if tag == IGNORED else context.class_number(tag, index) for tag in row[tags]]
+        given = cell(row, tags, where)
+        if not isinstance(given, Sized) or len(given) != len(texts):
+            count = len(given) if isinstance(given, Sized) else given
+            raise DataError(f"{where} has {len(texts)} words and {count} {tags}; give one for each word")
+        classes = [context.class_number(tag, index, ignored=True) for tag in cast("Sequence[object]", given)]
         word_ids = inputs.word_ids()
         is_first = [word is not None and word not in word_ids[:place] for place, word in enumerate(word_ids)]
         labels = [classes[word] if first else IGNORED for word, first in zip(word_ids, is_first, strict=True)]
@@ -268,10 +361,14 @@ def image_encoder(columns: set[str], context: EncodingContext) -> Encode:
     channels = getattr(getattr(context.model, "config", None), "num_channels", default)
 
     def encode(row: Row, index: int) -> dict[str, Any]:
-        image = row[name]
-        if channels == 3 and getattr(image, "mode", "RGB") != "RGB":  # grey and palette images
-            image = image.convert("RGB")
-        pixels = torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"][0])
+        image = picture(cell(row, name, context.where(index)), channels, context.where(index))
+        try:
+            pixels = torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"][0])
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"{context.where(index)} has an image that {type(processor).__name__} cannot read "
+                f"({one_line(error)}); give an image of {channels} channels"
+            ) from error
         return {"pixel_values": pixels, **context.label(row, index)}
 
     return encode

@@ -2,13 +2,13 @@
 
 - Language model: `messages`, `prompt` + `completion` or `text` (TRL), `question` + `answer` (TOFU), or `prompt` + `gt`
   (MUSE).
-- Text classification: `text` or `sentence`, or a pair of sentences; and `label`.
+- Text classification: `text` or `sentence`, or a pair of texts (`TEXTS`); and `label`.
 - Token classification: `tokens` or `words`, and a tag for each: `ner_tags`, `pos_tags`, `tags` or `labels`.
 - Seq2seq: `source` + `target`, `text` + `summary`, `document` + `summary`, `article` + `highlights`, or the pairs of
   TRL and TOFU.
 - Image classification: `image` or `img`, and `label`.
 
-A row of a language model may also have an `alternate` answer.
+A row of a language model may also have an `alternate` answer. Rows that are tokens already are in `tokenized`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,10 +35,30 @@ def rows_of(rows: Rows) -> Iterator[Row]:
     return (rows[index] for index in range(len(rows)))
 
 
+ASSISTANT = "assistant"
+"""The role of the messages that a language model predicts."""
 LANGUAGE_PAIRS = (("prompt", "completion"), ("question", "answer"), ("prompt", "gt"))
 LANGUAGE_FORMATS = ("messages", "prompt + completion", "question + answer", "text")
 """The formats of a language model, for error messages."""
-TEXTS = (("text",), ("sentence",), ("sentence1", "sentence2"), ("premise", "hypothesis"))
+TEXTS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("question", "context"),
+    ("text", "text_pair"),
+    ("text1", "text2"),
+    ("sentence_A", "sentence_B"),
+    ("sentence_a", "sentence_b"),
+    ("claim", "evidence"),
+    ("query", "passage"),
+    ("text",),
+    ("sentence",),
+)
+"""The texts of a text classifier: a set must not have a part of another format besides those of its own."""
+CONTEXTS = ("context", "passage")
+"""Texts that a question may depend on; a language model reads only the question."""
 WORDS = ("tokens", "words")
 TAGS = ("ner_tags", "pos_tags", "tags", "labels")
 SEQ2SEQ_PAIRS = (
@@ -59,12 +79,31 @@ MODEL_INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_features", 
 def with_answer(row: Row, answer: str | Sequence[Row]) -> dict[str, Any]:
     """Return a raw row of a language model with another answer: a text or, for conversations, a list of messages.
 
+    In a conversation the other answer stands in place of the assistant's last one, and ends the conversation. A text
+    gets the white space with which the row's own answer begins, because it follows the prompt directly.
+
     >>> with_answer({"question": "Where?", "answer": "In Ulm."}, "I don't know.")
     {'question': 'Where?', 'answer': "I don't know."}
+    >>> with_answer({"prompt": "Where?", "completion": " In Ulm."}, "I don't know.")
+    {'prompt': 'Where?', 'completion': " I don't know."}
     """
-    messages = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else list(answer)
+    messages = [{"role": ASSISTANT, "content": answer}] if isinstance(answer, str) else answer
     if "messages" in row:
-        return {**row, "messages": [*row["messages"][:-1], *messages]}
-    if "completion" in row:
-        return {**row, "completion": answer if isinstance(row["completion"], str) else messages}
-    return {**row, "answer" if "answer" in row else "text": answer}
+        return {**row, "messages": [*row["messages"][: last_answer(row["messages"])], *messages]}
+    name = next((answer for prompt, answer in LANGUAGE_PAIRS if prompt in row and answer in row), "text")
+    own = row.get(name)
+    if isinstance(own, (list, tuple)):
+        return {**row, name: [*own[: last_answer(own)], *messages]}
+    if isinstance(own, str) and isinstance(answer, str) and not answer[:1].isspace():
+        answer = own[: len(own) - len(own.lstrip())] + answer
+    return {**row, name: answer}
+
+
+def last_answer(messages: Sequence[Row]) -> int:
+    """Return the number of the assistant's last message, or of the last message if the assistant says nothing.
+
+    >>> last_answer([{"role": "user"}, {"role": "assistant"}, {"role": "user"}])
+    1
+    """
+    answers = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
+    return answers[-1] if answers else len(messages) - 1

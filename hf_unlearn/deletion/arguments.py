@@ -18,7 +18,9 @@ class DataArguments:
         None, "Evaluate on at most this many rows of each split; run and benchmark evaluate on all forget rows."
     )
     cache_dir: str | None = setting(None, "Where prepared models and statistics are kept; default HF_HOME/hf_unlearn.")
-    task: Task = setting("language-model", "What the model does.")
+    task: Task | None = setting(
+        None, "What the model does; default: what its configuration says. Needed to train a new head with fine_tune."
+    )
 
 
 @dataclass
@@ -60,12 +62,20 @@ class RunArguments(DataArguments):
         None, "Folder or Hub id of statistics; default: they are collected on the train split."
     )
     subtract_forget: bool = setting(True, "The statistics include the forget rows: subtract theirs.")
-    fine_tune: bool = setting(False, "Fine-tune the model on the train split first, so that it knows the rows.")
+    fine_tune: bool = setting(
+        False,
+        "Fine-tune the model on the train split first, so that it knows the rows; a base model gets a new head.",
+    )
+    num_labels: int | None = setting(
+        None, "Number of classes of a new head that fine_tune trains; default: the classes of the rows."
+    )
     fine_tune_epochs: float = setting(5.0, "Epochs of the fine-tune.")
     fine_tune_learning_rate: float = setting(2e-4, "Peak learning rate of the fine-tune (AdamW, linear decay).")
     fine_tune_batch_size: int = setting(10, "Batch size of the fine-tune.")
     retrained: str | None = setting(
-        None, "Model trained without the forget rows: a folder or Hub id, 'auto' to fine-tune one, or 'none'."
+        None,
+        "Model trained without the forget rows: a folder or Hub id, 'none', or 'auto' to fine-tune one (run and "
+        "benchmark).",
     )
     constraints: str | None = setting(
         None, "Run several constraints from the same original, with commas, or 'all'; each has a folder in output_dir."
@@ -84,6 +94,12 @@ class RunArguments(DataArguments):
         0, "Show this many answers before and after unlearning; only for rows that may be published."
     )
     fine_tune_seed: int = setting(0, "Seed of the fine-tunes.")
+    license: str | None = setting(
+        None, "Licence for the metadata of the card, as the Hub names it; default: that of a local base model's card."
+    )
+    language: str | None = setting(
+        None, "Languages for the metadata of the card, with commas, such as en,de; default: as for the licence."
+    )
     ledger: str | None = setting(
         None,
         "Folder of the ledger that records this request. The first request makes it. Later ones start from the last "

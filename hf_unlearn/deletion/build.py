@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -13,17 +15,22 @@ from torch import nn
 from hf_unlearn.core.processes import wait_for_all
 from hf_unlearn.data.batches import default_collator, take
 from hf_unlearn.data.formats import Row
+from hf_unlearn.data.left_out import cut_records
 from hf_unlearn.data.row_identity import labelled_row_hash
 from hf_unlearn.deletion.arguments import RunArguments
-from hf_unlearn.deletion.fine_tuning import FineTuning, cache_folder, fine_tuned
+from hf_unlearn.deletion.checks import ModelPlan, check_run, fine_tuning_settings
+from hf_unlearn.deletion.fine_tuning import cache_folder, fine_tuned
 from hf_unlearn.deletion.next_request import begin_request, last_model
-from hf_unlearn.deletion.request import AdapterOptions, DeletionRequest, EvaluationOptions, RequestModels, RequestRows
+from hf_unlearn.deletion.options import adapter_options, card_facts, metric_names
+from hf_unlearn.deletion.request import DeletionRequest, EvaluationOptions, RequestModels, RequestRows
 from hf_unlearn.deletion.rows import EncodedSplits, RowEncoding, load_splits
 from hf_unlearn.deletion.series import BegunRequest, RequestSeries
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation.generation import generate_answers
+from hf_unlearn.evaluation.metrics.registry import choose_metrics
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.models.loading import load_model, load_processor
+from hf_unlearn.models.readiness import check_saveable
 from hf_unlearn.models.tasks import IGNORED
 from hf_unlearn.statistics.collect import collect_with_options
 from hf_unlearn.statistics.options import CollectionOptions
@@ -31,7 +38,6 @@ from hf_unlearn.statistics.retain_statistics import RetainStatistics
 from hf_unlearn.trainer.config import UnlearningConfig
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
     from transformers import PreTrainedTokenizerBase
 
     from hf_unlearn.models.tasks import ProcessingClass
@@ -54,22 +60,24 @@ def build_request(
     Raises:
         UnlearningError: Something that cannot be loaded or made, or settings that contradict each other.
     """
-    if args.samples and args.task != "language-model":
-        raise SettingsError(f"samples are answers of language models; a model of task {args.task} gives none")
     last = last_model(args, series)
-    tokenizer = load_processor(last or args.model_name_or_path, args.task)
+    plan = check_run(args, config, last=last, has_statistics=series is not None and bool(series.completed))
+    args = replace(args, task=plan.task)
+    tokenizer = load_processor(plan.name, plan.task)
     encoding = RowEncoding(
-        task=args.task,
+        task=plan.task,
         max_length=config.max_length,
         idk_seed=config.seed if config.build_loss().kind.alternate_answer == "idk" else None,
+        plan=plan,
     )
     begun: BegunRequest | None = None
     earlier: Mapping[str, Sequence[Row]] = {}
     if series is not None:
         begun, earlier = begin_request(args, series, tokenizer, encoding)
     splits = load_splits(args, tokenizer, encoding, earlier)
+    choose_metrics(metric_names(args), {"forget": splits.forget, **splits.evaluation})  # before the models are loaded
     timings: dict[str, float] = {}
-    models = _load_models(args, splits, tokenizer, last, timings)
+    models = _load_models(args, splits, tokenizer, plan, last, timings, progress=not config.disable_tqdm)
     statistics = _load_statistics(args, config, models, splits.train, fisher, series, timings)
     return DeletionRequest(
         models=models,
@@ -83,6 +91,7 @@ def build_request(
         ),
         adapter=adapter_options(args),
         series=begun,
+        card=card_facts(args),
         timings=timings,
     )
 
@@ -96,8 +105,22 @@ def _request_rows(args: RunArguments, splits: EncodedSplits, earlier: Mapping[st
         evaluation={name: take(rows, args.max_rows) for name, rows in splits.evaluation.items()},
         retain=splits.evaluation.get("retain") if args.use_retain_rows else None,
         forgotten_before=[row for rows in earlier.values() for row in rows] if args.forget_again else (),
-        source=f"{args.dataset_name.rstrip('/').split('/')[-1]} {args.forget or args.train}",
+        copies=splits.copies,
+        source=_source(args),
+        counts=cut_records({"forget": splits.forget, "train": splits.train or None, **splits.evaluation}),
     )
+
+
+def _source(args: RunArguments) -> str:
+    """Return where the forget rows come from, for the report: data set and split, or the name of the request's file.
+
+    >>> _source(RunArguments(dataset_name="locuslab/TOFU", forget="forget10"))
+    'TOFU forget10'
+    >>> _source(RunArguments(forget_request="requests/one.json"))
+    'one.json'
+    """
+    words = [args.dataset_name.rstrip("/").split("/")[-1], args.forget or args.train]
+    return " ".join(word for word in words if word) or Path(args.forget_request or "").name
 
 
 # Models
@@ -107,35 +130,44 @@ def _load_models(
     args: RunArguments,
     splits: EncodedSplits,
     tokenizer: ProcessingClass,
+    plan: ModelPlan,
     last: str | None,
     timings: dict[str, float],
+    progress: bool,
 ) -> RequestModels:
     """Load or fine-tune the original and the retrained model; fine-tuning is timed.
 
     Args:
+        plan: The model to load.
         last: The model of the last request of a series, which is the original of this one.
+        progress: Whether fine-tunes show a bar.
     """
-    if args.fine_tune and not splits.train:
-        raise SettingsError("fine_tune needs rows to train on; pass --train")
     if args.retrained == "auto" and "retain" not in splits.evaluation:
-        raise SettingsError("retrained 'auto' needs rows to retrain on; pass --train or --retain")
+        raise SettingsError("retrained 'auto' has no rows to retrain on: all train rows are to be forgotten")
     collator, cache = default_collator(tokenizer), cache_folder(args.cache_dir)
-    settings = FineTuning(
-        args.fine_tune_epochs, args.fine_tune_learning_rate, args.fine_tune_batch_size, seed=args.fine_tune_seed
-    )
+    settings = fine_tuning_settings(args)
 
     def load(folder: str | os.PathLike | None) -> nn.Module:
-        return load_model(args.model_name_or_path if folder is None else str(folder), args.task)
+        if folder is not None:
+            model = load_model(str(folder), plan.task)
+        else:
+            name = args.model_name_or_path
+            model = load_model(name, plan.task, new_head=plan.new_head, classes=plan.classes)
+        check_saveable(model, tokenizer)  # before hours of work, not after them
+        return model
+
+    def tuned(rows: Sequence[Row], what: str) -> tuple[nn.Module, float]:
+        return fine_tuned(load, rows, settings, collator, cache, title=what if progress else None)
 
     if last is not None:
         original = load(last)
     elif args.fine_tune:
-        original, timings["train original"] = fine_tuned(load, splits.train, settings, collator, cache)
+        original, timings["train original"] = tuned(splits.train, "fine-tuning the original")
     else:
         original = load(None)
     retrained = None
     if args.retrained == "auto":
-        retrained, timings["retrain"] = fine_tuned(load, splits.evaluation["retain"], settings, collator, cache)
+        retrained, timings["retrain"] = tuned(splits.evaluation["retain"], "retraining without the forget rows")
     elif args.retrained not in (None, "none"):
         retrained = load(args.retrained)
     return RequestModels(original=original, retrained=retrained, processing_class=tokenizer, collator=collator)
@@ -202,43 +234,6 @@ def _collect_or_load(
     statistics.save_pretrained(folder)
     wait_for_all()
     return statistics
-
-
-# Options
-
-
-def metric_names(args: RunArguments) -> list[str] | None:
-    """Return the names of the metrics that a run asks for, or None for the default ones."""
-    return [name.strip() for name in args.metrics.split(",")] if args.metrics else None
-
-
-def adapter_options(args: RunArguments) -> AdapterOptions | None:
-    """Return the LoRA adapter that a run asks for, or None.
-
-    Raises:
-        SettingsError: PEFT does not accept the settings.
-    """
-    config = peft_config(args)
-    return None if config is None else AdapterOptions(peft_config=config, merge=args.merge_adapter)
-
-
-def peft_config(args: RunArguments) -> LoraConfig | None:
-    """Return the configuration of the LoRA adapter that a run asks for, or None; raises as `adapter_options`."""
-    if not args.use_peft:
-        return None
-    from peft import LoraConfig, TaskType
-
-    try:
-        return LoraConfig(
-            task_type=TaskType.CAUSAL_LM if args.task == "language-model" else None,
-            r=args.lora_r,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            target_modules=args.lora_target_modules or "all-linear",
-            use_rslora=args.use_rslora,
-        )
-    except (ValueError, TypeError) as error:
-        raise SettingsError(f"LoRA settings: {str(error).splitlines()[0]}") from error
 
 
 # Sample answers

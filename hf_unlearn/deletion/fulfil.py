@@ -13,10 +13,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PrinterCallback
 
 from hf_unlearn.core.files import replace_folder
 from hf_unlearn.core.processes import is_main, wait_for_all
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.data.formats import rows_of
 from hf_unlearn.deletion.output import (
     check_target,
@@ -131,9 +131,10 @@ def _forget_statistics(request: DeletionRequest, config: UnlearningConfig) -> Re
     if request.statistics is None or not request.subtract_forget:
         return None
     options = replace(CollectionOptions.from_config(config), **request.statistics.matching_arguments)
+    rows = request.rows
     return collect_with_options(
         request.models.original,
-        request.rows.forget,
+        [*rows_of(rows.forget), *rows_of(rows.copies)] if rows.copies else rows.forget,
         options,
         collator=request.models.collator,
         processing_class=request.models.processing_class,
@@ -155,8 +156,8 @@ class UnlearnedModel:
     references: ReferenceResults
 
 
-@dataclass(frozen=True)
-class FinishedRequest:
+@dataclass(frozen=True, repr=False)
+class FinishedRequest(ShortRepr):
     """A fulfilled request.
 
     Attributes:
@@ -170,8 +171,8 @@ class FinishedRequest:
     folder: Path
 
 
-@dataclass(frozen=True)
-class PreparedRequest:
+@dataclass(frozen=True, repr=False)
+class PreparedRequest(ShortRepr):
     """A request that is ready to be fulfilled, under one configuration or several.
 
     Attributes:
@@ -260,8 +261,6 @@ class PreparedRequest:
         )
         if self.request.series is not None:
             trainer.set_stopping_rows(rows.forget, self.request.series.series.mark(config.forget_metric))
-        if config.disable_tqdm:  # Trainer would print each log line instead; the report has them
-            trainer.remove_callback(PrinterCallback)
         return trainer
 
     def _restore_original(self, trainer: UnlearningTrainer) -> None:
@@ -276,8 +275,11 @@ class PreparedRequest:
             "source": rows.source,
             "date": datetime.now(timezone.utc).date().isoformat(),
         }
+        report.data |= trainer.row_counts | {name: dict(count) for name, count in rows.counts.items()}
         retain_rows = 0 if rows.retain is None else len(rows.retain)
         record_run(report, trainer, retain_rows=retain_rows, merged=merges_adapter(self.request))
+        if self.request.card:
+            report.method["card"] = dict(self.request.card)
         report.method["rows_forgotten_again"] = len(rows.forgotten_before)
         report.timings = timings
 

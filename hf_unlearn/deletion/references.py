@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.data.batches import default_collator
 from hf_unlearn.deletion.request import DeletionRequest
 from hf_unlearn.evaluation.evaluate import evaluate_unlearning
@@ -11,8 +12,8 @@ from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.trainer import UnlearningTrainer
 
 
-@dataclass(frozen=True)
-class ReferenceResults:
+@dataclass(frozen=True, repr=False)
+class ReferenceResults(ShortRepr):
     """What does not change from one configuration to the next: results of the original and the retrained model.
 
     Attributes:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.data.formats import Rows
 from hf_unlearn.models.tasks import Collator, ProcessingClass
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from hf_unlearn.statistics.retain_statistics import RetainStatistics
 
 
-@dataclass(frozen=True, kw_only=True)
-class RequestModels:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RequestModels(ShortRepr):
     """The models of a request.
 
     >>> from torch import nn
@@ -42,8 +43,8 @@ class RequestModels:
     collator: Collator | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class RequestRows:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RequestRows(ShortRepr):
     """The rows of a request.
 
     >>> rows = RequestRows(forget=[{"text": "a"}], evaluation={"retain": [{"text": "b"}, {"text": "c"}]})
@@ -57,14 +58,19 @@ class RequestRows:
         retain: Retain rows for the loss, if it has a retain term.
         forgotten_before: Rows of earlier requests to train on again, so that they stay forgotten. They are not
             subtracted from the statistics, and the stopping rule does not look at them.
+        copies: Further copies of forget rows that the statistics include. They are subtracted with the forget rows.
         source: Where the rows come from, for the report. Must not name a row.
+        counts: Rows, and rows and tokens that were cut, of further sets that were read, such as `train`, by name
+            (`LeftOut.record`), for the report.
     """
 
     forget: Rows
     evaluation: Mapping[str, Rows] = field(default_factory=dict)
     retain: Rows | None = None
     forgotten_before: Rows = ()
+    copies: Rows = ()
     source: str = ""
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def splits(self) -> dict[str, Rows]:
@@ -108,8 +114,8 @@ class AdapterOptions:
     merge: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class DeletionRequest:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DeletionRequest(ShortRepr):
     """What is to be forgotten, from which model, and how the result is evaluated.
 
     `fulfil_request` carries it out. The hyper-parameters are not part of it: one request can be fulfilled under
@@ -135,6 +141,7 @@ class DeletionRequest:
         adapter: Train this adapter; None trains the weights.
         series: The request's place in a series, as `RequestSeries.begin` returns it. The ledger gets an entry when the
             output folder is written.
+        card: Licence, language and data sets for the metadata of the card, as `license`, `language` and `datasets`.
         timings: Seconds spent before this request (training, collecting), by phase.
     """
 
@@ -145,4 +152,5 @@ class DeletionRequest:
     evaluation: EvaluationOptions = EvaluationOptions()
     adapter: AdapterOptions | None = None
     series: BegunRequest | None = None
+    card: Mapping[str, str | list[str]] = field(default_factory=dict)
     timings: Mapping[str, float] = field(default_factory=dict)

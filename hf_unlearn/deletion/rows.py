@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+from torch import nn
 
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.data.checks import require_disjoint
 from hf_unlearn.data.encoding import encode_dataset
-from hf_unlearn.data.formats import Row
+from hf_unlearn.data.formats import Row, rows_of
 from hf_unlearn.data.row_filters import read_requests, rows_by_index, rows_requested, rows_where
 from hf_unlearn.data.row_identity import row_hash
 from hf_unlearn.data.splits import load_rows
 from hf_unlearn.deletion.arguments import RunArguments
+from hf_unlearn.deletion.checks import ModelPlan, check_classes, eval_splits
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.models.tasks import Task
 
@@ -31,32 +36,49 @@ class RowEncoding:
         task: What the model does.
         max_length: Longest row in tokens; longer rows are cut.
         idk_seed: Seed of the "I don't know" answers of forget rows; None adds none.
+        plan: The model that the rows are for; without it, lengths and labels are not checked.
     """
 
     task: Task
     max_length: int | None
     idk_seed: int | None = None
+    plan: ModelPlan | None = None
+
+    @cached_property
+    def _outline(self) -> nn.Module | None:
+        return None if self.plan is None else self.plan.outline()
 
     def encode(
         self, rows: Sequence[Row] | datasets.Dataset, tokenizer: ProcessingClass, what: str, with_idk: bool = True
     ) -> Sequence[Row]:
         """Encode `rows`; `what` names them in error messages."""
-        idk_seed = self.idk_seed if with_idk else None
-        return encode_dataset(rows, tokenizer, what=what, max_length=self.max_length, task=self.task, idk_seed=idk_seed)
+        if self.plan is not None and isinstance(rows, datasets.Dataset):
+            check_classes(rows, what, self.plan)
+        return encode_dataset(
+            rows,
+            tokenizer,
+            what=what,
+            max_length=self.max_length,
+            model=self._outline,
+            task=self.task,
+            idk_seed=self.idk_seed if with_idk else None,
+        )
 
 
-@dataclass(frozen=True)
-class EncodedSplits:
+@dataclass(frozen=True, repr=False)
+class EncodedSplits(ShortRepr):
     """The encoded rows of a run.
 
     Attributes:
         forget: Rows to forget.
         train: Rows that the model was trained on, or is to be trained on; may be empty.
+        copies: Further copies of forget rows among the train rows: they are forget rows too, and no retain rows.
         evaluation: Further splits to evaluate on: `retain`, `holdout`, those of `eval_splits`, and earlier requests.
     """
 
     forget: Sequence[Row]
     train: Sequence[Row] = ()
+    copies: Sequence[Row] = ()
     evaluation: Mapping[str, Sequence[Row]] = field(default_factory=dict)
 
 
@@ -134,27 +156,58 @@ def load_splits(
 
     forget = encoding.encode(forget_rows(args), tokenizer, "forget")
     train = without_forgotten(load(args.train, "train")) if args.train else []
+    forget_keys = [row_hash(row) for row in rows_of(forget)]
+    copies: list[Row] = []
+    retain: Sequence[Row] = []
     if args.retain:
         retain = without_forgotten(load(args.retain, "retain"))
         require_disjoint(forget, retain)
-    else:
-        retain = _retain_of_train(args, train, forget)
+    if args.train and (not args.retain or (args.subtract_forget and args.statistics is None)):
+        rest, copies = _without_forget_rows(train, forget_keys, args.train)
+        retain = retain if args.retain else rest
     evaluation: dict[str, Sequence[Row]] = {"retain": retain} if len(retain) else {}
     if args.holdout:
         evaluation["holdout"] = load(args.holdout, "holdout")
         require_disjoint(forget, evaluation["holdout"], "holdout")
-    for split in (args.eval_splits or "").split(","):
-        if split.strip():
-            name, _, rows = split.strip().rpartition("=")
-            evaluation[name.strip() or rows] = load(rows.strip(), "eval_splits")
-    return EncodedSplits(forget, train, {**evaluation, **earlier})
+    for name, split in eval_splits(args).items():
+        evaluation[name] = load(split, "eval_splits")
+    return EncodedSplits(forget, train, copies, {**evaluation, **earlier})
 
 
-def _retain_of_train(args: RunArguments, train: Sequence[Row], forget: Sequence[Row]) -> list[Row]:
-    """Return the train rows that are not forget rows; raises `DataError` unless all forget rows are train rows."""
-    keys = {row_hash(row) for row in forget}
-    retain = [row for row in train if row_hash(row) not in keys]
-    if train and len(retain) != len(train) - len(forget):
-        missing = len(retain) + len(forget) - len(train)
-        raise DataError(f"{missing} forget rows are not in the train split {args.train!r}, or are in it twice")
-    return retain
+def _without_forget_rows(train: Sequence[Row], forget_keys: Sequence[bytes], split: str) -> tuple[list[Row], list[Row]]:
+    """Return the train rows that are not forget rows, and the copies of forget rows beyond those of the forget set.
+
+    Args:
+        train: The rows of the train split.
+        forget_keys: The hash of each forget row.
+        split: Name of the train split.
+
+    Raises:
+        DataError: A forget row is not in the train split, or not as often as in the forget set.
+    """
+    asked, seen = Counter(forget_keys), Counter[bytes]()
+    rest: list[Row] = []
+    copies: list[Row] = []
+    for row in rows_of(train):
+        key = row_hash(row)
+        if key not in asked:
+            rest.append(row)
+            continue
+        seen[key] += 1
+        if seen[key] > asked[key]:
+            copies.append(row)
+    missing = [number for number, key in enumerate(forget_keys) if not seen[key]]
+    if missing:
+        raise DataError(
+            f"{len(missing)} forget rows are not in the train split {split!r} (of {len(forget_keys)}; first: row "
+            f"{missing[0]} of the forget set); a model forgets only rows that it was trained on: pass the --train that "
+            "has them"
+        )
+    repeated = next((number for number, key in enumerate(forget_keys) if asked[key] > seen[key]), None)
+    if repeated is not None:
+        key = forget_keys[repeated]
+        raise DataError(
+            f"row {repeated} of the forget set is in it {asked[key]} times, and in the train split {split!r} only "
+            f"{seen[key]} times; remove the further copies from the forget set"
+        )
+    return rest, copies

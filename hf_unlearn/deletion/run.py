@@ -13,20 +13,23 @@ from torch import nn
 from hf_unlearn.constraints.registry import CONSTRAINTS, needs_fisher
 from hf_unlearn.core.files import check_output
 from hf_unlearn.core.processes import wait_for_all
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.data.batches import PaddingCollator, default_collator, take
-from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.formats import Rows
 from hf_unlearn.data.splits import load_rows
 from hf_unlearn.deletion.arguments import DataArguments, RunArguments
-from hf_unlearn.deletion.build import build_request, metric_names
+from hf_unlearn.deletion.build import build_request
+from hf_unlearn.deletion.checks import ModelPlan, check_collect, check_finished, check_folders, check_loss
 from hf_unlearn.deletion.fine_tuning import cache_folder
 from hf_unlearn.deletion.fulfil import fulfil_request_under
 from hf_unlearn.deletion.next_request import next_config, open_series
+from hf_unlearn.deletion.options import metric_names
 from hf_unlearn.deletion.output import DEFAULT_OUTPUT
 from hf_unlearn.deletion.rows import RowEncoding, load_splits
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation.attacks.auditing import AuditSettings, audit
 from hf_unlearn.evaluation.evaluate import evaluate_unlearning
+from hf_unlearn.evaluation.metrics.registry import choose_metrics
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.models.loading import load_model, load_processor
 from hf_unlearn.publishing.model_folder import complete_folder
@@ -56,6 +59,8 @@ def run_request(args: RunArguments, config: UnlearningConfig) -> dict[str, Unlea
     if len(names) > 1 and config.deepspeed_plugin is not None:
         raise SettingsError("DeepSpeed allows one unlearning run per process; run the constraints one by one")
     check_output(config.output_dir or DEFAULT_OUTPUT, config.overwrite_output_dir)
+    check_folders(args)
+    check_loss(args, config)
     series = open_series(args, names)
     if series is not None:
         config = next_config(args, config, series)
@@ -108,11 +113,11 @@ def collect_split(
     Raises:
         UnlearningError: Something that cannot be loaded, collected or saved.
     """
-    check_output(output_dir, overwrite)
-    tokenizer = load_processor(args.model_name_or_path, args.task)
-    loaded = load_rows(args.dataset_name, rows, "rows")
-    model = load_model(args.model_name_or_path, args.task)
-    data = encode_dataset(loaded, tokenizer, what="statistics", max_length=max_length, model=model)
+    plan = check_collect(args, output_dir, overwrite)
+    tokenizer = load_processor(plan.name, plan.task)
+    encoding = RowEncoding(task=plan.task, max_length=max_length, plan=plan)
+    data = encoding.encode(load_rows(args.dataset_name, rows, "rows"), tokenizer, "statistics")
+    model = load_model(plan.name, plan.task)
     collator = default_collator(tokenizer)
     statistics = collect_with_options(model, data, options, collator=collator)
     statistics.save_pretrained(output_dir, overwrite=overwrite)
@@ -121,8 +126,8 @@ def collect_split(
     return statistics
 
 
-@dataclass(frozen=True)
-class FinishedModel:
+@dataclass(frozen=True, repr=False)
+class FinishedModel(ShortRepr):
     """A finished model, the models to compare it with, and the rows to evaluate it on."""
 
     model: nn.Module
@@ -133,16 +138,17 @@ class FinishedModel:
     collator: PaddingCollator
 
     @classmethod
-    def load(cls, args: RunArguments, original: str | None, max_length: int | None) -> FinishedModel:
-        """Load everything by name; rows are cut to `max_length` tokens."""
-        tokenizer = load_processor(args.model_name_or_path, args.task)
-        loaded = load_splits(args, tokenizer, RowEncoding(task=args.task, max_length=max_length))
+    def load(cls, args: RunArguments, plan: ModelPlan, original: str | None, max_length: int | None) -> FinishedModel:
+        """Load everything by name; rows are cut to `max_length` tokens, and checked before a model is loaded."""
+        tokenizer = load_processor(plan.name, plan.task)
+        loaded = load_splits(args, tokenizer, RowEncoding(task=plan.task, max_length=max_length, plan=plan))
         splits = {"forget": loaded.forget, **loaded.evaluation}
+        choose_metrics(metric_names(args), splits)
         retrained = args.retrained if args.retrained != "none" else None
         return cls(
-            original=load_model(original, args.task) if original else None,
-            retrained=load_model(retrained, args.task) if retrained else None,
-            model=load_model(args.model_name_or_path, args.task),
+            original=load_model(original, plan.task) if original else None,
+            retrained=load_model(retrained, plan.task) if retrained else None,
+            model=load_model(plan.name, plan.task),
             splits={name: take(rows, args.max_rows) for name, rows in splits.items()},
             processing_class=tokenizer,
             collator=default_collator(tokenizer),
@@ -164,7 +170,7 @@ def evaluate_finished(
     Raises:
         UnlearningError: Something that cannot be loaded or evaluated.
     """
-    finished = FinishedModel.load(args, original, max_length)
+    finished = FinishedModel.load(args, check_finished(args, original), original, max_length)
     return evaluate_unlearning(
         finished.model,
         finished.splits,
@@ -200,7 +206,7 @@ def audit_finished(
     Raises:
         UnlearningError: Something that cannot be loaded, or an unknown attack.
     """
-    finished = FinishedModel.load(args, original, max_length)
+    finished = FinishedModel.load(args, check_finished(args, original, attacks), original, max_length)
     return audit(
         finished.model,
         finished.splits,

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from hf_unlearn.constraints.energy import EnergyConstraint
 from hf_unlearn.core.files import sha256_of
 from hf_unlearn.core.processes import gather
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.data.formats import Row
 from hf_unlearn.deletion.ledger_entries import Entry
 from hf_unlearn.deletion.ledger_key import Commitment
@@ -48,8 +49,8 @@ if TYPE_CHECKING:
     from hf_unlearn.evaluation.report import UnlearningReport
 
 
-@dataclass(frozen=True)
-class EarlierRows:
+@dataclass(frozen=True, repr=False)
+class EarlierRows(ShortRepr):
     """The forget rows of earlier requests, which are tested again.
 
     Attributes:
@@ -201,8 +202,8 @@ class RequestSeries:
         return BegunRequest(self, gather(self.ledger.commit(rows))[0], dict(where or {}), dict(untested or {}))
 
 
-@dataclass(frozen=True)
-class BegunRequest:
+@dataclass(frozen=True, repr=False)
+class BegunRequest(ShortRepr):
     """The next request of a series, which has committed to its rows.
 
     Attributes:

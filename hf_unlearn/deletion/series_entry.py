@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_unlearn.core.files import sha256_of, write_json
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.deletion.carried_statistics import carry, identify_statistics
 from hf_unlearn.deletion.series_files import PRIVATE, RECORD, STATISTICS, RequestRecord, private_folder
 from hf_unlearn.errors import LedgerError
@@ -43,8 +44,8 @@ class RequestOutcome:
     constraint: ConstraintLike
 
 
-@dataclass(frozen=True)
-class SeriesEntry:
+@dataclass(frozen=True, repr=False)
+class SeriesEntry(ShortRepr):
     """Everything that completes a request of a series, ready to be written.
 
     Attributes:
@@ -137,6 +138,7 @@ class SeriesEntry:
             "commitment": commitment.whole,
             "source": report.request.get("source"),
             "method": {name: value for name, value in report.method.items() if name != "statistics"},
+            "outcome": report.outcome,
             "settings": report.settings,
             "weights": self.weights,
             "statistics": {"before": self.statistics_before, "after": statistics_after},

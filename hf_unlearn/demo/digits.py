@@ -21,6 +21,7 @@ from transformers import (
 
 from hf_unlearn.constraints.registry import CONSTRAINTS
 from hf_unlearn.core.files import check_output
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.deletion.fulfil import fulfil_request_under
 from hf_unlearn.deletion.request import DeletionRequest, RequestModels, RequestRows
@@ -33,8 +34,8 @@ from hf_unlearn.trainer.config import UnlearningConfig
 Rows = list[dict[str, NDArray | int]]
 
 
-@dataclass(frozen=True)
-class DigitsSplits:
+@dataclass(frozen=True, repr=False)
+class DigitsSplits(ShortRepr):
     """The rows of one demonstration.
 
     Attributes:

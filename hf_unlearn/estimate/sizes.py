@@ -12,6 +12,7 @@ import torch
 
 from hf_unlearn.constraints.base import Constraint
 from hf_unlearn.constraints.registry import CONSTRAINTS, needs_fisher
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.statistics.sketch import EXACT, Sketching
 
@@ -52,8 +53,8 @@ class LayerSize:
     trained: bool
 
 
-@dataclass(frozen=True)
-class Trace:
+@dataclass(frozen=True, repr=False)
+class Trace(ShortRepr):
     """Sizes of a model, and bytes and floating-point operations of one batch on one process.
 
     Attributes:

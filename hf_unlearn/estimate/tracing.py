@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_unlearn.core.storage import Storage
+from hf_unlearn.core.text import one_line
 from hf_unlearn.errors import ModelError, SettingsError
 from hf_unlearn.estimate.sizes import LayerSize, Trace
 from hf_unlearn.losses import UnlearningLoss
@@ -84,25 +85,6 @@ class Meter(TorchDispatchMode):
         self._seen.pop(address, None)
 
 
-def read_config(name: str) -> "PretrainedConfig":
-    """Return the configuration of a folder, a `config.json` or a Hub id; no weights are read.
-
-    Raises:
-        ModelError: There is no configuration, or its model needs code of its own.
-    """
-    if not name:
-        raise ModelError("no model was named; pass a folder with config.json, or a Hub id")
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        if "trust_remote_code" in str(error) or "custom code" in str(error):
-            raise ModelError(f"{name!r} needs code of its own (trust_remote_code), which is not executed") from error
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"cannot read the configuration of {name!r}: {reason}") from error
-
-
 def trace_model(
     config: "PretrainedConfig",
     task: Task,
@@ -149,7 +131,7 @@ def trace_model(
             if peft_config is not None:
                 trained = with_adapter(MODELS[task].from_config(config, dtype=dtype), peft_config)
     except (ValueError, TypeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
+        reason = one_line(error, 160)
         raise ModelError(f"{config.model_type!r} has no model of task {task} (--task): {reason}") from error
     if (context := context_length(model)) is not None and length > context:
         raise SettingsError(f"rows of {length} tokens are longer than the context of {context}; lower --max_length")

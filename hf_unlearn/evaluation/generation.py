@@ -76,7 +76,7 @@ def generate_answers(
 def true_answers(
     dataset: Rows, tokenizer: "PreTrainedTokenizerBase | None", max_tokens: int | None = None
 ) -> list[str]:
-    """Decode the labels of each encoded row, or the first `max_tokens` of them.
+    """Decode the labels of each encoded row (the last answer of a conversation), or the first `max_tokens` of them.
 
     Raises:
         SettingsError: There is no tokenizer.
@@ -84,7 +84,7 @@ def true_answers(
     """
     tokenizer = _require_tokenizer(tokenizer)
     rows = (dataset[i] for i in range(len(dataset)))
-    tokens = [[int(label) for label in _labels(row) if label != IGNORED][:max_tokens] for row in rows]
+    tokens = [[int(label) for label in _labels(row)[slice(*_last_answer(row))]][:max_tokens] for row in rows]
     return list(tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
 
@@ -98,10 +98,18 @@ def _tokens_that_fit(model: nn.Module, dataset: Rows, max_new_tokens: int) -> in
 
 
 def _prompt(row: Row) -> list[int]:
-    first = next((i for i, label in enumerate(_labels(row)) if label != IGNORED), 0)
+    first, _ = _last_answer(row)
     if first == 0:
         raise DataError("a row has no prompt to generate from; give rows as prompt + completion or question + answer")
     return [int(token) for token in row["input_ids"][:first]]
+
+
+def _last_answer(row: Row) -> tuple[int, int]:
+    """Return where the last run of labels begins, and where it ends: a conversation may have several answers."""
+    labels = [int(label) for label in _labels(row)]
+    end = next((i + 1 for i in reversed(range(len(labels))) if labels[i] != IGNORED), 0)
+    start = next((i + 1 for i in reversed(range(end)) if labels[i] == IGNORED), 0)
+    return start, end
 
 
 def _labels(row: Row) -> Sequence[int]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypedDict
 from torch import nn
 
 from hf_unlearn.core.processes import world
+from hf_unlearn.core.text import one_line
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation.report import MetricValue
 from hf_unlearn.models.modes import eval_mode
@@ -75,7 +76,7 @@ def harness_metrics(
                 verbosity="ERROR",
             )
     except (OSError, ConnectionError) as error:  # the harness downloads its data sets from the Hub
-        raise SettingsError(f"lm-evaluation-harness cannot load a task's data: {str(error).splitlines()[0]}") from error
+        raise SettingsError(f"lm-evaluation-harness cannot load a task's data: {one_line(error)}") from error
     counts = evaluated.get("n-samples", {})
     return [
         metric

@@ -66,6 +66,7 @@ class UnlearningReport:
     Attributes:
         metrics: All measured numbers.
         request: What was to be forgotten: counts, source, date; never texts or ids.
+        data: For each set its number of `rows`, of `rows_cut` at `max_length` and of `tokens_cut` off them.
         method: Loss, constraint, statistics, coverage, and why the run stopped.
         settings: Every hyper-parameter.
         versions: Package versions.
@@ -73,6 +74,8 @@ class UnlearningReport:
         timings: Seconds by phase.
         history: The trainer's log lines (step, epoch, losses, drift, evaluation).
         drift: Predicted retain drift: `relative`, `kl`, `by_layer`.
+        outcome: Whether the run reached its mark: the fields of `trainer.outcome.UnlearningOutcome`, such as `status`,
+            `mark`, `value` and `advice`; empty if there was no run.
         entropies: Output entropies in nats on the forget set, by model, for the histogram.
         audit: `verdicts` by metric, and the attacks `not_run` with the reason.
         series: For a request in a series: the number of requests, the room left, warnings; see `RequestSeries`.
@@ -81,6 +84,7 @@ class UnlearningReport:
 
     metrics: list[MetricValue] = field(default_factory=list)
     request: Record = field(default_factory=dict)
+    data: dict[str, dict[str, int]] = field(default_factory=dict)
     method: Record = field(default_factory=dict)
     settings: Record = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -88,6 +92,7 @@ class UnlearningReport:
     timings: dict[str, float] = field(default_factory=dict)
     history: list[Record] = field(default_factory=list)
     drift: Record = field(default_factory=dict)
+    outcome: Record = field(default_factory=dict)
     entropies: dict[str, list[float]] = field(default_factory=dict)
     audit: dict[str, dict[str, str]] = field(default_factory=dict)
     series: Record = field(default_factory=dict)
@@ -108,7 +113,10 @@ class UnlearningReport:
         return [model for model in ("original", "unlearned", "retrained") if model in measured]
 
     def table(self) -> str:
-        """Return a plain-text table: one line per metric and split, one column per model, with 95% intervals and n."""
+        """Return a plain-text table with 95% intervals and n: one line per metric and split, one column per model.
+
+        Below it are the reasons of undefined numbers and the outcome of the run.
+        """
         return report_table(self)
 
     def save(self, folder: str | os.PathLike) -> Path:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hf_unlearn.core.processes import gather, own_indices, world
+from hf_unlearn.core.text import ShortRepr
+from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.formats import Row, Rows
 from hf_unlearn.errors import DataError
 from hf_unlearn.models.forward import Predictions, predict
@@ -28,8 +30,8 @@ MIN_VARIANCE = 1e-6  # min-k++ divides by a standard deviation, which is 0 for a
 CHUNK = 1 << 24  # elements of the largest float32 tensor allocated here
 
 
-@dataclass(frozen=True)
-class RowScores:
+@dataclass(frozen=True, repr=False)
+class RowScores(ShortRepr):
     """Seven float64 columns with one number per row; all seven are NaN if a logit of the row is NaN.
 
     OpenUnlearning assumes that each row's last label is the end token and leaves it out of all scores but the loss.
@@ -174,9 +176,10 @@ def score_rows(model: nn.Module, dataset: Rows, collator: Collator, batch_size: 
         batch_size: Rows per forward pass.
 
     Raises:
-        DataError: A row has no label to predict.
+        DataError: Rows that are not encoded, or have no label to predict.
     """
-    return RowScores.from_matrix(map_predictions(score_predictions, model, dataset, collator, batch_size))
+    rows = encode_dataset(dataset, None, what="scored", model=model)
+    return RowScores.from_matrix(map_predictions(score_predictions, model, rows, collator, batch_size))
 
 
 def score_classes(

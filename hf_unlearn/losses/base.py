@@ -12,16 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.losses.dual_weight import DualWeight
 from hf_unlearn.losses.registry import Content, LossKind, OriginalModel, Predict
-from hf_unlearn.models.forward import Predictions, label_positions, predict
+from hf_unlearn.models.forward import Predictions, counted_labels, label_positions, predict
 from hf_unlearn.models.modes import eval_mode
 from hf_unlearn.models.tasks import Batch
 
 
-@dataclass(frozen=True)
-class UnlearningLoss:
+@dataclass(frozen=True, repr=False)
+class UnlearningLoss(ShortRepr):
     """A loss with its settings; made by `build_loss`.
 
     Batches are `{"forget": inputs}`, with `retain` inputs for a retain term, and with `alternate` inputs (the forget
@@ -99,11 +100,11 @@ class UnlearningLoss:
 
     def counts(self, model: nn.Module, batch: Mapping[str, Batch]) -> dict[str, int]:
         """Return the number of labels or rows behind each term's mean, to weigh micro-batches in an optimizer step."""
-        forget = _labels(batch["forget"])
+        forget = _labels(model, batch["forget"])
         labels = int(label_positions(model, forget, self.kind.skip_first).sum())
         counts = {"forget": len(forget) if self.kind.unit == "row" else labels}
         if self._uses_retain(batch):
-            counts["retain"] = int(label_positions(model, _labels(batch["retain"])).sum())
+            counts["retain"] = int(label_positions(model, _labels(model, batch["retain"])).sum())
         return counts
 
     def __call__(
@@ -158,7 +159,7 @@ class UnlearningLoss:
             )
         if self.kind.alternate_answer and "alternate" not in batch:
             raise DataError(f"loss {self.name!r} needs an alternate answer for each forget row: a column 'alternate'")
-        self.check_labels(tokens=_labels(batch["forget"]).ndim > 1)
+        self.check_labels(tokens=_labels(None, batch["forget"]).ndim > 1)
 
     def _uses_retain(self, batch: Mapping[str, Batch]) -> bool:
         return "retain" in batch and self.has_retain_term
@@ -195,7 +196,8 @@ class UnlearningLoss:
         return F.kl_div(log_q_LV, log_p_LV, log_target=True, reduction="sum")
 
 
-def _labels(inputs: Batch) -> Tensor:
+def _labels(model: nn.Module | None, inputs: Batch) -> Tensor:
+    """Return the labels of a batch; with a model, those that count."""
     if "labels" not in inputs:
         raise DataError(f"the batch has no column 'labels', only {sorted(inputs)}; a label is what is forgotten")
-    return inputs["labels"]
+    return inputs["labels"] if model is None else counted_labels(model, inputs)

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.errors import SettingsError
 
 
@@ -17,8 +18,8 @@ class DualWeightState(TypedDict):
     pending: list[float]
 
 
-@dataclass
-class DualWeight:
+@dataclass(repr=False)
+class DualWeight(ShortRepr):
     """A weight with the update `weight <- max(0, weight + eta (L_r - eps))`; L_r is the mean retain loss of a step.
 
     The loss adds each micro-batch's share of L_r; `DualWeightCallback` sums the shares over processes and updates.

@@ -17,7 +17,9 @@ def without_label(logits_LV: Tensor, labels_L: Tensor) -> Tensor:
 def ce_u(predictions: Predictions, original: None) -> Tensor:
     """Return the cross-entropy to the current prediction with the true label removed, per label.
 
-    The first answer token is skipped. Yang, CE-U, arXiv 2503.01224.
+    The first token of an answer is skipped, unless the answer has fewer than three labels: one token and an end token
+    would leave nothing that it says. Token classifiers have no answers, so every label counts. Yang, CE-U, arXiv
+    2503.01224.
     """
     target_LV = without_label(predictions.logits_LV, predictions.labels_L)
     return F.cross_entropy(predictions.logits_LV.float(), target_LV, reduction="none")

@@ -24,13 +24,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from hf_unlearn.core.files import replace_folder, write_json
 from hf_unlearn.core.processes import gather, is_main, wait_for_all
+from hf_unlearn.core.text import one_line
 from hf_unlearn.data.formats import Row, Rows
 from hf_unlearn.data.row_identity import labelled_batch_hashes, rows_to_text
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.losses.base import UnlearningLoss
 from hf_unlearn.losses.registry import Content, OriginalModel
 from hf_unlearn.models.fingerprint import weights_fingerprint
-from hf_unlearn.models.forward import Hidden, Predictions, label_positions, predict
+from hf_unlearn.models.forward import Hidden, Predictions, counted_labels, label_positions, predict
 from hf_unlearn.models.modes import eval_mode
 from hf_unlearn.models.tasks import IGNORED, Batch, Collator
 
@@ -177,7 +178,7 @@ class StoredOutputs:
             files = [safe_open(path, framework="pt") for path in sorted(folder.glob("outputs-*.safetensors"))]
         except (OSError, ValueError, SafetensorError) as error:
             raise SettingsError(
-                f"{folder} is damaged ({str(error).splitlines()[0]}); remove it, and it is computed again"
+                f"{folder} is damaged ({one_line(error)}); remove it, and it is computed again"
             ) from error
         for name, value in expected.items():
             if index.get(name) != value:
@@ -196,7 +197,7 @@ class StoredOutputs:
         Raises:
             DataError: A row of the batch is not in the folder.
         """
-        labels = inputs["labels"]
+        labels = counted_labels(model, inputs)
         keys, device = labelled_batch_hashes(inputs), labels.device
         rows_L = label_positions(model, labels).nonzero()[:, 0]
         labels_L = self._read(keys, "labels", device)
@@ -242,9 +243,9 @@ def _align(stored: list[Tensor], inputs: Batch, device: torch.device) -> Hidden:
 
 
 def _without_first_label(predictions: Predictions, model: nn.Module) -> Predictions:
-    """Drop the first label of each row."""
+    """Drop the labels that `label_positions` skips."""
     assert predictions.inputs is not None
-    labels = predictions.inputs["labels"]
+    labels = counted_labels(model, predictions.inputs)
     keep_L = label_positions(model, labels, skip_first=True)[label_positions(model, labels)]
     return replace(
         predictions,

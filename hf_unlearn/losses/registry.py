@@ -37,7 +37,7 @@ class LossKind:
             know" (`idk`), or none (empty).
         reads_hidden: Whether the term reads the outputs of a layer, which the setting `layer` names.
         dual_weight: Whether the retain term has a dual weight, which starts at `alpha` (see `DualWeight`).
-        skip_first: Whether the first label of each row is left out (sequences only).
+        skip_first: Whether the first label of each answer of at least three is left out (`forward.label_positions`).
         gamma: Default weight of the forget term.
         alpha: Default weight of the retain term.
         retain: Default retain term: `nll`, `kl` (divergence from the original model), or `hidden` (distance of the

@@ -6,12 +6,14 @@ weights are never changed. `constraints.StepConstrainer` documents what is exact
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_unlearn.core.registry import suggestion
+from hf_unlearn.core.text import one_line
 from hf_unlearn.errors import ModelError, SettingsError
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 _INSERTED = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")
 _FACTOR = re.compile(r"(.+)\.lora_(A|B)\.[^.]+\.weight")
+_FACTORS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))  # LoRA adds their product
 _KEEPS_BASE_WEIGHTS = (True, "gaussian", "eva")
 
 
@@ -64,6 +67,42 @@ def lora_layers(model: nn.Module) -> "Iterator[tuple[str, LoraLayer, str]]":
             yield from ((base_name(name), layer, adapter) for adapter in layer.active_adapters if adapter in factors)
 
 
+def changed_adapter(model: nn.Module) -> str | None:
+    """Return the base name of a module whose active adapter changes what it computes, or None.
+
+    An adapter that is disabled or merged into the weights, and LoRA as it begins (a factor is 0), change nothing.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
+            continue
+        active = getattr(module, "active_adapters", None)
+        if isinstance(active, (list, tuple)) and any(_changes(module, adapter) for adapter in active):
+            return base_name(name)
+    return None
+
+
+def _changes(module: nn.Module, adapter: str) -> bool:
+    """Return whether one adapter of a PEFT module changes what the module computes."""
+    copies, original = getattr(module, "modules_to_save", None), getattr(module, "original_module", None)
+    if isinstance(copies, nn.ModuleDict) and original is not None:
+        mine = copies[adapter].state_dict() if adapter in copies else {}
+        own = original.state_dict()
+        return any(name not in own or not torch.equal(tensor, own[name]) for name, tensor in mine.items())
+    names = getattr(module, "adapter_layer_names", ())
+    owned = {name: getattr(module, name) for name in names if adapter in getattr(module, name, ())}
+    if not owned:
+        return False
+    pairs = [pair for pair in _FACTORS if pair[0] in owned]
+    if not pairs or adapter in getattr(module, "lora_variant", ()):
+        return True  # another kind of adapter, which may scale or add anything
+    return any(all(_nonzero(owned[name][adapter]) for name in pair) for pair in pairs)
+
+
+def _nonzero(factor: "nn.Module | Tensor") -> bool:
+    weight: Any = factor.weight if isinstance(factor, nn.Module) else factor
+    return bool(torch.count_nonzero(weight))
+
+
 def merged_state_dict(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Return the state dict of the base model with the active adapters merged; `model` itself does not change.
 
@@ -101,7 +140,25 @@ def with_adapter(model: nn.Module, peft_config: "PeftConfig") -> nn.Module:
     try:
         return get_peft_model(model, peft_config)
     except ValueError as error:  # such as target modules that the model does not have
-        raise SettingsError(f"LoRA settings: {str(error).splitlines()[0]}") from error
+        raise SettingsError(f"LoRA settings: {one_line(error)}") from error
+
+
+def check_target_modules(model: nn.Module, targets: Iterable[str]) -> None:
+    """Raise `SettingsError` if a name is not the end of any module's name, as PEFT matches them.
+
+    >>> check_target_modules(nn.Sequential(nn.Linear(2, 2)), ["q_proj"])
+    Traceback (most recent call last):
+        ...
+    hf_unlearn.errors.SettingsError: the model has no module 'q_proj' to adapt (--lora_target_modules); choose from 0
+    """
+    kinds = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise SettingsError(
+                f"the model has no module {target!r} to adapt (--lora_target_modules); "
+                f"{suggestion(target, sorted(kinds))}"
+            )
 
 
 def check_adapters(model: nn.Module) -> None:

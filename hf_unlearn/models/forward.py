@@ -14,13 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.errors import DataError, ModelError, SettingsError
 from hf_unlearn.models.adapters import base_name, without_wrapper
-from hf_unlearn.models.tasks import DECODER_INPUTS, IGNORED, Batch, context_length, shifts_labels
+from hf_unlearn.models.arguments import taken_inputs
+from hf_unlearn.models.padding import has_values, own_padding
+from hf_unlearn.models.tasks import (
+    DECODER_INPUTS,
+    IGNORED,
+    Batch,
+    context_length,
+    resize_remedy,
+    shifts_labels,
+    vocabulary_size,
+)
 
 
-@dataclass(frozen=True)
-class Hidden:
+@dataclass(frozen=True, repr=False)
+class Hidden(ShortRepr):
     """A module's outputs behind each label.
 
     Attributes:
@@ -38,8 +49,8 @@ class Hidden:
         return (squares_LP * self.mask_LP).sum(1) / self.mask_LP.sum(1).clamp(min=1)
 
 
-@dataclass(frozen=True)
-class Predictions:
+@dataclass(frozen=True, repr=False)
+class Predictions(ShortRepr):
     """Logits and true labels at the label positions of one batch.
 
     >>> predictions = Predictions(torch.zeros(3, 2), torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), n_rows=2)
@@ -85,24 +96,58 @@ class Predictions:
         return torch.bincount(self.rows_L, minlength=self.n_rows)
 
 
+def counted_labels(model: nn.Module, inputs: Batch) -> Tensor:
+    """Return the labels of a batch with -100 where padding is, or where the label would be predicted from padding.
+
+    Padding is where the attention mask is 0 or, for the labels of an encoder-decoder, where the decoder's own mask is
+    0. So a row has the same labels whatever it is padded with, and on which side.
+
+    >>> padded = {"labels": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+    >>> counted_labels(nn.Linear(2, 2), padded)
+    tensor([[   5,    6, -100]])
+    """
+    labels = inputs["labels"]
+    mask_BT = inputs.get("decoder_attention_mask" if _has_decoder(model) else "attention_mask")
+    if mask_BT is None or labels.ndim != 2 or mask_BT.shape != labels.shape:
+        return labels
+    seen_BT = mask_BT.bool()
+    if shifts_labels(model):
+        seen_BT = seen_BT & F.pad(seen_BT[:, :-1], (1, 0), value=True)
+    return labels.masked_fill(~seen_BT, IGNORED)
+
+
 def label_positions(model: nn.Module, labels: Tensor, skip_first: bool = False) -> Tensor:
     """Return a mask of the label positions that a loss reads: `[B]`, `[B, T - 1]` (shifted) or `[B, T]`.
 
-    `skip_first` leaves out the first label position of each row, for sequence labels only.
+    `labels` are those of `counted_labels`. `skip_first` leaves out the first label of each answer of at least three
+    labels, for models that write answers only: one of a single token and an end token would lose all that it says.
     """
     if labels.ndim == 1:
         return labels != IGNORED
     mask_BT = (labels[:, 1:] if shifts_labels(model) else labels) != IGNORED
-    if skip_first:
-        mask_BT = mask_BT & (mask_BT.cumsum(1) > 1)
+    if skip_first and _writes_answers(model):
+        before_BT = F.pad(mask_BT[:, :-1], (1, 0), value=False)
+        next_BT, third_BT = (F.pad(mask_BT, (0, n), value=False)[:, n:] for n in (1, 2))  # rows may be shorter
+        mask_BT = mask_BT & (before_BT | ~next_BT | ~third_BT)
     return mask_BT
+
+
+def _writes_answers(model: nn.Module) -> bool:
+    """Return whether the labels of a row are the tokens of an answer; those of a token classifier are not."""
+    return shifts_labels(model) or _has_decoder(model)
+
+
+def _has_decoder(model: nn.Module) -> bool:
+    """Return whether the model has an encoder for its input and a decoder for its answer."""
+    return bool(getattr(getattr(getattr(model, "module", model), "config", None), "is_encoder_decoder", False))
 
 
 def _without_labels(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
     """Return the inputs without labels; an encoder-decoder gets the decoder inputs that it would make of the labels."""
     rest = {key: value for key, value in inputs.items() if key != "labels"}
     decoder_inputs = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if decoder_inputs is not None and "labels" in inputs and not rest.keys() & set(DECODER_INPUTS):
+    has_answer = "labels" in inputs and inputs["labels"].ndim == 2  # the decoder of a classifier reads the input
+    if decoder_inputs is not None and has_answer and not rest.keys() & set(DECODER_INPUTS):
         rest["decoder_input_ids"] = decoder_inputs(labels=inputs["labels"])
     return rest
 
@@ -110,12 +155,15 @@ def _without_labels(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
 def decoder_mask(inputs: Batch) -> Tensor | None:
     """Return which positions of the decoder count in an encoder-decoder, or None if the batch does not say.
 
-    These are the positions of its own mask, or those up to the last label of each row.
+    These are the positions of its own mask, or those up to the last label of each row. The decoder of a classifier
+    reads the input, so its positions are those of the input's mask.
     """
     if "decoder_attention_mask" in inputs:
         return inputs["decoder_attention_mask"].bool()
     if "labels" not in inputs:
         return None
+    if inputs["labels"].ndim != 2:
+        return inputs["attention_mask"].bool() if "attention_mask" in inputs else None
     return (inputs["labels"] != IGNORED).flip(1).cumsum(1).flip(1) > 0
 
 
@@ -132,21 +180,52 @@ def _check_channels(model: nn.Module, inputs: Batch) -> None:
 def output_logits(model: nn.Module, inputs: Batch, **forward_options: int) -> Tensor:
     """Run a forward pass without labels and return the logits, `[B, V]` or `[B, T, V]`.
 
+    Columns that the model does not take are left out (`arguments.taken_inputs`). Padded positions get the padding id of
+    the model's configuration, because some models look for it: classifiers on decoders read the last position that does
+    not have it.
+
     Raises:
-        DataError: A row is longer than the model's context, or images do not have the model's number of channels.
+        DataError: A row is longer than the model's context, has a token that the model has no embedding for, or images
+            do not have the model's number of channels.
         ModelError: The model returns no logits.
     """
-    length, context = inputs["input_ids"].shape[-1] if "input_ids" in inputs else 0, context_length(model)
+    inputs = taken_inputs(model, inputs)
+    decoder_reads = ("labels", "decoder_input_ids") if _has_decoder(model) else ()
+    read = [inputs[name] for name in ("input_ids", *decoder_reads) if name in inputs and inputs[name].ndim == 2]
+    length, context = max((tokens_BT.shape[1] for tokens_BT in read), default=0), context_length(model)
     if context is not None and length > context:
         raise DataError(
             f"a row has {length} tokens, the model's context is {context}; lower max_length, or cut the row"
         )
     _check_channels(model, inputs)
-    outputs = model(**_without_labels(model, inputs), **forward_options)
+    with own_padding(model, inputs) as padded:
+        _check_ids(model, padded)
+        outputs = model(**_without_labels(model, padded), **forward_options)
     logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
     if logits is None:
         raise ModelError(f"{type(model).__name__} returns no logits; use a model with a head (AutoModelFor...)")
     return logits
+
+
+def _check_ids(model: nn.Module, inputs: Batch) -> None:
+    """Raise `DataError` if an embedding of the model does not have a row for an id: an index error says too little."""
+    if not all(map(has_values, inputs.values())):
+        return
+    config = getattr(getattr(model, "module", model), "config", None)
+    rows = vocabulary_size(model)
+    decoder_reads = "labels" if getattr(config, "is_encoder_decoder", False) else "decoder_input_ids"
+    for name in ("input_ids", "decoder_input_ids", decoder_reads):
+        if rows is not None and name in inputs and inputs[name].ndim == 2 and inputs[name].numel():
+            ids = inputs[name]
+            low, high = ids[ids != IGNORED].aminmax() if name == "labels" and (ids != IGNORED).any() else ids.aminmax()
+            if (name != "labels" and low < 0) or high >= rows:
+                raise DataError(f"a row has the token id {int(low if low < 0 else high)}; {resize_remedy(rows)}")
+    types = getattr(config, "type_vocab_size", None)
+    if types and "token_type_ids" in inputs and (highest := int(inputs["token_type_ids"].max())) >= types:
+        raise DataError(
+            f"a row has the token type {highest}, the model has types 0 to {types - 1}; use the model's own tokenizer, "
+            "or leave out the column token_type_ids"
+        )
 
 
 def _can_keep_logits(model: nn.Module) -> bool:
@@ -170,7 +249,7 @@ def predict(model: nn.Module, inputs: Batch, skip_first: bool = False, layer: in
     Args:
         model: A model with logits.
         inputs: The batch, with `labels` `[B]` or `[B, T]`.
-        skip_first: Leave out the first label position of each row, for sequence labels only.
+        skip_first: Leave out the first label of each longer answer (`label_positions`).
         layer: Also return the outputs of this module (`find_module`).
 
     Raises:
@@ -179,9 +258,11 @@ def predict(model: nn.Module, inputs: Batch, skip_first: bool = False, layer: in
         ModelError: The model returns no logits, or not one distribution per label.
         SettingsError: The model has no such layer.
     """
+    inputs = taken_inputs(model, inputs)
     labels = inputs.get("labels")
     if labels is None:
         raise DataError(f"the batch has no column 'labels', only {sorted(inputs)}; a label is what is forgotten")
+    labels = counted_labels(model, inputs)
     mask = label_positions(model, labels, skip_first)
     if not mask.any():
         raise DataError(f"every label of a batch of {len(labels)} rows is -100 (masked); nothing is left to predict")

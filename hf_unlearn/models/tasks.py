@@ -66,9 +66,53 @@ def task_of(model: nn.Module) -> Task | None:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Return the number of positions that the model was made for, or None if its configuration does not say."""
+    """Return the number of positions that the model was made for, or None if its configuration does not say.
+
+    Positions of RoBERTa and the models made after it start behind the padding id, so it has fewer than its
+    configuration says.
+    """
     config = getattr(getattr(model, "module", model), "config", None)
     if config is None:
         return None
     inner = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(inner, "max_position_embeddings", None)
+    positions = getattr(inner, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions < 0:  # how XLNet says that it has no limit
+        positions = None
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None and (n_rows := _embedding_rows(module)):
+            return n_rows - padding - 1
+    return positions
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Return the number of tokens that the model has an input embedding for, or None if it has none.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    >>> vocabulary_size(LlamaForCausalLM(LlamaConfig(**sizes)))
+    64
+    >>> vocabulary_size(nn.Linear(2, 2))
+    """
+    model = without_wrapper(getattr(model, "module", model))
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # a model without tokens
+        return None
+    return _embedding_rows(embedding)
+
+
+def _embedding_rows(embedding: object) -> int | None:
+    """Return the number of rows of an embedding, which I-BERT's own kind says by its weight alone."""
+    weight, rows = getattr(embedding, "weight", None), getattr(embedding, "num_embeddings", None)
+    if rows is None and isinstance(weight, Tensor) and weight.ndim == 2:
+        return len(weight)
+    return rows if isinstance(rows, int) else None
+
+
+def resize_remedy(rows: int) -> str:
+    """Return what to do about a token id that the model, which has `rows` embeddings, does not have."""
+    return (
+        f"the model has embeddings for ids 0 to {rows - 1}; use the model's own tokenizer, or call "
+        "model.resize_token_embeddings(len(tokenizer)) after adding tokens"
+    )

@@ -7,16 +7,17 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.errors import CoverageError
-from hf_unlearn.models.adapters import base_name, layer_of
+from hf_unlearn.models.adapters import base_name, layer_of, lora_layers
 from hf_unlearn.models.layers import layers_of, tied_parameters
 
 UNKNOWN = "of an unknown layer type: "
 """How the reason begins for weights that are frozen because their layer type is not registered."""
 
 
-@dataclass(frozen=True)
-class Coverage:
+@dataclass(frozen=True, repr=False)
+class Coverage(ShortRepr):
     """Parameter names by what may happen to the parameters.
 
     >>> print(Coverage(("a.weight",), ("a.bias",), (), {"a.bias": "as asked"}).explain())
@@ -131,6 +132,59 @@ def freeze_all_but(model: nn.Module, patterns: Iterable[str]) -> None:
     for name, parameter in parameters.items():
         if patterns and not any(fnmatchcase(name, pattern) for pattern in patterns):
             parameter.requires_grad_(False)
+
+
+def check_not_frozen(
+    model: nn.Module, protected: Iterable[str], allow_exposed: Iterable[str] = (), kept_frozen: Iterable[str] = ()
+) -> None:
+    """Raise `CoverageError` if a parameter that should train was frozen before and nobody asked for it.
+
+    PEFT leaves every weight of the base model frozen after `merge_and_unload`, and an earlier run leaves frozen what it
+    did not train. Base weights under an adapter are frozen on purpose; the factors of the active adapter are not.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).requires_grad_(False)
+    >>> check_not_frozen(model, ["0", "1"], kept_frozen=["0.*", "1.*"])
+    >>> check_not_frozen(model, ["0", "1"])
+    Traceback (most recent call last):
+        ...
+    hf_unlearn.errors.CoverageError: all 2 parameters that should train are frozen (the first is 0.weight; ...
+
+    Args:
+        model: The model, before anything is frozen for the run.
+        protected: Layer names with statistics.
+        allow_exposed: Shell patterns of parameters that train without protection.
+        kept_frozen: Shell patterns of parameters that shall not train.
+    """
+    layers, kept_frozen, allow_exposed = set(protected), tuple(kept_frozen), tuple(allow_exposed)
+    active = _active_adapter_parameters(model)
+    frozen_by_default = _frozen_by_default(model)
+    wanted = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and not any(fnmatchcase(name, pattern) for pattern in kept_frozen)
+        if (active is None and is_weight_of(name, layers) and name not in frozen_by_default)
+        or (active is not None and name in active)
+        or any(fnmatchcase(name, pattern) for pattern in allow_exposed)
+    }
+    frozen = [name for name, parameter in wanted.items() if not parameter.requires_grad]
+    if frozen:
+        share = "all" if len(frozen) == len(wanted) else f"{len(frozen)} of"
+        raise CoverageError(
+            f"{share} {len(wanted)} parameters that should train are frozen (the first is {frozen[0]}; PEFT leaves "
+            f"them so after merge_and_unload, and so does an earlier run): call model.requires_grad_(True), or name "
+            f"those to keep frozen, such as freeze=[{frozen[0]!r}]"
+        )
+
+
+def _active_adapter_parameters(model: nn.Module) -> set[str] | None:
+    """Return the names of the active adapters' LoRA factors; None for a model without an adapter."""
+    factors = [
+        (name, name.split(".lora_")[1].split(".")[1]) for name, _ in model.named_parameters() if ".lora_" in name
+    ]
+    if not factors:
+        return None
+    active = {adapter for _, _, adapter in lora_layers(model)}
+    return {name for name, adapter in factors if adapter in active}
 
 
 def check_covered(

@@ -103,20 +103,26 @@ def default_template() -> Path:
 
 
 def card_data(report: UnlearningReport, model_name: str) -> ModelCardData:
-    """Return the metadata that the Hub indexes: tags, base model, task and every finite metric.
+    """Return the metadata that the Hub indexes: tags, base model, task, licence, language, data sets and results.
 
-    The Hub groups metrics by task and data set, so that the name of each metric contains the model it was measured on.
+    The results are the finite metrics of this model; those of the original and the retrained model are in the text.
+    Licence, language and data sets are left out if they were not recorded.
     """
     method, task = report.method, report.method.get("task")
     names = [str(method[key]) for key in ("loss", "constraint") if method.get(key) not in (None, "", "none")]
     adapter = _is_unmerged_adapter(method)
     relation = "adapter" if adapter else "finetune"
     base = {"base_model": method["base_model"], "base_model_relation": relation} if names_base_model(method) else {}
-    results = [_eval_result(m, str(task or "other")) for m in report.metrics if is_finite(m.value)]
+    own = [metric for metric in report.metrics if metric.model == "unlearned" and is_finite(metric.value)]
+    results = [_eval_result(metric, str(task or "other")) for metric in own]
+    facts = method.get("card") or {}
     return ModelCardData(
         model_name=model_name if results else None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag=str(task) if task else None,
+        license=facts.get("license"),
+        language=facts.get("language"),
+        datasets=facts.get("datasets"),
         tags=["machine-unlearning", "hf_unlearn", *names],
         eval_results=results or None,
         **base,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from hf_unlearn.core.text import is_finite
+from hf_unlearn.core.text import as_text, is_finite
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.publishing.markdown import (
@@ -29,6 +29,16 @@ from hf_unlearn.publishing.plots import PICTURES
 WEIGHTS_TRAINED = "not used: the weights themselves were trained"
 MODELS = ("original", "unlearned", "retrained")
 UNITS = {"loss": "loss (nats)", "entropy": "entropy (nats)"}
+AUTO_CLASSES = {
+    "text-generation": "AutoModelForCausalLM",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "summarization": "AutoModelForSeq2SeqLM",
+    "translation": "AutoModelForSeq2SeqLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
+"""The auto class that loads a model, by the Hub's name of its task."""
 REQUEST_FIELDS = ("rows", "source", "date", "number", "commitment")
 METHOD_FIELDS = ("loss", "loss_settings", "constraint", "constraint_settings", "stopped", "steps", "retain_rows_used")
 SUMMARY_FIELDS = ("loss_summary", "constraint_summary")
@@ -51,7 +61,10 @@ def template_variables(report: UnlearningReport, model_name: str, plots: Sequenc
         "model_name": escape(model_name),
         "base_model": _base_model(method),
         "base_model_revision": text(method.get("base_model_revision")),
+        "usage": _usage(method, model_name),
+        "licence": text((method.get("card") or {}).get("license")),
         "request": _only({**report.request, "rows": _count(report.request.get("rows"))}, REQUEST_FIELDS),
+        "cut": _cut(report),
         "method": _only(method, METHOD_FIELDS) | {name: sentence(method.get(name)) for name in SUMMARY_FIELDS},
         "statistics": _only(method.get("statistics") or {}, STATISTICS_FIELDS),
         "coverage": _only({name: _count(value) for name, value in coverage.items()}, COVERAGE_FIELDS),
@@ -61,6 +74,7 @@ def template_variables(report: UnlearningReport, model_name: str, plots: Sequenc
         "layers": _layers(report),
         "drift": _drift(report),
         "retain_changes": _retain_changes(report),
+        "outcome": _outcome(report),
         "models": [escape(model) for model in models],
         "metric_rows": _metric_rows(report, models),
         "has_retrained": any(m.model == "retrained" for m in report.metrics),
@@ -109,6 +123,18 @@ def _pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(code(name), text(value, missing="none")) for name, value in values.items()]
 
 
+def _cut(report: UnlearningReport) -> str:
+    """Return how many rows of which sets were cut at `max_length`, and by how many tokens."""
+    if not report.data:
+        return NOT_RECORDED
+    parts = [
+        f"{escape(name)}: {count['rows_cut']} of {count['rows']} rows ({count['tokens_cut']} tokens)"
+        for name, count in report.data.items()
+        if count["rows_cut"]
+    ]
+    return "; ".join(parts) or "none"
+
+
 # The method
 
 
@@ -117,6 +143,27 @@ def _base_model(method: Mapping[str, Any]) -> str:
     if isinstance(name, str) and names_base_model(method):
         return f"[{escape(name)}](https://huggingface.co/{quote(name)})"
     return f"a local model, {code(Path(str(name)).name)}" if name else NOT_RECORDED
+
+
+def _usage(method: Mapping[str, Any], model_name: str) -> str:
+    """Return the Python code that loads the model."""
+    auto = AUTO_CLASSES.get(str(method.get("task")), "AutoModel")
+    adapter = method.get("adapter")
+    name = re.sub(r"[^\w./-]", "_", model_name)
+    processor = "AutoImageProcessor" if method.get("task") == "image-classification" else "AutoTokenizer"
+    if adapter and not adapter.get("merged"):
+        peft = f"AutoPeft{auto.removeprefix('Auto')}" if auto.endswith("LM") else "AutoPeftModel"
+        first = f"from peft import {peft} as {auto}\nfrom transformers import {processor}"
+    else:
+        first = f"from transformers import {auto}, {processor}"
+    lines = [
+        first,
+        "",
+        f'name = "{name}"  # the Hub id of this model, or its folder',
+        f"model = {auto}.from_pretrained(name)",
+        f"processor = {processor}.from_pretrained(name)",
+    ]
+    return "\n".join(lines)
 
 
 def _retained_energy(method: Mapping[str, Any]) -> str:
@@ -165,7 +212,12 @@ def _layers(report: UnlearningReport) -> str:
     return f"{patterns.total()}: {shown}" if shown else NOT_RECORDED
 
 
-# Drift and metrics
+# Outcome, drift and metrics
+
+
+def _outcome(report: UnlearningReport) -> dict[str, str]:
+    """Return the outcome of the run in one line, and what to try next."""
+    return {name: sentence(report.outcome.get(name)) for name in ("summary", "advice")}
 
 
 def _drift(report: UnlearningReport) -> dict[str, str]:
@@ -188,7 +240,9 @@ def _retain_changes(report: UnlearningReport) -> list[str]:
         before, after = (report.get(name, "retain", model) for model in ("original", "unlearned"))
         if before and after and is_finite(before.value) and is_finite(after.value):
             change = after.value - before.value
-            changes.append(f"{escape(UNITS.get(name, name))} {before.value:.3f} → {after.value:.3f} ({change:+.3f})")
+            changes.append(
+                f"{escape(UNITS.get(name, name))} {as_text(before.value)} → {as_text(after.value)} ({change:+.3f})"
+            )
     return changes
 
 
@@ -220,7 +274,9 @@ def _value(metric: MetricValue) -> str:
     if not is_finite(metric.value):
         return UNDEFINED
     has_interval = is_finite(metric.low) and is_finite(metric.high)
-    return f"{metric.value:.3f}" + (f" [{metric.low:.3f}, {metric.high:.3f}]" if has_interval else "")
+    if metric.low is None or metric.high is None or not has_interval:
+        return as_text(metric.value)
+    return f"{as_text(metric.value)} [{as_text(metric.low)}, {as_text(metric.high)}]"
 
 
 def _undefined(metrics: Iterable[MetricValue]) -> list[str]:

@@ -13,7 +13,7 @@ NOT_MEASURED, NOT_RECORDED, UNDEFINED = "not measured", "not recorded", "undefin
 def text(value: Any, missing: str = NOT_RECORDED) -> str:
     """Format any value of the report as one safe line; numbers have six digits, NaN reads "undefined"."""
     value = value.item() if hasattr(value, "item") else value
-    if value is None or value == "":
+    if value is None or (isinstance(value, str) and not value.strip()):
         return missing
     if isinstance(value, float):
         return f"{value:.6g}" if math.isfinite(value) else UNDEFINED

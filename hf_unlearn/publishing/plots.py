@@ -139,9 +139,17 @@ def _entropy_label(model: str, values: Mapping[str, np.ndarray]) -> str:
 def metrics_by_step(report: UnlearningReport) -> Figure | None:
     """Draw the headline metric of each split over the steps, and the predicted retain drift below it.
 
-    A split's curve starts with the original model's value if the log has no evaluation at step 0.
+    A split's curve starts with the original model's value if the log has no evaluation at step 0, and ends with the
+    model that was delivered, which may lie before the end of the last step. A dotted line is the mark of the run.
     """
     curves, drifts = _evaluation_curves(report), _drift_curves(report)
+    end = delivered_step(report)
+    if end is not None:
+        if curves:
+            for split, points in curves[1].items():
+                curves[1][split] = _ended(points, end, _metric_value(report, curves[0], split, "unlearned"))
+        ends = {"retain_drift": report.drift.get("relative"), "retain_kl": report.drift.get("kl")}
+        drifts = {key: _ended(points, end, ends.get(key)) for key, points in drifts.items()}
     if not curves and not drifts:
         return None
     figure, panels = new_panels(bool(curves[1]) + bool(drifts) if curves else 1, sharex=True)
@@ -154,6 +162,56 @@ def metrics_by_step(report: UnlearningReport) -> Figure | None:
     panels[-1].set_xlabel("step" + (f" (epoch {epochs:.3g} at the end)" if epochs else ""))
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
+
+
+def delivered_step(report: UnlearningReport) -> float | None:
+    """Return the step whose weights were delivered, if it lies before the last step, or None.
+
+    A run that reached its mark goes back within its last step, and one that left a budget undoes its last step.
+
+    >>> history = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.4}]
+    >>> stopped = "forget probability 0.1000 reached what held-out rows had before, 0.1100 at step 1.25"
+    >>> delivered_step(UnlearningReport(history=history, method={"stopped": stopped}))
+    1.25
+    """
+    stopped = str(report.method.get("stopped") or "")
+    found = re.search(r"step (\d+(?:\.\d+)?(?:e[+-]?\d+)?)", stopped)
+    steps = [line["step"] for line in report.history if is_finite(line.get("step"))]
+    if found is None or not steps:
+        return None
+    step = float(found[1])
+    if "undone" in stopped:
+        evaluated = "worse than before" in stopped  # that budget is looked at where the run is evaluated
+        kept = [line["step"] for line in report.history if is_finite(line.get("step")) and line["step"] < step]
+        if evaluated:
+            kept = [line["step"] for line in report.history if line.get("step", step) < step and _is_evaluation(line)]
+        return max(kept, default=0.0)
+    return step if step < max(steps) else None
+
+
+def _is_evaluation(line: Mapping[str, Any]) -> bool:
+    return any(key.startswith("eval_") for key in line)
+
+
+def _ended(points: Points, end: float, value: float | None) -> Points:
+    """Return a curve up to step `end`, where it has this value; without a value, up to the last point before."""
+    before = [(step, height) for step, height in points if step < end or (value is None and step <= end)]
+    return [*before, (end, value)] if value is not None and is_finite(value) else before or points[:1]
+
+
+def _metric_value(report: UnlearningReport, name: str, split: str, model: str) -> float | None:
+    metric = report.get(name, split, model)
+    return metric.value if metric is not None and is_finite(metric.value) else None
+
+
+def _mark(report: UnlearningReport, name: str) -> float | None:
+    """Return the value of a metric at which the run was to stop: its target, or what held-out rows had before."""
+    settings = report.settings
+    watched = {"accuracy": "accuracy", "probability": "answer_probability"}.get(str(settings.get("forget_metric")))
+    if watched != name or settings.get("adversary_steps"):
+        return None
+    target = settings.get("forget_target")
+    return target if is_finite(target) else _metric_value(report, name, "holdout", "original")
 
 
 def _evaluation_curves(report: UnlearningReport) -> tuple[str, dict[str, Points]] | None:
@@ -195,7 +253,13 @@ def _draw_curves(axes: Axes, report: UnlearningReport, name: str, curves: Mappin
     if level is not None and is_finite(level.value):
         axes.axhline(level.value, color=SPLIT_COLOURS["forget"], linestyle="--", linewidth=1.4, zorder=1)
         labels.append((level.value, "forget, retrained", SPLIT_COLOURS["forget"]))
-    zoom_to_shares(axes, [value for points in curves.values() for _, value in points] + [label[0] for label in labels])
+    heights = [value for points in curves.values() for _, value in points] + [label[0] for label in labels]
+    mark = _mark(report, name)
+    if mark is not None:
+        axes.axhline(mark, color="#222222", linestyle=":", linewidth=1.4, zorder=1)
+        axes.set_title(f"dotted: the mark, {mark:.3g}", loc="right", fontsize=10)
+        heights.append(mark)
+    zoom_to_shares(axes, heights)
     axes.set_title(f"{TITLES[name]} while unlearning")
     label_curve_ends(axes, labels)
 

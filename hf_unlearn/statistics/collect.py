@@ -9,9 +9,11 @@ from tqdm.auto import tqdm
 
 from hf_unlearn.core.processes import gather, is_main, own_indices
 from hf_unlearn.data.batches import default_collator, own_batches, take
+from hf_unlearn.data.encoded_checks import check_encoded
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.errors import ModelError, SettingsError
 from hf_unlearn.models.layers import find_layers
+from hf_unlearn.models.readiness import check_base_model, check_loaded
 from hf_unlearn.models.tasks import ProcessingClass
 from hf_unlearn.statistics.accumulator import Accumulator
 from hf_unlearn.statistics.early_stop import in_random_order
@@ -84,7 +86,8 @@ def collect_statistics(
 
     Raises:
         DataError: Empty data set or unknown row format.
-        ModelError: No layer that can be handled, or a Fisher larger than 16384 x 16384.
+        ModelError: No layer that can be handled, a Fisher larger than 16384 x 16384, weights that are not in memory
+            (offloaded), or an active adapter that has been trained.
         SettingsError: As `CollectionOptions`; a `max_memory` that is too small for a layer, or a tolerance with several
             passes.
     """
@@ -112,8 +115,11 @@ def collect_with_options(
     processing_class: "ProcessingClass | None" = None,
 ) -> RetainStatistics:
     """`collect_statistics` with its options in one object."""
+    check_loaded(model)
+    check_base_model(model)
     encoded = encode_dataset(dataset, processing_class, what="statistics", model=model, streams=True)
     rows = take(encoded, options.max_rows)
+    check_encoded(rows, "statistics", model)
     if any(hasattr(p, "ds_id") and not hasattr(p, "_z3_optimizer") for p in model.parameters()):
         raise ModelError(
             "DeepSpeed partitioned the weights at loading; load the model before creating UnlearningConfig"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_unlearn.core.sharding import whole
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.statistics.sketch import is_sketch, reconstruct, sketch_map
 
@@ -24,8 +25,8 @@ SPARE = 16
 """How many directions beyond the rank a thin decomposition looks for."""
 
 
-@dataclass(frozen=True)
-class Eigen:
+@dataclass(frozen=True, repr=False)
+class Eigen(ShortRepr):
     """Eigendecomposition of a Gram matrix, largest first: `gram_II = vectors_II @ diag(values_I) @ vectors_II.T`.
 
     For a stack of Grams `[G, I, I]` (the blocks of a layer) values and vectors are stacked too. For a diagonal Gram,

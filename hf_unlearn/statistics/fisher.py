@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_unlearn.errors import ModelError
-from hf_unlearn.models.forward import label_positions
+from hf_unlearn.models.forward import counted_labels, label_positions
 from hf_unlearn.models.tasks import IGNORED, shifts_labels
 
 MAX_FISHER_SIZE = 1 << 14
@@ -29,7 +29,8 @@ def backward_from_sampled_labels(
         mask_BT: Which positions count.
         seeds: One for each row, made from its content, so that a row gets the same labels in any batch.
     """
-    mask = label_positions(model, predicted_positions(logits, inputs, mask_BT))
+    labels = predicted_positions(logits, inputs, mask_BT)
+    mask = label_positions(model, counted_labels(model, {**inputs, "labels": labels}))
     if logits.ndim == 3 and shifts_labels(model):
         logits = logits[:, :-1]
     logits_LV = logits[mask].float()

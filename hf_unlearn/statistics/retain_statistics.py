@@ -20,6 +20,7 @@ from hf_unlearn.data.row_identity import combine_rows
 from hf_unlearn.errors import StatisticsError
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.models.layers import known_layers, layer_at
+from hf_unlearn.models.readiness import check_base_model
 from hf_unlearn.statistics.decompositions import Decompositions, Job, Key
 from hf_unlearn.statistics.eigen import Eigen
 from hf_unlearn.statistics.serialisation import METADATA, local_folder, read_statistics, write_statistics
@@ -252,7 +253,11 @@ class RetainStatistics:
         )
 
     def check_model(self, model: nn.Module, *, allow_other_weights: bool = False) -> None:
-        """Raise `StatisticsError` unless these are statistics of `model`: same layers and, by default, same weights."""
+        """Raise `StatisticsError` unless these are statistics of `model`: same layers and, by default, same weights.
+
+        An active adapter that has been trained raises `ModelError`.
+        """
+        check_base_model(model)
         modules = known_layers(model)
         for name, sums in self.layers.items():
             layer = layer_at(name, modules[name]) if name in modules else None
@@ -266,7 +271,7 @@ class RetainStatistics:
         if not allow_other_weights and (fingerprint := weights_fingerprint(model)) != self.weights:
             raise StatisticsError(
                 f"these statistics belong to other weights ({self.weights[:12]}, the model has {fingerprint[:12]}); "
-                "collect them again, or pass allow_other_weights=True (--allow_other_weights) if that is intended"
+                "collect them again on this model; in Python, allow_other_weights=True loads them all the same"
             )
 
     # Files

@@ -1,4 +1,4 @@
-"""Callbacks that connect the trainer to DeepSpeed and to the dual weight of a loss."""
+"""Callbacks that connect the trainer to DeepSpeed and to the dual weight of a loss, and say where a run starts."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_unlearn.core.processes import sum_over_processes
 from hf_unlearn.losses.dual_weight import DualWeight
+from hf_unlearn.trainer.outcome import say, start_line
+from hf_unlearn.trainer.stopping import OverUnlearningCallback
 
 
 class EngineCallback(TrainerCallback):
@@ -32,3 +34,21 @@ class DualWeightCallback(TrainerCallback):
         retain = {"loss": self.dual.take()}
         sum_over_processes(retain)
         self.dual.end_step(retain["loss"].item(), state.epoch or 0.0)
+
+
+class StartLineCallback(TrainerCallback):
+    """Measure the forget rows at the start of a run, and say what its mark is; add it after the rules.
+
+    Args:
+        stopping: The rule that has the mark; None for a run without a mark.
+    """
+
+    def __init__(self, stopping: OverUnlearningCallback | None):
+        self.stopping = stopping
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if self.stopping is not None:
+            self.stopping.measure_before()
+        say(start_line(self.stopping))

@@ -28,6 +28,8 @@ from hf_unlearn.trainer.stopping import OverUnlearningCallback, SavedWeights
 
 SEAL = "unlearning_state.json"
 PREVIOUS = "previous.safetensors"  # the weights of `OverUnlearningCallback.last_short`
+RULES = ("forget_metric", "forget_target", "max_retain_drift", "max_retain_drop")
+"""Settings of the rules that may end a run before it has made all its steps."""
 _NEWEST = (True, "True", "true", "latest")
 
 logger = logging.get_logger(__name__)
@@ -40,12 +42,14 @@ class ResumePoint:
     Attributes:
         folder: The checkpoint.
         stop_reason: Why the run had stopped there; None if it had not.
+        made_all_steps: Whether it had stopped only because it had made all its steps.
         dual_weight: State of the loss's dual weight, if it has one.
         last_short: See `OverUnlearningCallback.last_short`; None if the checkpoint was written at that evaluation.
     """
 
     folder: Path
     stop_reason: str | None
+    made_all_steps: bool
     dual_weight: DualWeightState | None
     last_short: SavedWeights | None
 
@@ -93,7 +97,19 @@ class CheckpointKeeper:
             saved = load_file(folder / self._previous_file)
             weights = [saved[str(i)].to(self.args.device) for i in range(len(saved))]
             last_short = SavedWeights(run["previous_step"], weights)
-        return ResumePoint(folder, run["stopped"], run.get("dual_weight"), last_short)
+        made_all_steps = bool(run.get("made_all_steps"))
+        if run["stopped"] and not made_all_steps:
+            self._check_same_rules(folder, run)
+        return ResumePoint(folder, run["stopped"], made_all_steps, run.get("dual_weight"), last_short)
+
+    def _check_same_rules(self, folder: Path, run: Mapping[str, Any]) -> None:
+        """Raise `SettingsError` if a rule ended the run and a setting of the rules has changed since."""
+        for name, sealed in run.get("rules", {}).items():
+            if (now := getattr(self.args, name)) != sealed:
+                raise SettingsError(
+                    f"{folder} is of a run that had ended ({run['stopped']}) with {name} {sealed}, this one has {now}; "
+                    "resume with the same, or start again without resume_from_checkpoint"
+                )
 
     @contextmanager
     def without_rotation(self) -> Iterator[None]:
@@ -104,16 +120,24 @@ class CheckpointKeeper:
         finally:
             self.args.save_total_limit = limit
 
-    def seal(self, state: TrainerState, stop_reason: str | None, stopping: OverUnlearningCallback | None) -> None:
+    def seal(
+        self,
+        state: TrainerState,
+        stop_reason: str | None,
+        stopping: OverUnlearningCallback | None,
+        made_all_steps: bool = False,
+    ) -> None:
         """Complete and seal the checkpoint that Trainer has written for this step, then remove old ones.
 
         Args:
             state: State of the trainer.
             stop_reason: Why the run stops at this step; None if it does not.
             stopping: The stopping rule of the run, if it has one.
+            made_all_steps: Whether it stops only because it has made all its steps.
         """
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        run: dict[str, Any] = self.run_identity() | {"stopped": stop_reason}
+        run: dict[str, Any] = self.run_identity() | {"stopped": stop_reason, "made_all_steps": made_all_steps}
+        run["rules"] = {name: getattr(self.args, name) for name in RULES}
         last_short = stopping.last_short if stopping is not None else None
         if last_short is not None and last_short.step < state.global_step:
             run["previous_step"] = last_short.step

@@ -2,18 +2,21 @@
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 
 from hf_unlearn.constraints.base import ConstraintLike
 from hf_unlearn.constraints.registry import CONSTRAINTS, build_constraint
+from hf_unlearn.core.registry import suggestion
 from hf_unlearn.core.settings import require_ranges, setting
 from hf_unlearn.core.storage import PLACES, Storage
+from hf_unlearn.core.text import one_line
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.losses import LOSSES, UnlearningLoss, build_loss
 from hf_unlearn.statistics.sketch import SKETCH_ABOVE, SKETCH_RANK, Sketching
@@ -27,6 +30,27 @@ REFUSED_OPTIMIZERS = {
     "schedule_free_*": "swaps weights between training and evaluation, outside of any step",
 }
 
+FOLLOW_A_METRIC = ("True", "reduce_lr_on_plateau", "greedy", "best")
+"""Values of `load_best_model_at_end`, `lr_scheduler_type` and `save_strategy` that need `metric_for_best_model`."""
+_NO_SPLIT = ("loss", "eval_loss")  # the defaults of TrainingArguments, which has one evaluation set
+
+REFUSED_SETTINGS: dict[str, tuple[object, str]] = {
+    "dataloader_drop_last": (False, "forget and evaluation rows would be left out"),
+    "train_sampling_strategy": ("random", "a step has pairs of forget and retain rows, which have no one length"),
+    "eval_do_concat_batches": (True, "metrics are computed from the scores of all rows together"),
+    "batch_eval_metrics": (False, "metrics are computed from the scores of all rows together"),
+    "auto_find_batch_size": (False, "a second start would begin from weights that have moved"),
+    "label_smoothing_factor": (0.0, "the forget loss reads the labels as they are"),
+    "neftune_noise_alpha": (None, "noise on the embeddings would change what the loss and the original model see"),
+    "use_liger_kernel": (False, "its fused loss returns no logits, which the forget loss reads"),
+    "bf16_full_eval": (False, "it rounds the trained weights for good; bf16 evaluates in bfloat16 without that"),
+    "fp16_full_eval": (False, "it rounds the trained weights for good; fp16 evaluates in float16 without that"),
+    "save_only_model": (False, "a run cannot be resumed from a checkpoint without its optimizer"),
+    "ignore_data_skip": (False, "a resumed run would see other rows than one without interruption"),
+    "dataloader_persistent_workers": (False, "workers that live on would repeat the pairs of the first epoch"),
+}
+"""Settings of TrainingArguments that an unlearning run cannot keep: the value that it can, and the reason."""
+
 # At least, and below. TrainingArguments accepts any value, and a run would end in a traceback or in NaN.
 RANGES = {
     "learning_rate": (0, math.inf),
@@ -36,6 +60,7 @@ RANGES = {
     "per_device_eval_batch_size": (1, math.inf),
     "gradient_accumulation_steps": (1, math.inf),
     "num_train_epochs": (0, math.inf),
+    "max_length": (1, math.inf),
     "max_retain_drift": (0, math.inf),
     "seed": (0, 2**32),
 }
@@ -191,7 +216,10 @@ class UnlearningConfig(TrainingArguments):
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if processes > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise TrainingArguments lets each process run on its own
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise SettingsError(one_line(error)) from error
         if processes != self.world_size:
             raise SettingsError(
                 f"{processes} processes were started and {self.world_size} joined; see `accelerate env`"
@@ -202,7 +230,11 @@ class UnlearningConfig(TrainingArguments):
         self.build_constraint()
         Storage(self.keep_statistics_on)
         Sketching(self.sketch_above, self.sketch_rank)
+        self._check_refused()
+        _check_trackers(self.report_to)
         self._check_optimizer()
+        self._check_scheduler()
+        self._check_best_metric()
         self._check_learning_rates()
         self._check_forget_metric()
         self._check_adversary()
@@ -244,6 +276,30 @@ class UnlearningConfig(TrainingArguments):
         }
         return {**special, "*": default}
 
+    def _check_refused(self) -> None:
+        for name, (allowed, reason) in REFUSED_SETTINGS.items():
+            value = getattr(self, name, allowed)
+            if value not in (allowed, "sequential"):
+                raise SettingsError(f"{name}={value!r} cannot be kept in unlearning: {reason}; leave it at {allowed!r}")
+
+    def _check_scheduler(self) -> None:
+        """Raise if `lr_scheduler_type` lacks a setting of its own in `lr_scheduler_kwargs`; a run would see it late."""
+        kwargs, name = self.lr_scheduler_kwargs or {}, _value(self.lr_scheduler_type)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        try:
+            get_scheduler(name, optimizer, 1, 10, scheduler_specific_kwargs=dict(kwargs))
+        except (TypeError, ValueError) as error:
+            raise SettingsError(f"lr_scheduler_type {name!r} with lr_scheduler_kwargs {kwargs}: {error}") from error
+
+    def _check_best_metric(self) -> None:
+        """Raise if something follows a metric, and no metric of a split is named: evaluations have no other."""
+        for name in ("load_best_model_at_end", "lr_scheduler_type", "save_strategy"):
+            if _value(getattr(self, name)) in FOLLOW_A_METRIC and self.metric_for_best_model in (None, *_NO_SPLIT):
+                raise SettingsError(
+                    f"{name}={_value(getattr(self, name))} follows a metric, and every metric is one of a split: set "
+                    "metric_for_best_model, such as forget_probability or retain_loss"
+                )
+
     def _check_optimizer(self) -> None:
         optim = _value(self.optim)
         for pattern, reason in REFUSED_OPTIMIZERS.items():
@@ -259,7 +315,8 @@ class UnlearningConfig(TrainingArguments):
 
     def _check_forget_metric(self) -> None:
         if self.forget_metric not in FORGET_METRICS:
-            raise SettingsError(f"forget_metric must be probability, accuracy or loss, got {self.forget_metric!r}")
+            hint = suggestion(str(self.forget_metric), list(FORGET_METRICS))
+            raise SettingsError(f"unknown forget_metric {self.forget_metric!r}; {hint}")
 
     def _check_adversary(self) -> None:
         if self.adversary_steps < 0 or not self.adversary_learning_rate > 0:
@@ -291,6 +348,22 @@ class UnlearningConfig(TrainingArguments):
             from hf_unlearn.publishing.card import check_template  # loads jinja2
 
             check_template(self.card_template)
+
+
+def _check_trackers(report_to: str | Sequence[str] | None) -> None:
+    """Raise if a tracker is unknown or not installed; Trainer would see it when the model is loaded."""
+    from transformers.integrations import integration_utils  # loads scipy, which help texts do without
+
+    known = list(integration_utils.INTEGRATION_TO_CALLBACK)
+    for name in [report_to] if isinstance(report_to, str) else report_to or ():
+        if name in ("none", "all"):
+            continue
+        if name not in known:
+            raise SettingsError(f"unknown tracker {name!r} (report_to); {suggestion(name, [*known, 'all', 'none'])}")
+        for module in (name, name.replace("_", ""), name.removesuffix("_ml")):
+            is_available = getattr(integration_utils, f"is_{module}_available", None)
+            if is_available is not None and not is_available():
+                raise SettingsError(f"tracker {name!r} (report_to) is not installed; install it, or choose another")
 
 
 def _value(setting: Any) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from hf_unlearn.core.files import replace_folder
 from hf_unlearn.core.processes import wait_for_all
 from hf_unlearn.core.push_options import PushOptions
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.run_record import name_base_model
@@ -50,8 +51,8 @@ def repository_name(args: UnlearningConfig) -> str:
     return args.hub_model_id or Path(args.output_dir).absolute().name
 
 
-@dataclass(frozen=True)
-class HubPublisher:
+@dataclass(frozen=True, repr=False)
+class HubPublisher(ShortRepr):
     """Writes the finished folder of one run, and publishes it.
 
     Args:

@@ -1,9 +1,11 @@
 """Prepared inputs of `UnlearningTrainer`: a loaded model, encoded rows, checked statistics, frozen parameters."""
 
+import glob
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
@@ -13,8 +15,10 @@ from hf_unlearn.constraints.base import ConstraintLike
 from hf_unlearn.constraints.registry import needs_fisher
 from hf_unlearn.constraints.step_constrainer import StepConstrainer
 from hf_unlearn.core.processes import gather
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.data.batches import default_collator
-from hf_unlearn.data.checks import require_alternates, require_disjoint, require_labels
+from hf_unlearn.data.checks import check_container, require_alternates, require_disjoint, require_labels
+from hf_unlearn.data.encoded_checks import check_encoded
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.formats import Rows, rows_of
 from hf_unlearn.data.pairs import PairedCollator, PairedDataset
@@ -25,22 +29,31 @@ from hf_unlearn.losses.registry import ForgetTerm, OriginalModel
 from hf_unlearn.models.adapters import with_adapter
 from hf_unlearn.models.layers import find_layers
 from hf_unlearn.models.loading import load_model_and_processor
+from hf_unlearn.models.readiness import check_loaded, check_saveable
 from hf_unlearn.models.tasks import Collator, ProcessingClass
-from hf_unlearn.models.trainable import Coverage, freeze_all_but, freeze_unprotected, is_weight_of
+from hf_unlearn.models.trainable import (
+    Coverage,
+    check_not_frozen,
+    freeze_all_but,
+    freeze_unprotected,
+    is_weight_of,
+)
 from hf_unlearn.statistics.collect import collect_with_options
 from hf_unlearn.statistics.options import CollectionOptions
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
-from hf_unlearn.trainer.config import UnlearningConfig
+from hf_unlearn.trainer.config import FORGET_METRICS, UnlearningConfig
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 StatisticsLike: TypeAlias = "RetainStatistics | str | os.PathLike"
+SPLIT_METRICS = ("loss", "probability", "accuracy", "entropy", *(f"relearned_{name}" for name in FORGET_METRICS))
+"""What an evaluation of a split reports; those after relearning only of `forget`, against an attacker."""
 Encoder: TypeAlias = Callable[["Rows | None", str], Any]
 
 
-@dataclass(frozen=True)
-class TrainerInputs:
+@dataclass(frozen=True, repr=False)
+class TrainerInputs(ShortRepr):
     """Everything that a run needs, loaded, encoded and checked.
 
     Attributes:
@@ -80,7 +93,7 @@ class TrainerInputs:
 def prepare_inputs(
     model: str | os.PathLike | nn.Module,
     args: UnlearningConfig,
-    forget_dataset: "Rows",
+    forget_dataset: "Rows | None",
     retain_dataset: "Rows | None" = None,
     *,
     statistics: "StatisticsLike | None" = None,
@@ -92,10 +105,14 @@ def prepare_inputs(
     loss: str | ForgetTerm | UnlearningLoss | None = None,
 ) -> TrainerInputs:
     """Load, encode and check the arguments of `UnlearningTrainer`, which documents them and the errors."""
+    for rows, what in ((forget_dataset, "forget"), (retain_dataset, "retain"), (holdout_dataset, "holdout")):
+        check_container(rows, what)
     if isinstance(model, nn.Module):
         network = model
     else:
         network, processing_class = load_model_and_processor(model, processing_class)
+    check_loaded(network)
+    check_saveable(network, processing_class)
     built_loss = args.build_loss() if loss is None else build_loss(loss)
     encode = row_encoder(network, processing_class, args, built_loss)
     forget, retain = encode(forget_dataset, "forget"), encode(retain_dataset, "retain")
@@ -116,6 +133,54 @@ def prepare_inputs(
     )
 
 
+COUNTERPARTS = {
+    "train_dataset": "forget_dataset (rows to forget) and retain_dataset (rows to keep)",
+    "test_dataset": "holdout_dataset (rows that the model never saw)",
+    "tokenizer": "processing_class",
+    "ref_model": "original_model",
+    "compute_loss_func": "loss",
+    "model_init": "model",
+    "optimizer_cls_and_kwargs": "optimizers, or optim of UnlearningConfig",
+}
+"""Arguments of `Trainer` and of trl's trainers that `UnlearningTrainer` has under another name."""
+
+
+def refuse_other_arguments(arguments: Mapping[str, object]) -> None:
+    """Raise `SettingsError` for arguments of other trainers, with the ones to pass instead."""
+    for name in arguments:
+        instead = COUNTERPARTS.get(name)
+        advice = f"pass {instead} instead" if instead else "its arguments are those of help(UnlearningTrainer)"
+        raise SettingsError(f"UnlearningTrainer has no argument {name!r}: {advice}")
+
+
+def unlearning_config(args: object) -> UnlearningConfig:
+    """Return `args`; raise `SettingsError` if they are not an `UnlearningConfig`."""
+    if isinstance(args, UnlearningConfig):
+        return args
+    kind = "nothing" if args is None else f"a {type(args).__name__}"
+    raise SettingsError(
+        f"args is {kind}; pass an UnlearningConfig, which takes every setting of TrainingArguments and those of "
+        "unlearning: UnlearningConfig(output_dir, ...)"
+    )
+
+
+def check_best_metric(args: UnlearningConfig, splits: Collection[str], *, others: bool) -> None:
+    """Raise `SettingsError` if a run follows a metric that its evaluations will not have.
+
+    Args:
+        args: Settings; `metric_for_best_model` names the metric.
+        splits: Names of the evaluation splits.
+        others: Whether evaluations may have metrics besides those of the package.
+    """
+    name = args.metric_for_best_model
+    if name is None or others:
+        return
+    known = [f"{split}_{metric}" for split in splits for metric in SPLIT_METRICS]
+    if name.removeprefix("eval_") not in known:
+        have = f"the evaluations of this run have {', '.join(known)}" if known else "this run has no evaluation split"
+        raise SettingsError(f"metric_for_best_model is {name!r}, but {have}; name one of a split in eval_dataset")
+
+
 def row_encoder(
     model: nn.Module, processing_class: "ProcessingClass | None", args: UnlearningConfig, loss: UnlearningLoss
 ) -> Encoder:
@@ -125,9 +190,11 @@ def row_encoder(
         if dataset is None and what != "forget":
             return None
         seed = args.seed if what == "forget" and loss.kind.alternate_answer == "idk" else None
-        return encode_dataset(
+        rows = encode_dataset(
             dataset, processing_class, what=what, max_length=args.max_length, model=model, idk_seed=seed
         )
+        check_encoded(rows, what, model, labels=what == "forget")
+        return rows
 
     return encode
 
@@ -193,10 +260,13 @@ def freeze_for_run(
     model: nn.Module, statistics: RetainStatistics | None, constraint: ConstraintLike, args: UnlearningConfig
 ) -> Coverage:
     """Freeze what must not train, and return the coverage; without a constraint the same weights train, all exposed."""
+    layers = list(statistics.layers if statistics is not None else find_layers(model))
+    names = [name for name, _ in model.named_parameters()]
+    left_out = [n for n in names if args.train_only and not any(fnmatchcase(n, p) for p in args.train_only)]
+    check_not_frozen(model, layers, args.allow_exposed, [*args.freeze, *map(glob.escape, left_out)])
     freeze_all_but(model, args.train_only)
     if constraint is not None and statistics is not None:
         return freeze_unprotected(model, statistics.layers, args.allow_exposed, args.freeze)
-    layers = statistics.layers if statistics is not None else find_layers(model)
     exposed = [name for name, _ in model.named_parameters() if is_weight_of(name, layers)]
     return freeze_unprotected(model, (), [*exposed, *args.allow_exposed], args.freeze)
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
+from hf_unlearn.core.registry import suggestion
 from hf_unlearn.errors import SettingsError
 
 PRESETS: dict[str, Mapping[str, Any]] = {
@@ -41,7 +42,7 @@ CHOICES = {"loss": ("loss_settings",), "constraint": ("constraint_settings", "la
 def preset(name: str) -> dict[str, Any]:
     """Return a copy of the settings of a preset; raise `SettingsError` if it does not exist."""
     if name not in PRESETS:
-        raise SettingsError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
+        raise SettingsError(f"unknown preset {name!r}; {suggestion(name, list(PRESETS))}")
     return deepcopy(dict(PRESETS[name]))
 
 

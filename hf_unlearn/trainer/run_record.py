@@ -16,7 +16,7 @@ from hf_unlearn.constraints.base import Constraint
 from hf_unlearn.constraints.binding import resolve_constraints
 from hf_unlearn.constraints.registry import constraint_for
 from hf_unlearn.core.provenance import hardware, package_versions
-from hf_unlearn.evaluation.report import UnlearningReport
+from hf_unlearn.evaluation.report import UnlearningReport, plain
 from hf_unlearn.losses import UnlearningLoss
 from hf_unlearn.models.adapters import without_wrapper
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
@@ -41,22 +41,24 @@ def run_report(trainer: "UnlearningTrainer") -> UnlearningReport:
     rows = trainer.train_dataset
     report = UnlearningReport(versions=package_versions(), hardware=hardware())
     report.request = {"rows": len(rows), "date": datetime.now(timezone.utc).date().isoformat()}
+    report.data = dict(trainer.row_counts)
     record_run(report, trainer, retain_rows=0 if rows.retain is None else len(rows.retain))
     return report
 
 
 def fill_missing(report: UnlearningReport, run: UnlearningReport) -> UnlearningReport:
     """Fill the empty fields of `report` from the report of the run, in place, and return it."""
-    for name in ("request", "method", "settings", "versions", "hardware", "history", "drift"):
+    for name in ("request", "method", "settings", "versions", "hardware", "history", "drift", "outcome"):
         if not getattr(report, name):
             setattr(report, name, getattr(run, name))
+    report.data = {**report.data, **run.data}
     return report
 
 
 def record_run(
     report: UnlearningReport, trainer: "UnlearningTrainer", *, retain_rows: int = 0, merged: bool = False
 ) -> None:
-    """Fill `method`, `settings`, `history` and `drift` of `report` from a trainer that has run.
+    """Fill `method`, `settings`, `history`, `drift` and `outcome` of `report` from a trainer that has run.
 
     Args:
         report: Changed in place.
@@ -92,6 +94,7 @@ def record_run(
     report.settings = {k: v for k, v in args.to_dict().items() if k in _REPORTED and not k.startswith(unused)}
     report.history = list(trainer.state.log_history)
     report.drift = asdict(drift) | {"relative": drift.relative}
+    report.outcome = {} if trainer.outcome is None else plain(asdict(trainer.outcome))
 
 
 def name_base_model(model: nn.Module, args: UnlearningConfig) -> None:

@@ -1,13 +1,15 @@
 """Stopping rules: forget rows look like rows that were never seen, or a budget for the retain rows is used up."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_unlearn.constraints.step_constrainer import StepConstrainer
+from hf_unlearn.core.text import significant
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.row_stopping import RowStopping
@@ -44,9 +46,12 @@ class OverUnlearningCallback(TrainerCallback):
         relearned: Use the metric on forget rows after an attacker's relearning (`adversary_steps`); `score` must do
             the same.
         by_row: Leave single rows alone that have reached the mark.
+        reads_metrics: Whether evaluations report the package's metrics. If false (own `compute_metrics`), the rule
+            measures for itself at each evaluation of `forget`.
 
     Attributes:
         mark: The value at which to stop; without a target it is measured at the beginning of a run.
+        before: The metric on the forget rows under the original model, measured by `measure_before`.
         row_stopping: Which rows are pushed; None before the first run and if all rows are pushed.
         last_short: The weights at the last evaluation that did not reach the mark, or at the beginning.
         reason: Why the run stopped, in words; None if this rule did not stop it.
@@ -62,9 +67,13 @@ class OverUnlearningCallback(TrainerCallback):
         target: float | None = None,
         relearned: bool = False,
         by_row: bool = True,
+        reads_metrics: bool = True,
     ):
         self.constrainer, self.metric, self.score, self.target = constrainer, metric, score, target
-        self.mark, self.relearned, self.by_row = target, relearned, by_row
+        self.mark, self.relearned, self.by_row, self.reads_metrics = target, relearned, by_row, reads_metrics
+        self.source_of_mark = "held-out rows before unlearning" if target is None else "forget_target"
+        self.before: float | None = None
+        self._too_low_before = False
         self.watched = f"relearned_{metric}" if relearned else metric
         self.row_stopping: RowStopping | None = None
         self.reason: str | None = None
@@ -73,9 +82,9 @@ class OverUnlearningCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        if self.mark is None:
-            with self.constrainer.original():
-                self.mark = self.score("holdout")
+        self.reason = None
+        self.measure_mark()
+        assert self.mark is not None
         if self.by_row and not self.relearned:
             self.row_stopping = RowStopping(self.constrainer, self.metric, self.mark)
         elif self.by_row and self.target is None:
@@ -83,16 +92,39 @@ class OverUnlearningCallback(TrainerCallback):
         if self.last_short is None:  # a resumed run has that of its checkpoint
             self.last_short = SavedWeights(state.global_step, self.constrainer.copy_weights())
 
+    def measure_mark(self) -> None:
+        """Measure the mark on held-out rows under the original model, unless it is known."""
+        if self.mark is None:
+            with self.constrainer.original():
+                self.mark = self.score("holdout")
+
+    def measure_before(self) -> None:
+        """Measure the forget rows under the original model, unless this was done before."""
+        if self.before is None:
+            with torch.random.fork_rng(devices=[]), self.constrainer.original():  # the order of the rows stays
+                self.before = self.score("forget")
+                if self.row_stopping is not None and self.row_stopping.lowest is not None:
+                    probability = self.score("forget", "probability", attacked=False)
+                    self._too_low_before = probability < self.row_stopping.lowest
+
+    @property
+    def nothing_to_forget(self) -> bool:
+        """Whether the forget rows had reached the mark before the first step; false until it is measured.
+
+        Against an attacker, rows below their lower bound are still to be pulled up.
+        """
+        return self.before is not None and self.has_reached(self.before) and not self._too_low_before
+
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs: object
     ) -> None:
-        forget = metrics.get(f"eval_forget_{self.watched}")
+        forget = self._evaluated(metrics)
         if forget is None or self.mark is None:
             return
         step: float = state.global_step
         lowest = self.row_stopping.lowest if self.row_stopping is not None else None
-        too_low = lowest is not None and metrics.get("eval_forget_probability", math.inf) < lowest
-        if not self._reached(forget) or too_low:
+        too_low = lowest is not None and self._unattacked_probability(metrics) < lowest
+        if not self.has_reached(forget) or too_low:
             self.last_short = SavedWeights(state.global_step, self.constrainer.copy_weights())
             return
         start = self.last_short
@@ -100,9 +132,23 @@ class OverUnlearningCallback(TrainerCallback):
             forget, step = self._shorten(forget, start, state.global_step)
         control.should_training_stop = True
         mark = "the target" if self.target is not None else "what held-out rows had before,"
-        self.reason = f"forget {self.watched} {forget:.4f} reached {mark} {self.mark:.4f} at step {step:g}"
+        value, aim = significant(forget, 4), significant(self.mark, 4)
+        self.reason = f"forget {self.watched} {value} reached {mark} {aim} at step {step:g}"
 
-    def _reached(self, forget: float) -> bool:
+    def _evaluated(self, metrics: dict) -> float | None:
+        """Return the metric at an evaluation of the forget rows, or None at one of another split."""
+        if self.reads_metrics:
+            return metrics.get(f"eval_forget_{self.watched}")
+        return self.score("forget") if is_evaluation_of("forget", metrics) else None
+
+    def _unattacked_probability(self, metrics: dict) -> float:
+        """Return the mean probability of the forget rows without an attack."""
+        if self.reads_metrics:
+            return metrics.get("eval_forget_probability", math.inf)
+        return self.score("forget", "probability", attacked=False)
+
+    def has_reached(self, forget: float) -> bool:
+        """Return whether this value of the metric has reached the mark."""
         assert self.mark is not None
         return forget >= self.mark if self.metric == "loss" else forget <= self.mark
 
@@ -129,7 +175,7 @@ class OverUnlearningCallback(TrainerCallback):
             middle = (low + high) / 2
             self._interpolate(start.weights, end, middle)
             score = self.score("forget")
-            if self._reached(score):
+            if self.has_reached(score):
                 high, forget = middle, score
             else:
                 low = middle
@@ -148,6 +194,8 @@ class DriftBudgetCallback(TrainerCallback):
         max_retain_drift: The budget, as relative drift.
     """
 
+    setting = "max_retain_drift"
+
     def __init__(self, constrainer: StepConstrainer, max_retain_drift: float):
         self.constrainer, self.budget = constrainer, max_retain_drift
         self.reason: str | None = None
@@ -156,7 +204,7 @@ class DriftBudgetCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        self._within = self.constrainer.copy_weights()
+        self.reason, self._within = None, self.constrainer.copy_weights()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -181,10 +229,21 @@ class RetainDropCallback(TrainerCallback):
         metric: `loss` is better when low, the others when high.
         score: Value of the metric on the split `retain` under the current weights.
         max_drop: The budget, in the metric's own unit, from its value under the original model.
+        reads_metrics: As in `OverUnlearningCallback`.
     """
 
-    def __init__(self, constrainer: StepConstrainer, metric: str, score: Callable[[str], float], max_drop: float):
+    setting = "max_retain_drop"
+
+    def __init__(
+        self,
+        constrainer: StepConstrainer,
+        metric: str,
+        score: Callable[[str], float],
+        max_drop: float,
+        reads_metrics: bool = True,
+    ):
         self.constrainer, self.metric, self.score, self.budget = constrainer, metric, score, max_drop
+        self.reads_metrics = reads_metrics
         self.reason: str | None = None
         self._before = 0.0
         self._within: list[Tensor] = []
@@ -194,12 +253,14 @@ class RetainDropCallback(TrainerCallback):
     ) -> None:
         with self.constrainer.original():
             self._before = self.score("retain")
-        self._within = self.constrainer.copy_weights()
+        self.reason, self._within = None, self.constrainer.copy_weights()
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict, **kwargs: object
     ) -> None:
-        retain = metrics.get(f"eval_retain_{self.metric}")
+        retain = metrics.get(f"eval_retain_{self.metric}") if self.reads_metrics else None
+        if not self.reads_metrics and is_evaluation_of("retain", metrics):
+            retain = self.score("retain")
         if retain is None:
             return
         drop = retain - self._before if self.metric == "loss" else self._before - retain
@@ -214,6 +275,11 @@ class RetainDropCallback(TrainerCallback):
         )
 
 
+def is_evaluation_of(split: str, metrics: Mapping[str, float]) -> bool:
+    """Return whether these are the metrics of an evaluation of this split, whatever metrics were computed."""
+    return f"eval_{split}_runtime" in metrics
+
+
 def stopping_rules(
     args: UnlearningConfig,
     constrainer: StepConstrainer,
@@ -221,6 +287,7 @@ def stopping_rules(
     *,
     has_holdout: bool,
     has_retain: bool,
+    reads_metrics: bool = True,
 ) -> list[TrainerCallback]:
     """Return the stopping rules that `args` asks for, in the order in which they act.
 
@@ -230,6 +297,7 @@ def stopping_rules(
         score: `(split, metric) -> value`; see `OverUnlearningCallback` and `RetainDropCallback`.
         has_holdout: Whether there are held-out rows.
         has_retain: Whether there is an evaluation split `retain`.
+        reads_metrics: Whether evaluations report the package's metrics; false with an own `compute_metrics`.
 
     Raises:
         SettingsError: A rule needs statistics or retain rows that the run does not have.
@@ -244,6 +312,7 @@ def stopping_rules(
                 args.forget_target,
                 relearned=args.adversary_steps > 0,
                 by_row=args.row_stopping,
+                reads_metrics=reads_metrics,
             )
         )
     if args.max_retain_drift is not None:
@@ -255,5 +324,5 @@ def stopping_rules(
             raise SettingsError(
                 "max_retain_drop needs retain rows: a split `retain` in eval_dataset (--retain or --train)"
             )
-        rules.append(RetainDropCallback(constrainer, args.forget_metric, score, args.max_retain_drop))
+        rules.append(RetainDropCallback(constrainer, args.forget_metric, score, args.max_retain_drop, reads_metrics))
     return rules

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,27 +16,38 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, IntervalStrategy, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, IntervalStrategy, PredictionOutput, TrainOutput
 
 from hf_unlearn.constraints.step_constrainer import EngineOptimizer, StepConstrainer
 from hf_unlearn.core.sharding import check_sharding, shard_on_cpu, sharding_of
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.formats import Rows
+from hf_unlearn.data.left_out import cut_records
 from hf_unlearn.data.pairs import PairedDataset, attackers_rows
 from hf_unlearn.errors import ModelError, NonFiniteLossError, SettingsError
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.evaluation.row_scores import RowScores, score_predictions
 from hf_unlearn.losses import UnlearningLoss
 from hf_unlearn.losses.registry import ForgetTerm
+from hf_unlearn.models.arguments import taken_inputs
 from hf_unlearn.models.forward import predict
 from hf_unlearn.models.modes import hold_norm_statistics
 from hf_unlearn.models.tasks import Batch, Collator, ProcessingClass
 from hf_unlearn.trainer.adversary import relearned_weights
-from hf_unlearn.trainer.callbacks import DualWeightCallback, EngineCallback
+from hf_unlearn.trainer.callbacks import DualWeightCallback, EngineCallback, StartLineCallback
 from hf_unlearn.trainer.checkpoints import CheckpointKeeper, ResumePoint
 from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.hub import HubPublisher, push_options, repository_name
-from hf_unlearn.trainer.inputs import StatisticsLike, original_source, prepare_inputs
+from hf_unlearn.trainer.inputs import (
+    StatisticsLike,
+    check_best_metric,
+    original_source,
+    prepare_inputs,
+    refuse_other_arguments,
+    unlearning_config,
+)
+from hf_unlearn.trainer.outcome import UnlearningOutcome, outcome_of, say
+from hf_unlearn.trainer.progress import use_step_lines
 from hf_unlearn.trainer.row_stopping import RowStopping
 from hf_unlearn.trainer.run_record import fill_missing, run_report
 from hf_unlearn.trainer.stopping import OverUnlearningCallback, stopping_rules
@@ -71,11 +83,15 @@ class UnlearningTrainer(Trainer):
         callbacks: As in Trainer.
         optimizers: As in Trainer.
         compute_metrics: As in Trainer; by default evaluations report mean loss, probability, accuracy and entropy.
+            Stopping always uses these.
+        other_trainers: None; an argument of another trainer, such as `train_dataset`, is an error that names its
+            counterpart.
 
     Attributes:
         constrainer: The `StepConstrainer`: drift, leak, original weights.
         coverage: Which parameters are protected, frozen and exposed.
         loss: The loss with its settings.
+        row_counts: For each set its number of `rows`, and of `rows_cut` and `tokens_cut` at `args.max_length`.
 
     Raises:
         SettingsError: There is a constraint but no statistics and no retain rows to collect them from, or
@@ -87,14 +103,14 @@ class UnlearningTrainer(Trainer):
 
     Example:
 
-    >>> import contextlib, io, tempfile, torch, transformers
+    >>> import tempfile, torch, transformers
     >>> from hf_unlearn.trainer.config import UnlearningConfig
     >>> _ = torch.manual_seed(0)
     >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))
     >>> forget = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]
     >>> retain = [{"input_ids": [8, 9, 10], "labels": [-100, 9, 10]}]
-    >>> with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):  # hides log lines
+    >>> with tempfile.TemporaryDirectory() as folder:
     ...     args = UnlearningConfig(folder, max_steps=1, disable_tqdm=True, use_cpu=True)
     ...     trainer = UnlearningTrainer(model, args, forget, retain)
     ...     _ = trainer.train()
@@ -107,8 +123,8 @@ class UnlearningTrainer(Trainer):
     def __init__(
         self,
         model: str | os.PathLike | nn.Module,
-        args: UnlearningConfig,
-        forget_dataset: "Rows",
+        args: UnlearningConfig | None = None,
+        forget_dataset: "Rows | None" = None,
         retain_dataset: "Rows | None" = None,
         *,
         statistics: "StatisticsLike | None" = None,
@@ -123,7 +139,10 @@ class UnlearningTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        **other_trainers: object,
     ):
+        refuse_other_arguments(other_trainers)
+        args = unlearning_config(args)
         inputs = prepare_inputs(
             model,
             args,
@@ -137,6 +156,7 @@ class UnlearningTrainer(Trainer):
             peft_config=peft_config,
             loss=loss,
         )
+        check_best_metric(args, inputs.splits, others=extra_metrics is not None or compute_metrics is not None)
         if not inputs.splits:
             args.eval_strategy = IntervalStrategy.NO
         super().__init__(
@@ -150,6 +170,8 @@ class UnlearningTrainer(Trainer):
             optimizers=optimizers,
             compute_metrics=compute_metrics or _mean_scores,
         )
+        metrics = _mean_scores if compute_metrics is None else partial(_own_metrics, compute_metrics)
+        self.compute_metrics: Callable[[EvalPrediction], dict[str, float]] = metrics
         self.loss_is_scaled_for_ga = True  # by the counts of get_batch_samples
         self.loss, self.coverage, self.extra_metrics = inputs.loss, inputs.coverage, extra_metrics
         self.constrainer = StepConstrainer(
@@ -170,6 +192,11 @@ class UnlearningTrainer(Trainer):
             "holdout": inputs.holdout,
             "retain": inputs.splits.get("retain"),
         }
+        self.row_counts = cut_records(
+            {"forget": inputs.forget, "retain": inputs.retain, "holdout": inputs.holdout, **inputs.splits}
+        )
+        self._outcome: UnlearningOutcome | None = None
+        use_step_lines(self.callback_handler, list(inputs.splits))
         self._add_callbacks()
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -196,9 +223,11 @@ class UnlearningTrainer(Trainer):
             self._stopping_score,
             has_holdout=self._stopping_rows["holdout"] is not None,
             has_retain=self._stopping_rows["retain"] is not None,
+            reads_metrics=self._scores_rows,
         )
         for rule in rules:
             self.add_callback(rule)
+        self.add_callback(StartLineCallback(self._stopping_callback()))
         if self.loss.dual is not None:
             self.add_callback(DualWeightCallback(self.loss.dual))
 
@@ -339,7 +368,7 @@ class UnlearningTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """Return the unlearning loss of a pair of batches, or the model's own loss of a plain batch (evaluation)."""
         if "forget" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, None)
+            return super().compute_loss(model, taken_inputs(model, inputs), return_outputs, None)
         hold_norm_statistics(model)
         loss = self.loss(model, inputs, self._original, num_items_in_batch)
         # gradients are averaged over processes, but counts are sums; a batch that does not count still makes its
@@ -369,13 +398,50 @@ class UnlearningTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Evaluate as Trainer does, and add the metrics of `extra_metrics` to those of the splits."""
+        """Evaluate as Trainer does, and add the metrics of `extra_metrics` to those of the splits.
+
+        `eval_dataset` may have raw rows, as those of the trainer, or be the name of a split.
+
+        Raises:
+            DataError: Rows that cannot be encoded.
+            SettingsError: There is nothing to evaluate on, or no split of this name.
+        """
+        if eval_dataset is None and not self.eval_dataset:
+            raise SettingsError("there are no rows to evaluate on; pass eval_dataset, here or to the trainer")
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {name: self._encoded(rows, str(name)) for name, rows in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self._encoded(eval_dataset, "evaluation")
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.extra_metrics is not None and eval_dataset is None:
             more = {f"{metric_key_prefix}_{name}": value for name, value in self.extra_metrics(self.model).items()}
             self.log(more)
             metrics |= more
         return metrics
+
+    def predict(
+        self, test_dataset: "Rows", ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Return the scores of each row as `predictions` (`evaluation.RowScores`), and their metrics; rows may be raw.
+
+        With an own `compute_metrics` the predictions are the model's, as in Trainer.
+
+        Raises:
+            DataError: Rows that cannot be encoded.
+            SettingsError: No split of this name.
+        """
+        return super().predict(self._encoded(test_dataset, "test"), ignore_keys, metric_key_prefix)
+
+    def _encoded(self, rows: "Rows | str", what: str) -> "Rows":
+        """Return rows as the model takes them; rows that are encoded already, as they are; a split, by its name."""
+        if not isinstance(rows, str):
+            return encode_dataset(
+                rows, self.processing_class, what=what, max_length=self.args.max_length, model=self.model
+            )
+        splits = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if rows not in splits:
+            raise SettingsError(f"there is no evaluation split {rows!r}; there are {', '.join(splits) or 'none'}")
+        return splits[rows]
 
     def evaluation_loop(
         self,
@@ -411,20 +477,30 @@ class UnlearningTrainer(Trainer):
         if stopping is not None and stopping.target is None and mark is not None:
             stopping.mark = mark
 
-    def _stopping_score(self, split: str, metric: str | None = None) -> float:
+    def _stopping_score(self, split: str, metric: str | None = None, attacked: bool = True) -> float:
         """Return a metric, by default the forget metric, of `forget`, `holdout` or `retain` rows; without a log line.
 
         Against an attacker a third of the forget rows, at most a training batch, is relearned, and the others are
-        scored.
+        scored, unless `attacked` is false.
         """
         rows, batch = self._stopping_rows[split], None
         assert rows is not None
-        if self.args.adversary_steps and split == "forget":
+        if self.args.adversary_steps and split == "forget" and attacked:
             few, rows = attackers_rows(rows)
             batch = self._prepare_inputs(self.data_collator(few[: self.args.per_device_train_batch_size]))
-        with self._relearned_weights(batch):
+        with self._relearned_weights(batch), self._own_scores():
             loop = self.evaluation_loop(self.get_eval_dataloader(rows), f"Comparing {split}")
         return loop.metrics[f"eval_{metric or self.args.forget_metric}"]
+
+    @contextmanager
+    def _own_scores(self) -> Iterator[None]:
+        """Compute the package's metrics within the context, also for a trainer with its own `compute_metrics`."""
+        theirs = self.compute_metrics, self._scores_rows
+        self.compute_metrics, self._scores_rows = _mean_scores, True
+        try:
+            yield
+        finally:
+            self.compute_metrics, self._scores_rows = theirs
 
     def _stopping_callback(self) -> OverUnlearningCallback | None:
         callbacks = self.callback_handler.callbacks
@@ -438,6 +514,11 @@ class UnlearningTrainer(Trainer):
                 raise SettingsError(f"utility_floor names {name!r}; an evaluation has {', '.join(sorted(metrics))}")
             if not metrics[key] >= floor:
                 return False
+        followed = self.args.metric_for_best_model
+        if followed is not None and f"eval_{followed.removeprefix('eval_')}" not in metrics:
+            raise SettingsError(
+                f"metric_for_best_model is {followed!r}; an evaluation has {', '.join(sorted(metrics))}"
+            )
         return super()._determine_best_metric(metrics, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -470,16 +551,54 @@ class UnlearningTrainer(Trainer):
             stopping.last_short = None
         if dual is not None:
             dual.reset()
+        self._earlier_stop_reason = None
         point = self._checkpoints.find(resume_from_checkpoint)
-        if point is None:
-            return super().train(resume_from_checkpoint=None, **options)
-        if point.stop_reason:
-            return self._load_ended_run(point)
+        if point is not None and self._has_ended(point):
+            output = self._load_ended_run(point)
+        else:
+            if point is not None and stopping is not None:
+                stopping.last_short = point.last_short
+            if point is not None and dual is not None and point.dual_weight is not None:
+                dual.load_state(point.dual_weight)
+            output = super().train(resume_from_checkpoint=None if point is None else str(point.folder), **options)
+        self._outcome = self._measured_outcome()
+        if self._outcome.mark is not None:
+            say(str(self._outcome))
+        return output
+
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        """Make the steps of an epoch as Trainer does; none if the forget rows had reached the mark before."""
+        stopping = self._stopping_callback()
+        if stopping is not None and stopping.nothing_to_forget:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **options)
+
+    def _measured_outcome(self) -> UnlearningOutcome:
+        """Measure the forget rows under the current weights, and compare them with the mark; a collective call."""
+        stopping, value = self._stopping_callback(), None
         if stopping is not None:
-            stopping.last_short = point.last_short
-        if dual is not None and point.dual_weight is not None:
-            dual.load_state(point.dual_weight)
-        return super().train(resume_from_checkpoint=str(point.folder), **options)
+            stopping.measure_mark()  # not yet known if a run that had ended was loaded
+            stopping.measure_before()
+            value = stopping.before if stopping.nothing_to_forget else self._stopping_score("forget")
+        rules = [callback for callback in self.callback_handler.callbacks if getattr(callback, "reason", None)]
+        budgets = [rule.setting for rule in rules if hasattr(rule, "setting")]
+        moved = self.constrainer.has_moved()
+        return outcome_of(stopping, value, steps=self.state.global_step, moved=moved, budgets=budgets)
+
+    @property
+    def outcome(self) -> UnlearningOutcome | None:
+        """Whether the last run reached its mark, and what to try next; None before the first run."""
+        return self._outcome
+
+    def _has_ended(self, point: ResumePoint) -> bool:
+        """Return whether nothing is left to train; a run that had made all its steps goes on if it now has more."""
+        if point.stop_reason is None:
+            return False
+        if not point.made_all_steps:
+            return True
+        made = TrainerState.load_from_json(str(point.folder / TRAINER_STATE_NAME)).global_step
+        return made >= self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
     def _load_ended_run(self, point: ResumePoint) -> TrainOutput:
         """Load the checkpoint of a run that had ended; there is nothing left to train."""
@@ -499,14 +618,21 @@ class UnlearningTrainer(Trainer):
         if self._earlier_stop_reason is not None:
             return self._earlier_stop_reason
         reasons = [reason for cb in self.callback_handler.callbacks if (reason := getattr(cb, "reason", None))]
-        return "; ".join(reasons) or f"all {self.state.max_steps} steps were made"
+        if reasons:
+            return "; ".join(reasons)
+        stopping = self._stopping_callback()
+        if stopping is not None and stopping.nothing_to_forget:
+            return "the forget rows had reached the mark before the first step; no step was made"
+        return f"all {self.state.max_steps} steps were made"
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """Save as Trainer does, then seal the folder; older checkpoints are removed only after that."""
         with self._checkpoints.without_rotation():
             super()._save_checkpoint(model, trial)
         ended = self.control.should_training_stop
-        self._checkpoints.seal(self.state, self.stop_reason if ended else None, self._stopping_callback())
+        ruled = any(getattr(callback, "reason", None) for callback in self.callback_handler.callbacks)
+        reason = self.stop_reason if ended else None
+        self._checkpoints.seal(self.state, reason, self._stopping_callback(), made_all_steps=ended and not ruled)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save as Trainer does, but the arguments as JSON without tokens in place of a pickle with them."""
@@ -585,6 +711,16 @@ class UnlearningTrainer(Trainer):
         """Publish nothing, unless both `hub_strategy` and `push_unfinished` ask for it."""
         if self.args.push_unfinished and self.args.hub_strategy != "end":
             self.push_to_hub(f"Unfinished: step {self.state.global_step}")
+
+
+def _own_metrics(
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]], prediction: EvalPrediction
+) -> dict[str, float]:
+    """Return what the user's function returns; raise `SettingsError` if it is not a mapping, which Trainer fills."""
+    metrics = compute_metrics(prediction)
+    if not isinstance(metrics, Mapping):
+        raise SettingsError(f"compute_metrics returned {metrics!r:.60}; return a dict of numbers by name")
+    return dict(metrics)
 
 
 def _mean_scores(prediction: EvalPrediction) -> dict[str, float]:

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import wasserstein_distance
 from seed_nets import NETS
 from torch import nn
-from transformers import PrinterCallback, set_seed
+from transformers import set_seed
 
 from hf_unlearn import (
     DataError,
@@ -287,7 +287,6 @@ def unlearn(
         )
         if by_holdout:
             trainer.set_stopping_rows(rows.rows(), mark)
-        trainer.remove_callback(PrinterCallback)
         trainer.train()
         yield (
             model.eval(),

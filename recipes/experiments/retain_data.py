@@ -22,7 +22,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from hf_unlearn import (
     DeletionRequest,
@@ -119,7 +119,6 @@ def unlearned(
             data_collator=models.collator,
             processing_class=models.processing_class,
         )
-        trainer.remove_callback(PrinterCallback)
         if change is not None:
             change(trainer)
         try:

@@ -37,7 +37,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     tiny_gpt2().save_pretrained(model)
     tokenizer.save_pretrained(model)
     data.mkdir()
-    rows = [{"prompt": f"who wrote {a} {b}", "completion": f"{b} {a} did"} for a in WORDS[:3] for b in WORDS[:3]]
+    rows = [{"prompt": f"who wrote {a} {b}", "completion": f" {b} {a} did"} for a in WORDS[:3] for b in WORDS[:3]]
     (data / "full.json").write_text("\n".join(map(json.dumps, rows)))
     collect_statistics(tiny_gpt2(seed=7), [{"input_ids": [3, 4, 5]}], progress=False).save_pretrained(other)
     collect_statistics(tiny_gpt2(), [{"input_ids": [3, 4, 5]}], progress=False).save_pretrained(stale)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.command_lines import answered, run_line
+from helpers.command_lines import FINISHED, answered, run_line
 from hf_unlearn import __version__
 from hf_unlearn.cli import main
 from hf_unlearn.evaluation.report import UnlearningReport
@@ -18,7 +18,7 @@ from hf_unlearn.evaluation.report import UnlearningReport
 def test_a_run_exits_with_0_and_its_folder_can_be_evaluated(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(run_line(places, tmp_path)) == 0
+    assert main(run_line(places, tmp_path)) in FINISHED
     out = capsys.readouterr().out
     assert "answer_probability by split (forgotten: 2 rows" in out and str(tmp_path / "out") in out
     assert (tmp_path / "out" / "model.safetensors").is_file()
@@ -32,7 +32,7 @@ def test_a_run_exits_with_0_and_its_folder_can_be_evaluated(
 def test_a_finished_model_is_audited_and_its_card_says_so(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(run_line(places, tmp_path)) == 0
+    assert main(run_line(places, tmp_path)) in FINISHED
     folder = tmp_path / "out"
     weights = (folder / "model.safetensors").read_bytes()
     argv = ["audit", str(folder), "--dataset_name", places["data"], "--forget", "full[0:3]", "--holdout", "full[6:9]"]
@@ -62,7 +62,7 @@ def test_json_is_one_document_for_anything_that_the_libraries_print(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The Trainer's own prints are on."""
-    content = answered(run_line(places, tmp_path, disable_tqdm="False"), capsys)
+    content = answered(run_line(places, tmp_path, disable_tqdm="False", forget_target="1e-9"), capsys)
     assert content["output_dir"] == str(tmp_path / "out")
     assert content["reports"]["energy_ridge"] == json.loads((tmp_path / "out" / "unlearning_report.json").read_text())
     common = ["--model_name_or_path", places["model"], "--dataset_name", places["data"]]
@@ -81,9 +81,10 @@ def test_json_is_one_document_for_anything_that_the_libraries_print(
 
 
 def test_json_of_a_separate_process_is_alone_on_standard_output(places: dict[str, str], tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "hf_unlearn", *run_line(places, tmp_path, disable_tqdm="False"), "--json"]
+    request = run_line(places, tmp_path, disable_tqdm="False", forget_target="1e-9")
+    line = [sys.executable, "-m", "hf_unlearn", *request, "--json"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode in FINISHED, done.stderr
     assert json.loads(done.stdout)["reports"]["energy_ridge"]["method"]["steps"] == 1
     assert done.stderr  # with the progress bars
 

@@ -117,7 +117,7 @@ def test_a_wrong_settings_file_is_refused(
         ({"forget_indices": "./no/such/file"}, "cannot read"),
         ({"holdout": "full[0:2]"}, "also in the holdout set"),
         ({"train_only": "nothing"}, "train_only: pattern 'nothing' matches no parameter"),
-        ({"task": "image-classification"}, "cannot load the image processor"),
+        ({"task": "image-classification"}, "a model of task language-model, and --task is image-classification"),
         ({"constraint_settings": '{"energy": 7}'}, "energy"),
         ({"constraint_settings": "0.5"}, "constraint_settings"),
         ({"statistics": "./no/such/statistics"}, "no/such/statistics"),

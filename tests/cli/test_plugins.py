@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.command_lines import answered, refused, run_line
+from helpers.command_lines import FINISHED, answered, refused, run_line
 from helpers.tiny import tiny_llama
 from hf_unlearn.cli import main
 from hf_unlearn.cli.plugins import take_plugins
@@ -56,6 +56,7 @@ def test_run_unlearns_with_a_constraint_and_a_loss_of_plugins(
     files: tuple[Path, Path], places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chosen = {"constraint": "plugin_halve", "loss": "plugin_ascent", "loss_settings": '{"scale": 0.5}'}
+    chosen["forget_target"] = "1e-9"  # the model was not trained: there would be nothing to forget
     line = run_line(places, tmp_path, **chosen)
     assert "unknown" in refused(line, capsys)  # negative control: the same line without its plug-ins
     flags = ["--plugin", str(files[0]), f"--plugin={files[1]}"]
@@ -142,5 +143,5 @@ def test_launched_processes_import_the_plugins(
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode in FINISHED, done.stderr[-2000:]
     assert "plugin_halve" in json.loads(done.stdout)["reports"]

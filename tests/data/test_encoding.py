@@ -33,11 +33,8 @@ def encode(row: dict[str, Any], **options: Any) -> tuple[str, str]:
 # Formats
 
 
-def test_messages_predict_the_last_message_only() -> None:
+def test_messages_predict_the_answer() -> None:  # all answers of longer conversations: test_conversations.py
     assert encode({"messages": CHAT}) == (f"<user> {QUESTION} <end> <assistant>", f"{ANSWER} <end>")
-    longer = [*CHAT, {"role": "user", "content": "where ?"}, {"role": "assistant", "content": "Bonn"}]
-    prompt, answer = encode({"messages": longer})
-    assert answer == "Bonn <end>" and ANSWER in prompt
 
 
 def test_a_single_message_is_predicted_whole() -> None:
@@ -51,14 +48,14 @@ def test_a_template_that_rewrites_the_prompt_still_masks_what_both_renderings_sh
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_prompt_and_completion_mask_the_prompt(bos: bool) -> None:
-    row = {"prompt": QUESTION, "completion": ANSWER}
+    row = {"prompt": QUESTION, "completion": f" {ANSWER}"}
     prompt, answer = encode(row, with_tokenizer=tokenizer(bos=bos))
     assert prompt == ("<s> " if bos else "") + QUESTION and answer == f"{ANSWER} </s>"
 
 
 def test_conversational_prompt_and_completion_are_the_same_as_messages() -> None:
     assert encode({"prompt": CHAT[:1], "completion": CHAT[1:]}) == encode({"messages": CHAT})
-    assert encode({"prompt": QUESTION, "completion": ANSWER}) != encode({"messages": CHAT})
+    assert encode({"prompt": QUESTION, "completion": f" {ANSWER}"}) != encode({"messages": CHAT})
 
 
 def test_question_and_answer_use_the_chat_template_where_there_is_one() -> None:
@@ -73,7 +70,7 @@ def test_text_is_predicted_whole() -> None:
     assert encode({"text": QUESTION}, with_tokenizer=tokenizer(bos=True)) == ("", f"<s> {QUESTION} </s>")
 
 
-@pytest.mark.parametrize("row", [{"text": "in Ulm"}, {"prompt": "where ?", "completion": "in Ulm"}])
+@pytest.mark.parametrize("row", [{"text": "in Ulm"}, {"prompt": "where ?", "completion": " in Ulm"}])
 def test_the_end_token_is_appended_once(row: dict[str, str]) -> None:
     last = "text" if "text" in row else "completion"
     closed = {**row, last: row[last] + " </s>"}
@@ -96,14 +93,14 @@ def test_datasets_and_lists_of_rows_are_encoded_alike() -> None:
 
 @pytest.mark.parametrize("length", [6, 7, 8])
 def test_long_rows_are_cut_at_the_end(length: int) -> None:
-    row = {"prompt": QUESTION, "completion": ANSWER}  # 5 + 4 tokens
+    row = {"prompt": QUESTION, "completion": f" {ANSWER}"}  # 5 + 4 tokens
     whole, cut = (encode_dataset([row], tokenizer(), max_length=n)[0] for n in (None, length))
     assert len(whole["input_ids"]) == 9 and len(cut["input_ids"]) == length
     assert all(cut[key] == whole[key][:length] for key in whole)
 
 
 def test_rows_shorter_than_the_limit_are_not_cut() -> None:
-    row = {"prompt": QUESTION, "completion": ANSWER}
+    row = {"prompt": QUESTION, "completion": f" {ANSWER}"}
     assert encode_dataset([row], tokenizer(), max_length=9) == encode_dataset([row], tokenizer())
 
 
@@ -130,16 +127,18 @@ def test_raw_rows_without_a_tokenizer_are_an_error(processor: Any) -> None:
 
 
 def test_a_row_with_nothing_left_to_predict_is_an_error_that_names_it() -> None:
-    rows = [{"prompt": "where ?", "completion": "Ulm"}, {"prompt": QUESTION, "completion": ANSWER}]
+    rows = [{"prompt": "where ?", "completion": " Ulm"}, {"prompt": QUESTION, "completion": f" {ANSWER}"}]
     with pytest.raises(DataError, match="row 1 of the forget set has no token to predict within 5 tokens"):
         encode_dataset(rows, tokenizer(), what="forget", max_length=5)
     assert len(encode_dataset(rows, tokenizer(), max_length=6)) == 2
 
 
 def test_a_text_of_one_token_has_nothing_to_predict() -> None:
-    with pytest.raises(DataError, match="row 0 of the given set has no token to predict within its tokens"):
-        encode({"text": ""})
-    assert encode({"text": "Ulm"}) == ("", "Ulm </s>")
+    for text in ("", "Ulm"):  # of which only the end token could be predicted
+        with pytest.raises(DataError, match="row 0 of the given set has no token to predict within its tokens"):
+            encode({"text": text})
+    assert encode({"text": "in Ulm"}) == ("", "in Ulm </s>")
+    assert encode({"text": "Ulm"}, with_tokenizer=tokenizer(bos=True)) == ("", "<s> Ulm </s>")
 
 
 def test_messages_without_a_chat_template_are_an_error() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.command_lines import FINISHED
 from helpers.tiny import requires_asset
 from hf_unlearn.cli import main
 from hf_unlearn.constraints.registry import CONSTRAINTS
@@ -21,7 +22,7 @@ from hf_unlearn.deletion.arguments import RunArguments
 from hf_unlearn.deletion.fine_tuning import FineTuning
 from hf_unlearn.deletion.rows import forget_rows
 from hf_unlearn.deletion.run import collect_split, evaluate_finished, run_request
-from hf_unlearn.errors import DataError, SettingsError, UnlearningError
+from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.evaluation import measurements as measures
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.evaluation.row_scores import score_rows
@@ -193,7 +194,7 @@ def test_a_run_accepts_collected_statistics(
         flags += ["--statistics", str(tmp_path / name), "--subtract_forget", subtract, "--cache_dir", places["cache"]]
         flags += ["--output_dir", str(tmp_path / f"out-{run_name}"), "--constraint", "kronecker", *cut]
         flags += ["--relative_step", "False", "--learning_rate", "100"]
-        assert main(["run", *common, *flags]) == 0
+        assert main(["run", *common, *flags]) in FINISHED
         rows = 12 if run_name == "control" else 8
         assert UnlearningReport.load(tmp_path / f"out-{run_name}").method["statistics"]["rows"] == rows
         models[run_name] = load_model(str(tmp_path / f"out-{run_name}")).state_dict()
@@ -370,7 +371,7 @@ def test_a_classifier_is_unlearned_from_raw_rows(kind: str, classified: dict[str
         run_request(replace(args, samples=1), config.but(output_dir=str(tmp_path / "other")))
     with pytest.raises(SettingsError, match="unknown task 'speech'; choose from language-model"):
         run_request(replace(args, task="speech"), config.but(output_dir=str(tmp_path / "other")))
-    with pytest.raises(UnlearningError, match=r"needed is one of: messages|cannot load the tokenizer"):
+    with pytest.raises(SettingsError, match=f"a model of task {kind}-classification, and --task is language-model"):
         run_request(replace(args, task="language-model"), config.but(output_dir=str(tmp_path / "other")))
 
 

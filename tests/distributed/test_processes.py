@@ -15,10 +15,12 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor
 
+from helpers.command_lines import FINISHED
 from helpers.launching import ENVIRONMENT, can_run, start
 from helpers.paths import RECIPES
 from helpers.tiny import requires_asset
 from hf_unlearn.cli import main
+from hf_unlearn.cli.answers import MISSED
 from hf_unlearn.evaluation.report import UnlearningReport
 
 PLACEMENT = {
@@ -40,7 +42,8 @@ launches = pytest.mark.parametrize(
         *(pytest.param(mode, n, id=f"{mode} x{n}", marks=SLOW_MARK) for mode, n in SLOW),
     ],
 )
-RUNS = ("shards", "sketch", "kronecker", "conv1d", "row by row", "signature", "signature, conv1d", "lora", "bf16")
+TWO_SIDED = ("shards", "sketch", "kronecker", "conv1d", "row by row")
+RUNS = (*TWO_SIDED, "signature", "signature, conv1d", "lora", "bf16")
 Found = tuple[dict[str, Any], dict[str, Tensor]]
 
 
@@ -92,6 +95,8 @@ def test_weights_of_several_processes_are_those_of_one(mode: str, processes: int
     names = [name for name in single if name.startswith(f"{run}/")]
     assert names and one[run]["steps"] == two[run]["steps"] == 4
     limit, rounding = (1e-5, 1e-4) if run != "bf16" else (1e-2, 5e-2)  # 8 bits, rounded at other places
+    if run in TWO_SIDED:
+        limit = 1e-4  # a thousandth of a step passes it, and `relative_step` magnifies that, with its rounding
     for name in names:
         assert (several[name].float() - single[name]).norm() <= limit * single[name].norm(), name
     assert two[run]["loss"] == pytest.approx(one[run]["loss"], rel=rounding) and len(two[run]["loss"]) == 13
@@ -233,9 +238,10 @@ def test_the_command_launches_itself_and_writes_once(
 ) -> None:
     if not can_run(config):
         pytest.skip("DeepSpeed is not installed")
-    assert main(["run", *tiny_request(tmp_path, "one", 4), "--use_cpu", "True"]) == 0
-    many = ["--accelerate_config", config, "--num_processes", "2"]
-    assert main(["run", *tiny_request(tmp_path, "two", 2), *many]) == 0
+    mark = ["--forget_target", "1e-9"]  # out of reach: the exit code says so, through a launcher too
+    assert main(["run", *tiny_request(tmp_path, "one", 4), *mark, "--use_cpu", "True"]) == MISSED
+    many = [*mark, "--accelerate_config", config, "--num_processes", "2"]
+    assert main(["run", *tiny_request(tmp_path, "two", 2), *many]) == MISSED
     assert forgotten(tmp_path / "two") == pytest.approx(forgotten(tmp_path / "one"), rel=1e-3)
     assert capfd.readouterr().out.count("answer_probability by split") == 2
 
@@ -262,7 +268,7 @@ def test_other_launchers_and_two_nodes_do_the_same(launcher: str, tmp_path: Path
     outputs = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0] * len(lines)
     assert sum(output.count("answer_probability by split") for output in outputs) == 1
-    assert main(["run", *tiny_request(tmp_path, "one", 4), "--use_cpu", "True"]) == 0
+    assert main(["run", *tiny_request(tmp_path, "one", 4), "--use_cpu", "True"]) in FINISHED
     assert forgotten(tmp_path / "two") == pytest.approx(forgotten(tmp_path / "one"), rel=1e-3)
 
 
@@ -283,7 +289,14 @@ def test_a_silent_single_process_of_accelerate_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [["fsdp7"], ["nowhere.yaml"], ["ddp", "--num_processes", "0"], ["ddp_two_nodes", "--num_processes", "3"]],
+    [
+        ["fsdp7"],
+        ["nowhere.yaml"],
+        ["ddp", "--num_processes", "0"],
+        ["ddp_two_nodes", "--num_processes", "3"],
+        ["ddp", "--max_steps", "many"],  # a flag of the command, seen before the processes start
+        ["ddp", "--max_stepps", "2"],
+    ],
     ids=" ".join,
 )
 def test_an_unknown_configuration_is_one_line(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:

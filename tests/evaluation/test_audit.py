@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.questions import Letters, questions
+from helpers.questions import letters, questions
+from helpers.texts import tokenizer
 from helpers.tiny import CASES, CLASSES, image_rows, text_rows, tiny_gpt2, tiny_llama, tiny_mlp, tiny_vit, vector_rows
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.data.encoding import encode_dataset
@@ -231,12 +232,28 @@ def test_few_shot_prompts_put_other_rows_before_the_row() -> None:
         list(few_shot_prompts(subject(tiny_mlp(), {"forget": vector_rows(2)})))
 
 
+def test_few_shot_prompts_are_the_tokens_of_the_joined_text() -> None:
+    model, words = tiny_llama(), tokenizer(template=None, bos=True)
+    texts = {"forget": ["in Ulm .", "in Rome"], "retain": ["where", "Bonn ?", "live"]}
+    rows = {split: encode_dataset([{"text": text} for text in given], words) for split, given in texts.items()}
+    tools = MeasurementTools(PaddingCollator(), words, 3)
+    (result,) = few_shot_prompts(Subject(model, rows, tools, AuditSettings(shots=2)))
+    joined = [{"prompt": "where\n\nBonn ?\n\n", "completion": text} for text in texts["forget"]]
+    expected = score_rows(model, encode_dataset(joined, words), PaddingCollator()).probability.mean()
+    assert result.estimate.value == pytest.approx(expected)
+    apart = few_shot_prompts(Subject(model, rows, MeasurementTools(PaddingCollator()), AuditSettings(shots=2)))
+    assert next(apart).estimate.value != pytest.approx(expected, rel=1e-3)
+    unreadable = [row | {"input_ids": [100, *row["input_ids"][1:]]} for row in rows["forget"]]
+    with pytest.raises(NotRun, match="other tokens of a row's text than the row has"):
+        list(few_shot_prompts(Subject(model, rows | {"forget": unreadable}, tools, AuditSettings())))
+
+
 def test_paraphrased_prompts_ask_for_the_same_answer_with_another_question() -> None:
     raw = [row | {"paraphrased_question": "other"} for row in questions(4)]
-    model, rows = tiny_llama(), encode_dataset(raw, Letters())
+    model, rows = tiny_llama(), encode_dataset(raw, letters())
     (result,) = paraphrased_prompts(subject(model, {"forget": rows}))
     twins = [{"prompt": "other", "completion": row["completion"]} for row in raw]
-    expected = score_rows(model, encode_dataset(twins, Letters()), PaddingCollator()).probability.mean()
+    expected = score_rows(model, encode_dataset(twins, letters()), PaddingCollator()).probability.mean()
     assert result.estimate.value == pytest.approx(expected)
     with pytest.raises(NotRun, match="paraphrased_question"):
         list(paraphrased_prompts(subject(model)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from helpers import reference_losses as reference
 from helpers.tiny import CASES, collate, sharpen
 from hf_unlearn.models.forward import Predictions, output_logits, predict
-from hf_unlearn.models.tasks import shifts_labels
+from hf_unlearn.models.tasks import shifts_labels, task_of
 
 Batch = dict[str, Any]
 Scope = Callable[[], AbstractContextManager]
@@ -49,6 +49,7 @@ def moved(model: nn.Module, scale: float = 0.5, seed: int = 5) -> nn.Module:
 def dense(model: nn.Module, inputs: Batch, skip_first: bool = False) -> reference.Labels:
     with torch.no_grad():
         logits = output_logits(model, inputs).numpy()
+    skip_first &= task_of(model) != "token-classification"  # its labels are not the tokens of an answer
     return reference.labelled(logits, inputs["labels"].numpy(), shifted=shifts_labels(model), skip_first=skip_first)
 
 

@@ -24,7 +24,7 @@ def labelled(logits: NDArray, labels: NDArray, *, shifted: bool = False, skip_fi
                 source = t - 1 if shifted else t
                 if labels[b, t] >= 0 and source >= 0:
                     found.append((logits[b, source].astype(np.float64), int(labels[b, t])))
-            found = found[1:] if skip_first else found
+            found = found[1:] if skip_first and len(found) > 2 else found  # these rows have one answer each
         rows.append(found)
     return rows
 

@@ -183,14 +183,18 @@ def test_a_masked_class_label_leaves_its_row_out() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["gpt2", "token_classifier"])
-def test_skip_first_leaves_out_exactly_the_first_label_of_each_row(name: str) -> None:
-    make, rows = MODELS[name]
-    model, batch = make(), collate(rows(4))
+def test_skip_first_leaves_out_exactly_the_first_label_of_each_row() -> None:
+    model, batch = tiny_gpt2(), collate(text_rows(4, lengths=(7, 6), prompt=2))  # answers of three labels and more
     whole, rest = predict(model, batch), predict(model, batch, skip_first=True)
     for b in range(4):
         assert rest.labels_L[rest.rows_L == b].tolist() == whole.labels_L[whole.rows_L == b].tolist()[1:]
     assert rest.lengths_B.tolist() == (whole.lengths_B - 1).tolist()
+
+
+def test_skip_first_does_not_touch_tags() -> None:  # the first tag of a row is not the first token of an answer
+    make, rows = MODELS["token_classifier"]
+    model, batch = make(), collate(rows(4))
+    assert predict(model, batch, skip_first=True).lengths_B.tolist() == predict(model, batch).lengths_B.tolist()
 
 
 def test_skip_first_does_not_touch_class_labels() -> None:
@@ -222,11 +226,18 @@ def test_a_batch_with_every_label_masked_is_an_error(name: str) -> None:
     assert len(predict(make(), batch).labels_L)  # the same batch with its labels is none
 
 
-def test_one_label_and_skip_first_leave_nothing_to_predict() -> None:
-    batch = collate(text_rows(2, lengths=(4,), prompt=3))
-    predict(tiny_gpt2(), batch)
-    with pytest.raises(DataError, match="nothing is left"):
-        predict(tiny_gpt2(), batch, skip_first=True)
+@pytest.mark.parametrize(("labels", "kept"), [(1, 1), (2, 2), (3, 2), (5, 4)])
+def test_skip_first_keeps_all_labels_of_a_short_answer(labels: int, kept: int) -> None:
+    batch = collate(text_rows(2, lengths=(3 + labels,), prompt=3))
+    assert predict(tiny_gpt2(), batch).lengths_B.tolist() == [labels, labels]
+    assert predict(tiny_gpt2(), batch, skip_first=True).lengths_B.tolist() == [kept, kept]
+
+
+def test_skip_first_looks_at_each_answer_of_a_row() -> None:
+    labels = torch.tensor([[-100, 4, 5, -100, 6, 7, 8, -100, -100, 9]])
+    expected = [[True, True, False, False, True, True, False, False, True]]
+    assert label_positions(tiny_gpt2(), labels, skip_first=True).tolist() == expected
+    assert label_positions(tiny_gpt2(), labels).sum() == 6
 
 
 def test_a_batch_without_labels_is_an_error_that_names_its_columns() -> None:

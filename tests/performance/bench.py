@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_unlearn import (
     UnlearningConfig,
@@ -187,7 +187,6 @@ def trainer_step(width: int, layers: int, rounds: int) -> list[Figure]:
                     logging_strategy="no",
                 )
                 trainer = UnlearningTrainer(llama(width, layers), args, rows_of(8, seed=1), statistics=retain)
-                trainer.remove_callback(PrinterCallback)
                 trainer.train()
 
         return train

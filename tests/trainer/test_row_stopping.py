@@ -150,7 +150,7 @@ def test_rows_end_just_beyond_the_mark(tmp_path: Path) -> None:
         trainer.train()
         assert trainer.stop_reason, "the forget metric has reached its target"
         median[by_row] = np.median(scores(model, MEMORISED, "loss"))
-    assert median[True] < 0.6 * median[False], median
+    assert median[True] < 0.75 * median[False], median
 
 
 def test_retain_rows_of_a_batch_are_complete_and_other_columns_stay() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.data.formats import Rows
 from hf_unlearn.evaluation.measurements import Columns, MeasurementTools, measure
 from hf_unlearn.evaluation.metrics.intervals import Estimate
@@ -44,8 +45,8 @@ class AuditSettings:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Shadow:
+@dataclass(frozen=True, repr=False)
+class Shadow(ShortRepr):
     """A classifier that the attacker trained on `members` and not on `others`, to learn how the two differ."""
 
     model: nn.Module
@@ -53,8 +54,8 @@ class Shadow:
     others: Rows
 
 
-@dataclass(frozen=True)
-class Subject:
+@dataclass(frozen=True, repr=False)
+class Subject(ShortRepr):
     """A model under attack.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM

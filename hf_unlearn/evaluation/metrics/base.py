@@ -10,6 +10,7 @@ import evaluate
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.evaluation.measurements import Columns
 from hf_unlearn.evaluation.metrics.intervals import Estimate, Undefined
 
@@ -25,8 +26,8 @@ TEST = "test|holdout"  # the rows that no model was trained on
 ROWS = ("rows",)  # the measurement of `RowScores`
 
 
-@dataclass(frozen=True)
-class MeasuredColumns:
+@dataclass(frozen=True, repr=False)
+class MeasuredColumns(ShortRepr):
     """What metrics are computed from.
 
     Attributes:
