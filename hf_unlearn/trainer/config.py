@@ -103,6 +103,12 @@ class UnlearningConfig(TrainingArguments):
         "pass; written by the first run.",
     )
 
+    reference_model: str | None = setting(
+        None,
+        "Folder or Hub id of a reference model for the loss to_reference: the checkpoint before it was fine-tuned on "
+        "the forget rows.",
+    )
+
     # The constraint, and the length of a step.
     constraint: str = setting("energy_ridge", f"Constraint on every step: {', '.join(CONSTRAINTS)}.")
     constraint_settings: dict | str | None = setting(

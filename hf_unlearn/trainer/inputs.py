@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
@@ -23,13 +24,14 @@ from hf_unlearn.data.formats import Rows, rows_of
 from hf_unlearn.data.pairs import PairedCollator, PairedDataset
 from hf_unlearn.errors import SettingsError, StatisticsError
 from hf_unlearn.losses import UnlearningLoss, build_loss
-from hf_unlearn.losses.original_outputs import frozen_copy, original_outputs
+from hf_unlearn.losses.original_outputs import frozen_copy, original_outputs, reference_outputs
 from hf_unlearn.losses.registry import ForgetTerm, OriginalModel
 from hf_unlearn.models.adapters import with_adapter
+from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.models.layers import find_layers
-from hf_unlearn.models.loading import load_model_and_processor
+from hf_unlearn.models.loading import load_model, load_model_and_processor
 from hf_unlearn.models.readiness import check_loaded, check_saveable
-from hf_unlearn.models.tasks import Collator, ProcessingClass
+from hf_unlearn.models.tasks import Collator, ProcessingClass, task_of, vocabulary_size
 from hf_unlearn.models.trainable import (
     Coverage,
     check_not_frozen,
@@ -268,6 +270,69 @@ def freeze_for_run(
     return freeze_unprotected(model, (), [*exposed, *args.allow_exposed], args.freeze)
 
 
+def reference_source(
+    inputs: TrainerInputs,
+    args: UnlearningConfig,
+    model: str | os.PathLike | nn.Module | None = None,
+    scope: Callable[[], AbstractContextManager] = nullcontext,
+) -> OriginalModel | None:
+    """Return where the loss gets the reference model's predictions: the disk; None for a loss that reads none.
+
+    The reference model predicts the forget rows once, and is freed before training.
+
+    Args:
+        inputs: Prepared inputs.
+        args: Names the reference model and the folder of stored outputs, if there are any.
+        model: The reference model, which takes precedence over `args`.
+        scope: Context of the forward passes (autocast).
+
+    Raises:
+        SettingsError: No reference model, or one with another vocabulary or other classes, or the model itself.
+        ModelError: It cannot be loaded.
+    """
+    named = args.reference_model if model is None else model
+    if not inputs.loss.reference_contents:
+        return None
+    if named is None:
+        raise SettingsError(
+            f"loss {inputs.loss.name!r} needs the checkpoint before fine-tuning; pass reference_model, or choose a "
+            "loss without a reference"
+        )
+    reference = named if isinstance(named, nn.Module) else load_model(os.fspath(named), task_of(inputs.model))
+    _check_reference(reference, inputs.model)
+    stored = reference_outputs(
+        reference.to(args.device).eval(),
+        inputs.loss,
+        {"forget": inputs.forget},
+        Path(args.original_logprobs or args.output_dir or ".") / "reference_outputs",
+        collator=inputs.collator,
+        batch_size=args.per_device_eval_batch_size,
+        precision=_precision(args),
+        scope=scope,
+    )
+    return lambda: nullcontext(stored)
+
+
+def _check_reference(reference: nn.Module, model: nn.Module) -> None:
+    """Raise `SettingsError` if predictions of the two models cannot be compared, or are the same."""
+    for what, size in (("token embeddings", vocabulary_size), ("classes", _classes)):
+        theirs, ours = size(reference), size(model)
+        if theirs != ours:
+            raise SettingsError(
+                f"the reference model has {theirs} {what} and the model {ours}; pass the checkpoint that was fine-tuned"
+            )
+    if weights_fingerprint(reference) == weights_fingerprint(model):
+        raise SettingsError("the reference model has the model's own weights; pass the checkpoint before fine-tuning")
+
+
+def _classes(model: nn.Module) -> int | None:
+    return None if task_of(model) == "language-model" else getattr(model.config, "num_labels", None)
+
+
+def _precision(args: UnlearningConfig) -> str:
+    return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+
+
 def original_source(
     inputs: TrainerInputs,
     args: UnlearningConfig,
@@ -304,7 +369,7 @@ def original_source(
         folder,
         collator=inputs.collator,
         batch_size=args.per_device_eval_batch_size,
-        precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        precision=_precision(args),
         scope=scope,
     )
     return lambda: nullcontext(stored)

@@ -40,6 +40,7 @@ from hf_unlearn.trainer.inputs import (
     check_best_metric,
     original_source,
     prepare_inputs,
+    reference_source,
     refuse_other_arguments,
     unlearning_config,
 )
@@ -75,6 +76,9 @@ class UnlearningTrainer(Trainer):
         original_model: A frozen copy for losses that read the original model. By default no copy is needed: its outputs
             come from `args.original_logprobs`, or the original weights are put into the model temporarily (an adapter
             is disabled).
+        reference_model: The checkpoint before the model was fine-tuned on the forget rows, for losses with a target
+            (`to_reference`): a model, folder or Hub id; default: `args.reference_model`. It predicts the forget rows
+            once, before training; its predictions are stored on disk.
         extra_metrics: More metrics of the model at each evaluation: a function `model -> {name: value}` such as
             `evaluation.training_metrics` returns.
         callbacks: As in Trainer.
@@ -131,6 +135,7 @@ class UnlearningTrainer(Trainer):
         peft_config: "PeftConfig | None" = None,
         loss: str | ForgetTerm | UnlearningLoss | None = None,
         original_model: nn.Module | None = None,
+        reference_model: str | os.PathLike | nn.Module | None = None,
         extra_metrics: Callable[[nn.Module], Mapping[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
@@ -175,6 +180,7 @@ class UnlearningTrainer(Trainer):
         self._original = original_source(
             inputs, args, self.constrainer, copy=original_model, scope=self.compute_loss_context_manager
         )
+        self._reference = reference_source(inputs, args, reference_model, self.compute_loss_context_manager)
         self._checkpoints = CheckpointKeeper(args, inputs.loss, self.constrainer, sharding_of(self.accelerator))
         self._publisher = HubPublisher(args, self.model, lambda folder: self.save_model(folder, _internal_call=True))
         self._scores_rows = compute_metrics is None
@@ -362,7 +368,7 @@ class UnlearningTrainer(Trainer):
         if "forget" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, None)
         hold_norm_statistics(model)
-        loss = self.loss(model, inputs, self._original, num_items_in_batch)
+        loss = self.loss(model, inputs, self._original, num_items_in_batch, self._reference)
         # gradients are averaged over processes, but counts are sums; a batch that does not count still makes its
         # backward pass, for which the other processes wait
         return loss * (self.accelerator.num_processes if self._batch_counts else 0)
