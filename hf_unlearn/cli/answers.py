@@ -89,7 +89,7 @@ def reports_answer(reports: "Mapping[str, UnlearningReport]", output_dir: str, m
         output_dir: The output folder.
         metric: Name of the metric in the table.
     """
-    from hf_unlearn.evaluation.tables import outcome_lines, side_by_side
+    from hf_unlearn.evaluation.tables import cut_lines, outcome_lines, side_by_side
 
     first = next(iter(reports.values()))
     source = str(first.request.get("source") or "").strip()
@@ -97,6 +97,7 @@ def reports_answer(reports: "Mapping[str, UnlearningReport]", output_dir: str, m
     forgotten = f"{count} row{'' if count == 1 else 's'}" + f" of {source}" * bool(source)
     lines = [f"\n{metric} by split (forgotten: {forgotten})\n"]
     lines.append(side_by_side(dict(reports), metric))
+    lines += ["", *cut_lines(first)] if cut_lines(first) else []
     for name, report in reports.items():
         lines.append(f"\n{name}: {report.method['stopped']}")
         lines += [f"  {line}" for line in outcome_lines(report)]

@@ -21,7 +21,7 @@ AnyRows = TypeVar("AnyRows", bound=Rows | RowStream)
 def take(rows: AnyRows, max_rows: int | None) -> AnyRows:
     """Return the first rows of encoded rows or of a stream; all of them if `max_rows` is None."""
     if isinstance(rows, RowStream):
-        return cast(AnyRows, RowStream(rows.dataset, rows.encode, max_rows))
+        return cast(AnyRows, rows.limited(max_rows))
     return rows if max_rows is None or max_rows >= len(rows) else cast(AnyRows, select(rows, range(max_rows)))
 
 
@@ -60,9 +60,10 @@ def own_batches(rows: Rows | RowStream, collator: Collator, batch_size: int) -> 
 class PaddingCollator:
     """Stack B rows into a batch, padding token sequences on the right, or on the left with `side="left"`.
 
-    A column with a value that is not made of numbers (texts, dates, alternative answers, None) is left out, and `label`
-    is renamed to `labels`; every other column reaches the model. Labels are padded with -100, `input_ids` with
-    `pad_token_id`, other sequences with 0.
+    A column that does not make a tensor (texts, dates, alternative answers, None, tables of unequal sizes) is left out,
+    and `label` is renamed to `labels`. Of the other columns, the model gets those that it takes
+    (`models.arguments.taken_inputs`). Labels are padded with -100, `input_ids` with `pad_token_id`, other sequences
+    with 0.
 
     >>> batch = PaddingCollator(pad_token_id=9)([{"input_ids": [1, 2], "label": 0}, {"input_ids": [3], "label": 1}])
     >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist(), batch["labels"].tolist()
@@ -80,7 +81,11 @@ class PaddingCollator:
             some_or_all = any if required else all  # an input that only some rows have is an error, not left out
             if not some_or_all(_is_number_like(row.get(name)) for row in rows):
                 continue
-            batch["labels" if name in LABELS else name] = self._stack(name, _tensors(rows, name))
+            try:
+                batch["labels" if name in LABELS else name] = self._stack(name, _tensors(rows, name))
+            except DataError:  # of numbers of unequal sizes, or too large for a tensor
+                if required:
+                    raise
         if "input_ids" in batch and "attention_mask" not in batch:
             ones = [torch.ones(len(row["input_ids"])) for row in rows]
             batch["attention_mask"] = self._stack("attention_mask", ones).long()
@@ -88,9 +93,18 @@ class PaddingCollator:
 
     def _stack(self, name: str, tensors: list[Tensor]) -> Tensor:
         if tensors[0].ndim != 1 or len({len(tensor) for tensor in tensors}) == 1:
-            return torch.stack(tensors)
+            return _stacked(tensors, name)
         value = {"input_ids": self.pad_token_id, "labels": IGNORED}.get(name, 0)
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=self.side)
+
+
+def _stacked(tensors: list[Tensor], name: str) -> Tensor:
+    """Stack tensors of one size; raise `DataError` if they have several."""
+    sizes = {tuple(tensor.shape) for tensor in tensors}
+    if len(sizes) > 1:
+        shown = " and ".join(str(list(size)) for size in sorted(sizes)[:2])
+        raise DataError(f"a batch has values of sizes {shown} in column {name!r}; give all rows the same size")
+    return torch.stack(tensors)
 
 
 def _is_number_like(value: object) -> bool:

@@ -1,6 +1,7 @@
 """Reading the cells of a raw row: a text that is missing, or is not a text, is an error that names the row."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 
 from hf_unlearn.data.formats import Row
 from hf_unlearn.errors import DataError
@@ -45,12 +46,39 @@ def checked_text(value: object, place: str, where: str) -> str:
     return value
 
 
+def is_empty(value: object) -> bool:
+    """Return whether an optional cell has no value: None, or an empty text or list.
+
+    >>> is_empty(None), is_empty(""), is_empty(float("nan"))
+    (True, True, False)
+    """
+    return value is None or (isinstance(value, (str, list, tuple)) and not value)
+
+
 def answer_cell(row: Row, name: str, where: str) -> str:
     """Return the text in an answer's column; raise `DataError` as `text_cell`, and if the text is empty."""
     text = text_cell(row, name, where)
     if not text.strip():
         raise DataError(f"{where} has no token to predict: its {name} is empty; fill it in or leave the row out")
     return text
+
+
+def require_some_text(texts: Sequence[str], names: Sequence[str], where: str) -> None:
+    """Raise `DataError` if all texts of an input are empty."""
+    if not any(text.strip() for text in texts):
+        raise DataError(f"{where} has no text in {' and '.join(map(repr, names))}; fill it in or leave the row out")
+
+
+def listed_cell(row: Row, name: str, where: str) -> list[object]:
+    """Return the list in the column `name`, which may be written as JSON; raise `DataError` for other values."""
+    value = row[name]
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, (list, tuple)):
+        raise DataError(f"{where} has {value!r:.60} in column {name!r}, not a list; give a list, or leave it out")
+    return list(parsed)
 
 
 def word_cells(row: Row, name: str, where: str) -> list[str]:

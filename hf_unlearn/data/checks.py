@@ -1,6 +1,7 @@
 """Checks that data sets must pass before training."""
 
-from collections.abc import Mapping, Sized
+import warnings
+from collections.abc import Iterator, Mapping, Sized
 from os import PathLike
 
 import torch
@@ -40,17 +41,30 @@ splits, [row] for one row, or datasets.Dataset.from_dict(columns)
         )
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):
         raise DataError(f"the {what} set is a {kind}; pass its rows, such as datasets.Dataset.from_pandas(table)")
+    if hasattr(rows, "to_pylist") or hasattr(rows, "iloc"):
+        method = "to_pylist" if hasattr(rows, "to_pylist") else "tolist"
+        raise DataError(f"the {what} set is a {kind}; pass its rows as a list, its {method}()")
+    if isinstance(rows, Iterator):
+        raise DataError(
+            f"the {what} set is a {kind}, which can be read only once; pass list(rows), or a stream that begins again "
+            "(datasets.IterableDataset.from_generator)"
+        )
+    can_be_read = hasattr(rows, "__iter__") or hasattr(rows, "__getitem__")
+    if isinstance(rows, type) or not (rows is None or can_be_read):
+        raise DataError(f"the {what} set is {rows!r:.80}, not rows; pass a list of rows or a datasets.Dataset")
     if hasattr(rows, "__len__") and not hasattr(rows, "__getitem__"):
         raise DataError(f"the {what} set is a {kind}, whose rows have no numbers; pass list(rows) or its dataset")
 
 
-def check_row(row: object, what: str) -> None:
-    """Raise `DataError` if the first row of a set is not a mapping from column names to values."""
-    if not isinstance(row, Mapping):
-        raise DataError(
-            f"row 0 of the {what} set is a {type(row).__name__}, not a mapping from column names to values; give rows "
-            "such as {'text': ...} or {'image': ..., 'label': ...}"
-        )
+def check_row(row: object, what: str, index: int = 0) -> None:
+    """Raise `DataError` if a row of a set is not a mapping from column names to values."""
+    if isinstance(row, Mapping):
+        return
+    kind = type(row).__name__
+    remedy = "give rows such as {'text': ...} or {'image': ..., 'label': ...}"
+    if hasattr(row, "column_names") or (hasattr(row, "columns") and hasattr(row, "to_dict")):
+        remedy = "the data set is formatted as tables: pass dataset.with_format(None)"
+    raise DataError(f"row {index} of the {what} set is a {kind}, not a mapping from column names to values; {remedy}")
 
 
 def require_continuing(model: nn.Module, row: Row, what: str) -> None:
@@ -62,20 +76,32 @@ def require_continuing(model: nn.Module, row: Row, what: str) -> None:
     tokens, labels = row.get("input_ids"), row.get("labels")
     if tokens is not None and (labels is None or _some_masked(tokens, labels)):
         return
-    model = without_wrapper(getattr(model, "module", model))
-    causal = [value for module in model.modules() if isinstance(value := getattr(module, "is_causal", None), bool)]
-    is_masked = getattr(model, "loss_type", None) == "ForMaskedLM"
-    if is_masked or (task_of(model) == "language-model" and causal and not any(causal)):
+    if sees_what_follows(model):
+        kind = type(without_wrapper(getattr(model, "module", model))).__name__
         raise DataError(
-            f"the model of the {what} set is a {type(model).__name__}, whose tokens see those that follow, so it would "
+            f"the model of the {what} set is a {kind}, whose tokens see those that follow, so it would "
             "only copy its labels; use a model that continues texts (AutoModelForCausalLM, config.is_decoder), or a "
             "classifier"
         )
 
 
+def sees_what_follows(model: nn.Module) -> bool:
+    """Return whether a model is a masked language model, or a language model whose tokens see those that follow."""
+    model = without_wrapper(getattr(model, "module", model))
+    causal = [value for module in model.modules() if isinstance(value := getattr(module, "is_causal", None), bool)]
+    is_masked = getattr(model, "loss_type", None) == "ForMaskedLM"
+    return is_masked or (task_of(model) == "language-model" and bool(causal) and not any(causal))
+
+
 def _some_masked(tokens: object, labels: object) -> bool:
-    """Return whether a label differs from the input at its position, or the two have no common positions."""
-    tokens_T, labels_T = torch.as_tensor(tokens), torch.as_tensor(labels)
+    """Return whether a label differs from the input at its position, or the two have no common positions.
+
+    Values that are no numbers, which `encoded_checks` refuses, have none.
+    """
+    try:
+        tokens_T, labels_T = torch.as_tensor(tokens), torch.as_tensor(labels)
+    except (ValueError, TypeError, RuntimeError):
+        return True
     if tokens_T.shape != labels_T.shape:
         return True
     counted_T = labels_T != IGNORED
@@ -105,12 +131,31 @@ def require_labels(rows: Rows, what: str) -> bool:
 def require_disjoint(forget: Rows, retain: Rows, what: str = "retain") -> None:
     """Raise `DataError` if a row is in the forget set and in the `what` set.
 
+    Rows of other texts whose tokens are the same because the tokenizer does not know them all are a warning.
+
     >>> require_disjoint([{"input_ids": [1, 2]}], [{"input_ids": [1, 3]}])
     """
     numbers = {row_hash(forget[i]): i for i in range(len(forget))}
     shared = [(numbers[key], i) for i in range(len(retain)) if (key := row_hash(retain[i])) in numbers]
+    unclear = [pair for pair in shared if _only_tokens_agree(forget, retain, *pair)]
+    if unclear:
+        warnings.warn(
+            f"{len(unclear)} forget rows have the tokens of {what} rows with another text (first: forget row "
+            f"{unclear[0][0]} and {what} row {unclear[0][1]}), because the tokenizer does not know all of it; the "
+            "model cannot tell them apart",
+            stacklevel=2,
+        )
+    shared = [pair for pair in shared if pair not in unclear]
     if shared:
         raise DataError(
             f"{len(shared)} forget rows are also in the {what} set (first: forget row {shared[0][0]} is {what} row "
             f"{shared[0][1]}); remove them from the {what} set"
         )
+
+
+def _only_tokens_agree(forget: Rows, retain: Rows, forget_index: int, retain_index: int) -> bool:
+    """Return whether two rows with the same tokens have other texts, of which tokens are unknown."""
+    raw, other, unknown = getattr(forget, "raw", None), getattr(retain, "raw", None), getattr(forget, "unknown", None)
+    if raw is None or other is None or unknown is None or unknown not in forget[forget_index].get("input_ids", ()):
+        return False
+    return row_hash(raw[forget_index]) != row_hash(other[retain_index])

@@ -5,7 +5,8 @@ prompt otherwise before an answer. So each answer is found in the text of the wh
 its content does, unless the text up to the answer is simply where the whole text begins.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hf_unlearn.data.cells import checked_text
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
 
 
 def encode_conversation(
-    messages: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", where: str, context: int = 0
+    messages: Sequence[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    where: str,
+    context: int = 0,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[list[int], list[bool]]:
     """Return the tokens of a conversation, and for each whether the assistant says it.
 
@@ -27,6 +32,7 @@ def encode_conversation(
         tokenizer: A tokenizer with a chat template.
         where: The row, for errors.
         context: Number of first messages whose answers are given, not predicted.
+        options: What the template reads besides the messages, such as `tools`.
 
     Raises:
         DataError: The tokenizer has no chat template or the template rejects the conversation; a message without role
@@ -42,8 +48,9 @@ def encode_conversation(
             f"{where} has no answer to predict: no message has the role {ASSISTANT!r} (its roles: {roles}); add the "
             "answer, or leave the row out"
         )
-    text = _render(messages, tokenizer, where)
-    parts = [_answer_span(messages, answer, text, tokenizer, where) for answer in answers]
+    render = partial(_render, tokenizer, where, options or {})
+    text = render(messages)
+    parts = [_answer_span(messages, answer, text, render, where) for answer in answers]
     return tokens_of_parts(text, parts, tokenizer, special=False)
 
 
@@ -68,9 +75,16 @@ def _check_messages(messages: object, where: str) -> None:
                 raise DataError(f"{where} has an empty answer in {place}; fill it in or leave the row out")
 
 
-def _render(messages: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", where: str, **options: Any) -> str:
+def _render(
+    tokenizer: "PreTrainedTokenizerBase",
+    where: str,
+    options: Mapping[str, Any],
+    messages: Sequence[Row],
+    prompt: bool = False,
+) -> str:
+    more = {**options, "add_generation_prompt": True} if prompt else options
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **more))
     except Exception as error:  # a template may raise an error of any type
         reason = str(error).partition("\n")[0]
         raise DataError(
@@ -79,14 +93,12 @@ def _render(messages: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", where
         ) from error
 
 
-def _answer_span(
-    messages: Sequence[Row], answer: int, text: str, tokenizer: "PreTrainedTokenizerBase", where: str
-) -> Span:
+def _answer_span(messages: Sequence[Row], answer: int, text: str, render: Callable[..., str], where: str) -> Span:
     """Return where the text of the conversation has an answer, with what the template writes around its content."""
     before, until = messages[:answer], messages[: answer + 1]
-    prompt = _render(before, tokenizer, where, add_generation_prompt=True) if before else ""
-    shown = _render(until, tokenizer, where)
-    changed = _render([*before, _with_other_content(messages[answer])], tokenizer, where)
+    prompt = render(before, prompt=True) if before else ""
+    shown = render(until)
+    changed = render([*before, _with_other_content(messages[answer])])
     content = _differing(shown, changed)
     start = len(prompt) if shown.startswith(prompt) else content[0]
     if content[0] == content[1] and not messages[answer].get("tool_calls"):
@@ -94,7 +106,7 @@ def _answer_span(
     if text.startswith(shown):
         return start, len(shown)
     other = _with_other_content(messages[answer])
-    first, behind = _differing(text, _render([*before, other, *messages[answer + 1 :]], tokenizer, where))
+    first, behind = _differing(text, render([*before, other, *messages[answer + 1 :]]))
     if first == behind:
         raise DataError(
             f"{where}: the tokenizer's chat template does not write message {answer}, an answer, where others follow "

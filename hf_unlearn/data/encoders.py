@@ -4,7 +4,7 @@ An encoder is made once per data set from its columns (`formats`) and an `Encodi
 (`encoding.encode_dataset`). It raises `DataError` with the number of the row and the name of the set.
 """
 
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import torch
 from torch import nn
 
-from hf_unlearn.core.text import ShortRepr
-from hf_unlearn.data.cells import answer_cell, cell, text_cell, word_cells
+from hf_unlearn.core.text import ShortRepr, one_line
+from hf_unlearn.data.cells import answer_cell, cell, is_empty, listed_cell, require_some_text, text_cell, word_cells
 from hf_unlearn.data.conversations import encode_conversation
 from hf_unlearn.data.formats import (
     ASSISTANT,
@@ -30,7 +30,7 @@ from hf_unlearn.data.formats import (
     last_answer,
     with_answer,
 )
-from hf_unlearn.data.left_out import LeftOut
+from hf_unlearn.data.left_out import CutCounter
 from hf_unlearn.data.pictures import picture
 from hf_unlearn.data.tokens import encode as encode_text
 from hf_unlearn.data.tokens import tokens_of_parts, with_end
@@ -60,20 +60,21 @@ class EncodingContext(ShortRepr):
         what: The name of the set.
         max_length: Longest row in tokens; longer rows are cut.
         model: The model, for its context, its vocabulary, its number of classes and its channels.
-        left_out: Counts the rows that are cut, and their tokens that are left out.
+        left_out: Counts the tokens of cut rows that are left out.
     """
 
     processing_class: "ProcessingClass | None"
     what: str
     max_length: int | None
     model: nn.Module | None
-    left_out: LeftOut = field(default_factory=LeftOut)
+    left_out: CutCounter = field(default_factory=CutCounter)
 
     def tokenizer(self, columns: set[str]) -> "PreTrainedTokenizerBase":
         """Return the tokenizer; raise `DataError` if there is none for these raw columns."""
         if self.processing_class is None or not callable(getattr(self.processing_class, "encode", None)):
             raise DataError(
-                f"the {self.what} set has raw columns {sorted(columns)}; pass the model's tokenizer to encode them"
+                f"the {self.what} set has raw columns {sorted(columns)}; pass the model's tokenizer to encode them "
+                "(processing_class, or encode_dataset(rows, tokenizer))"
             )
         return self.processing_class
 
@@ -85,21 +86,21 @@ class EncodingContext(ShortRepr):
         """Return the name of a row in errors."""
         return f"row {index} of the {self.what} set"
 
-    def cut(self, tokens: list[int], index: int) -> list[int]:
+    def cut(self, tokens: list[int]) -> list[int]:
         """Return the first `max_length` tokens, and count what is left out."""
         if self.max_length is None or len(tokens) <= self.max_length:
             return tokens
-        self.left_out.add(index, len(tokens) - self.max_length)
+        self.left_out.tokens += len(tokens) - self.max_length
         return tokens[: self.max_length]
 
-    def truncated(self, tokenize: "Callable[..., BatchEncoding]", index: int) -> "BatchEncoding":
+    def truncated(self, tokenize: "Callable[..., BatchEncoding]") -> "BatchEncoding":
         """Return the inputs that `tokenize` makes with its truncation options, and count the tokens that it cuts."""
         whole = tokenize(verbose=False)
         length = len(whole["input_ids"])
         if self.max_length is None or length <= self.max_length:
             return whole
         inputs = tokenize(**self.truncation())
-        self.left_out.add(index, length - len(inputs["input_ids"]))
+        self.left_out.tokens += length - len(inputs["input_ids"])
         return inputs
 
     def check_ids(self, tokens: Sequence[int], index: int) -> None:
@@ -109,7 +110,9 @@ class EncodingContext(ShortRepr):
             raise DataError(f"{self.where(index)} has the token id {unknown[0]}; {resize_remedy(rows)}")
 
     def check_length(self, tokens: Sequence[int], index: int) -> None:
-        """Raise `DataError` if a row is longer than the model's context."""
+        """Raise `DataError` if a row has no tokens, or is longer than the model's context."""
+        if not len(tokens):
+            raise DataError(f"{self.where(index)} has no tokens; fill in its text or leave the row out")
         context = None if self.model is None else context_length(self.model)
         if context is not None and len(tokens) > context:
             raise DataError(
@@ -126,17 +129,22 @@ class EncodingContext(ShortRepr):
         name = next((name for name in LABELS if name in row), None)
         return {} if name is None else {"labels": self.class_number(row[name], index)}
 
-    def class_number(self, label: object, index: int) -> int:
-        """Return the class number that a label of row `index` stands for; raise as `label` does."""
+    def class_number(self, label: object, index: int, ignored: bool = False) -> int:
+        """Return the class number that a label of row `index` stands for; raise as `label` does.
+
+        With `ignored`, a label may also be -100.
+        """
         try:
             value = int(label)  # type: ignore[call-overload]
             if value != label:
                 raise ValueError
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise DataError(
                 f"row {index} of the {self.what} set has the label {label!r}; labels must be class numbers, such "
                 "as model.config.label2id gives for names"
             ) from None
+        if ignored and value == IGNORED:
+            return value
         classes = getattr(getattr(self.model, "config", None), "num_labels", None)
         if classes is not None and not 0 <= value < classes:
             raise DataError(
@@ -159,10 +167,14 @@ def language_encoder(columns: set[str], context: EncodingContext) -> Encode:
     def encode_answer(row: Row, index: int, alternate: bool = False) -> dict[str, Any]:
         tokens, chosen = split(row, tokenizer, context.where(index), alternate)
         context.check_ids(tokens, index)
-        tokens, chosen = context.cut(tokens, index), chosen[: context.max_length]
-        if not any(chosen[1:]):  # nothing precedes the first token of a text, so it cannot be predicted
+        tokens, chosen = context.cut(tokens), chosen[: context.max_length]
+        is_bare = not any(row.get(prompt) for prompt, _ in LANGUAGE_PAIRS)
+        ended = is_bare and tokens[-1:] == [tokenizer.eos_token_id]  # behind nothing, an end token alone says nothing
+        behind = len(tokens) - ended
+        if not any(chosen[1:behind]):  # nothing precedes the first token of a text, so it cannot be predicted
             raise DataError(
-                f"{context.where(index)} has no token to predict within {context.max_length or 'its'} tokens"
+                f"{context.where(index)} has no token to predict within {context.max_length or 'its'} tokens: each is "
+                "predicted from those before it; give a longer text, or a prompt and a completion"
             )
         context.check_length(tokens, index)
         labels = [token if is_answer else IGNORED for token, is_answer in zip(tokens, chosen, strict=True)]
@@ -170,7 +182,7 @@ def language_encoder(columns: set[str], context: EncodingContext) -> Encode:
 
     def encode(row: Row, index: int) -> dict[str, Any]:
         encoded = encode_answer(row, index)
-        if row.get("alternate"):
+        if not is_empty(row.get("alternate")):
             encoded["alternate"] = encode_answer(with_answer(row, row["alternate"]), index, alternate=True)
         return encoded
 
@@ -201,7 +213,16 @@ def _splitter(columns: set[str], what: str) -> Split:
 def _split_messages(row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, alternate: bool) -> TokensAndAnswers:
     messages = cell(row, "messages", where)
     context = last_answer(row["messages"]) if alternate else 0  # the row itself was encoded before its alternate
-    return encode_conversation(cast("Sequence[Row]", messages), tokenizer, where, context)
+    return encode_conversation(
+        cast("Sequence[Row]", messages), tokenizer, where, context, _template_options(row, where)
+    )
+
+
+def _template_options(row: Row, where: str) -> dict[str, Any]:
+    """Return what a conversation's template reads besides the messages, under the names of TRL."""
+    own = {name: listed_cell(row, name, where) for name in ("tools", "documents") if not is_empty(row.get(name))}
+    more = row.get("chat_template_kwargs")
+    return {**own, **more} if isinstance(more, Mapping) else own
 
 
 def _split_text(row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, alternate: bool) -> TokensAndAnswers:
@@ -220,7 +241,8 @@ def _split_pair(
     prompt, completion = cell(row, prompt_name, where), cell(row, completion_name, where)
     if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):  # TRL's conversational form
         context = last_answer(completion) if alternate and completion else 0
-        return encode_conversation([*prompt, *completion], tokenizer, where, len(prompt) + context)
+        messages = [*prompt, *completion]
+        return encode_conversation(messages, tokenizer, where, len(prompt) + context, _template_options(row, where))
     prompt, completion = text_cell(row, prompt_name, where), answer_cell(row, completion_name, where)
     is_question = prompt_name == "question"
     if is_question and getattr(tokenizer, "chat_template", None):
@@ -257,8 +279,10 @@ def seq2seq_encoder(columns: set[str], context: EncodingContext) -> Encode:
 
     def encode(row: Row, index: int) -> dict[str, Any]:
         where = context.where(index)
-        inputs = context.truncated(partial(tokenizer, text_cell(row, source, where)), index)
-        labels = context.truncated(partial(tokenizer, text_target=answer_cell(row, target, where)), index)["input_ids"]
+        text = text_cell(row, source, where)
+        require_some_text([text], [source], where)
+        inputs = context.truncated(partial(tokenizer, text))
+        labels = context.truncated(partial(tokenizer, text_target=answer_cell(row, target, where)))["input_ids"]
         for tokens in (inputs["input_ids"], labels):
             context.check_ids(tokens, index)
             context.check_length(tokens, index)
@@ -278,7 +302,8 @@ def text_encoder(columns: set[str], context: EncodingContext) -> Encode:
 
     def encode(row: Row, index: int) -> dict[str, Any]:
         texts = [text_cell(row, name, context.where(index)) for name in names]
-        inputs = context.truncated(partial(tokenizer, *texts), index)
+        require_some_text(texts, names, context.where(index))
+        inputs = context.truncated(partial(tokenizer, *texts))
         context.check_ids(inputs["input_ids"], index)
         context.check_length(inputs["input_ids"], index)
         return {**inputs, **context.label(row, index)}
@@ -302,7 +327,8 @@ def token_encoder(columns: set[str], context: EncodingContext) -> Encode:
     def encode(row: Row, index: int) -> dict[str, Any]:
         where = context.where(index)
         texts = word_cells(row, words, where)
-        inputs = context.truncated(partial(tokenizer, texts, is_split_into_words=True), index)
+        require_some_text(texts, [words], where)
+        inputs = context.truncated(partial(tokenizer, texts, is_split_into_words=True))
         context.check_ids(inputs["input_ids"], index)
         context.check_length(inputs["input_ids"], index)
         if tags is None:
@@ -311,7 +337,7 @@ def token_encoder(columns: set[str], context: EncodingContext) -> Encode:
         if not isinstance(given, Sized) or len(given) != len(texts):
             count = len(given) if isinstance(given, Sized) else given
             raise DataError(f"{where} has {len(texts)} words and {count} {tags}; give one for each word")
-        classes = [IGNORED if tag == IGNORED else context.class_number(tag, index) for tag in row[tags]]
+        classes = [context.class_number(tag, index, ignored=True) for tag in cast("Sequence[object]", given)]
         word_ids = inputs.word_ids()
         is_first = [word is not None and word not in word_ids[:place] for place, word in enumerate(word_ids)]
         labels = [classes[word] if first else IGNORED for word, first in zip(word_ids, is_first, strict=True)]
@@ -336,7 +362,13 @@ def image_encoder(columns: set[str], context: EncodingContext) -> Encode:
 
     def encode(row: Row, index: int) -> dict[str, Any]:
         image = picture(cell(row, name, context.where(index)), channels, context.where(index))
-        pixels = torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"][0])
+        try:
+            pixels = torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"][0])
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"{context.where(index)} has an image that {type(processor).__name__} cannot read "
+                f"({one_line(error)}); give an image of {channels} channels"
+            ) from error
         return {"pixel_values": pixels, **context.label(row, index)}
 
     return encode

@@ -8,7 +8,7 @@
   TRL and TOFU.
 - Image classification: `image` or `img`, and `label`.
 
-A row of a language model may also have an `alternate` answer.
+A row of a language model may also have an `alternate` answer. Rows that are tokens already are in `tokenized`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -14,12 +14,16 @@ from hf_unlearn.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+MODES = {1: "L", 3: "RGB"}
+"""The mode of PIL for a number of channels."""
+COLOURED = ("P", "PA", "RGBA", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
+"""Modes that have no direct way to grey, or one that reads other values than colours."""
 DEEP_MODES = ("I", "F")
 """Modes of PIL with more than 8 bits a channel begin with these letters; conversion to RGB clips them to white."""
 
 
 def picture(image: object, channels: int, where: str) -> Any:
-    """Return an image as an 8-bit PIL image, in RGB if the model has three channels.
+    """Return an image as an 8-bit PIL image, in RGB if the model has three channels, in grey if it has one.
 
     Images of a number of channels that PIL does not know are returned as they are.
 
@@ -53,14 +57,16 @@ def picture(image: object, channels: int, where: str) -> Any:
             f"{where} has an image of mode {image.mode} (more than 8 bits a channel); convert it to 8 bits as for the "
             "model's own training, because the range of its values is not known"
         )
-    return _rgb(image, where) if channels == 3 and image.mode != "RGB" else image
+    mode = MODES.get(channels)
+    return image if mode in (None, image.mode) else _converted(image, mode, where)
 
 
-def _rgb(image: "Image", where: str) -> "Image":
+def _converted(image: "Image", mode: str, where: str) -> "Image":
     try:
-        return image.convert("RGB")
+        opaque = image.convert("RGB") if mode == "L" and image.mode in COLOURED else image  # has the palette's colours
+        return opaque.convert(mode)
     except ValueError as error:
-        raise DataError(f"{where} has an image of mode {image.mode}, which has no RGB form: {error}") from error
+        raise DataError(f"{where} has an image of mode {image.mode}, which has no {mode} form: {error}") from error
 
 
 def _decoded(image: Any, where: str) -> "Image":
@@ -83,7 +89,7 @@ def _decoded(image: Any, where: str) -> "Image":
 def _eight_bits(image: Any, where: str) -> NDArray:
     """Return an array of 8-bit values; raise `DataError` if the image has others."""
     try:
-        values = image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
+        values = _array_of(image) if isinstance(image, Tensor) else np.asarray(image)
     except ValueError as error:  # lists of unequal lengths
         raise DataError(f"{where} has an image whose rows have unequal lengths; repair it") from error
     whole = values.dtype.kind in "iu" and (values.dtype == np.uint8 or values.dtype == np.int64)
@@ -95,6 +101,12 @@ def _eight_bits(image: Any, where: str) -> NDArray:
             "width and channels, or rows with pixel_values that the model's image processor made"
         )
     return values.astype(np.uint8)
+
+
+def _array_of(image: Tensor) -> NDArray:
+    """Return the array of a tensor; numpy has no bfloat16."""
+    image = image.detach().cpu()
+    return (image.float() if image.is_floating_point() else image).numpy()
 
 
 def _channels_last(values: NDArray, is_tensor: bool) -> NDArray:

@@ -45,8 +45,8 @@ def row_hash(row: Row) -> bytes:
     """Return the SHA-256 of a row's model input or, for a raw row, of all its values.
 
     Equal rows have equal hashes whether their values are lists, arrays or tensors, in any float or integer precision,
-    and in any column order. Columns without a value do not count, because `datasets` fills them in where another row
-    has one; labels of encoded rows do not count either.
+    in any column order, and however their tokens are padded. Columns without a value do not count, because `datasets`
+    fills them in where another row has one; labels of encoded rows do not count either.
 
     >>> row_hash({"text": "Ulm", "id": 3}) == row_hash({"id": 3, "text": "Ulm", "note": None})
     True
@@ -58,8 +58,18 @@ def row_hash(row: Row) -> bytes:
     digest = hashlib.sha256()
     inputs = [name for name in MODEL_INPUTS if row.get(name) is not None]
     for name in inputs or sorted(name for name, value in row.items() if value is not None):
-        digest.update(_value_bytes(row[name] if inputs else _in_order(row[name])))
+        value = _without_padding(row) if name == "input_ids" else row[name]
+        digest.update(_value_bytes(value if inputs else _in_order(value)))
     return digest.digest()
+
+
+def _without_padding(row: Row) -> Any:
+    """Return the tokens of an encoded row where its attention mask, if it has one, is not 0."""
+    tokens, mask = row["input_ids"], row.get("attention_mask")
+    kept = None if mask is None else np.asarray(mask).astype(bool)
+    if kept is None or kept.all() or kept.shape != np.shape(tokens):
+        return tokens
+    return np.asarray(tokens)[kept]
 
 
 def labelled_row_hash(row: Row) -> bytes:

@@ -67,5 +67,7 @@ def _load_split(dataset_name: str, split: str) -> "datasets.Dataset":
         raise DataError(f"{folder} has no {match['name']}.json, .jsonl or .parquet")
     except DataError:
         raise
+    except StopIteration as error:  # how datasets says that a file has no rows
+        raise DataError(f"split {split!r} of {dataset_name!r} has no rows; fill it in or name another") from error
     except Exception as error:  # datasets raises errors of many types
         raise DataError(f"cannot load split {split!r} of {dataset_name!r}: {one_line(error)}") from error

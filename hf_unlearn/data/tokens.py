@@ -5,7 +5,12 @@ space or an end token at the border of two texts, so the tokens of the parts are
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from hf_unlearn.data.formats import Row
+from hf_unlearn.models.tasks import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +62,66 @@ def with_end(tokens: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[in
     """Return tokens that end with the tokenizer's end token, if it has one."""
     end = tokenizer.eos_token_id
     return tokens if end is None or (tokens and tokens[-1] == end) else [*tokens, end]
+
+
+@dataclass(frozen=True)
+class RowText:
+    """The text of an encoded row of a language model.
+
+    Attributes:
+        text: The text, without the tokenizer's begin token, and without its end token unless a chat template writes it.
+        parts: Where the labels are.
+        begin, end: The begin and the end token that the row has besides, or nothing.
+        labels_end: Whether the end token is a label.
+    """
+
+    text: str
+    parts: tuple[Span, ...]
+    begin: tuple[int, ...]
+    end: tuple[int, ...]
+    labels_end: bool
+
+    @classmethod
+    def of(cls, row: Row, tokenizer: "PreTrainedTokenizerBase") -> "RowText | None":
+        """Return the text of a row, or None if the tokenizer does not make the row's own tokens of it."""
+        tokens = [int(token) for token in row["input_ids"]]
+        chosen = [int(label) != IGNORED for label in row["labels"]]
+        first, last = _special(tokenizer.bos_token_id), _special(tokenizer.eos_token_id)
+        begin = first if first and tuple(tokens[:1]) == first else ()
+        ends_turns = bool(getattr(tokenizer, "chat_template", None))
+        end = last if last and tuple(tokens[-1:]) == last and not ends_turns else ()
+        behind = len(tokens) - len(end)
+        content, answers = tokens[len(begin) : behind], chosen[len(begin) : behind]
+        borders = [i for i in range(len(answers) + 1) if i in (0, len(answers)) or answers[i] != answers[i - 1]]
+        lengths = [len(_decode(content[:border], tokenizer)) for border in borders]
+        runs = zip(borders, pairwise(lengths), strict=False)
+        text, parts = _decode(content, tokenizer), tuple(span for border, span in runs if answers[border])
+        if tokens_of_parts(text, parts, tokenizer, special=False) != (content, answers):
+            return None
+        return cls(text, parts, begin, end, bool(end) and chosen[-1])
+
+
+def after_others(shown: Sequence[RowText], row: RowText, tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[int]]:
+    """Return a row with other rows before it: the tokens of the joined text, with labels on the row's own.
+
+    The texts are separated by an empty line or, where a chat template writes them, by what it writes around turns.
+    """
+    separator = "" if getattr(tokenizer, "chat_template", None) else "\n\n"
+    before = "".join(other.text + separator for other in shown)
+    parts = [(start + len(before), end + len(before)) for start, end in row.parts]
+    tokens, chosen = tokens_of_parts(before + row.text, parts, tokenizer, special=False)
+    tokens = [*row.begin, *tokens, *row.end]
+    chosen = [*[False] * len(row.begin), *chosen, *[row.labels_end] * len(row.end)]
+    labels = [token if is_answer else IGNORED for token, is_answer in zip(tokens, chosen, strict=True)]
+    return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
+
+
+def _special(token: int | None) -> tuple[int, ...]:
+    return () if token is None else (token,)
+
+
+def _decode(tokens: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _tokens_with_spans(

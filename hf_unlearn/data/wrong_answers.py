@@ -5,8 +5,10 @@ A raw row may have a list of wrong answers, `perturbed_answer`, and with it `par
 `question`.
 """
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from hf_unlearn.data.cells import is_empty
 from hf_unlearn.data.encoders import Encode
 from hf_unlearn.data.formats import Row, with_answer
 from hf_unlearn.errors import DataError
@@ -33,14 +35,15 @@ def with_alternatives(encode: Encode, what: str) -> Encode:
     def encode_all(row: Row, index: int) -> dict[str, Any]:
         answer, question = _first(row, "answer", "completion"), _first(row, "question", "prompt")
         wrong = row[WRONG]
-        if answer is None or question is None or isinstance(wrong, str) or not wrong:
+        is_list = isinstance(wrong, Collection) and not isinstance(wrong, (str, Mapping))
+        if answer is None or question is None or not is_list or not len(wrong):
             raise DataError(f"row {index} of the {what} set needs a list of wrong answers in {WRONG!r}, got {wrong!r}")
         plain = {name: value for name, value in row.items() if name not in (WRONG, PARAPHRASED, QUESTION)}
         bare = {name: value for name, value in plain.items() if name != "alternate"}  # which is for losses only
         others: dict[str, Any] = {"wrong": [encode(with_answer(bare, text), index) for text in wrong]}
-        if row.get(PARAPHRASED):
+        if not is_empty(row.get(PARAPHRASED)):
             others["paraphrase"] = encode(with_answer(bare, row[PARAPHRASED]), index)
-        if row.get(QUESTION):
+        if not is_empty(row.get(QUESTION)):
             others["question"] = encode(bare | {question: row[QUESTION]}, index)
         return encode(plain, index) | {ALTERNATIVES: others}
 

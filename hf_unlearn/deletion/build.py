@@ -15,6 +15,7 @@ from torch import nn
 from hf_unlearn.core.processes import wait_for_all
 from hf_unlearn.data.batches import default_collator, take
 from hf_unlearn.data.formats import Row
+from hf_unlearn.data.left_out import cut_records
 from hf_unlearn.data.row_identity import labelled_row_hash
 from hf_unlearn.deletion.arguments import RunArguments
 from hf_unlearn.deletion.checks import ModelPlan, check_run, fine_tuning_settings
@@ -106,6 +107,7 @@ def _request_rows(args: RunArguments, splits: EncodedSplits, earlier: Mapping[st
         forgotten_before=[row for rows in earlier.values() for row in rows] if args.forget_again else (),
         copies=splits.copies,
         source=_source(args),
+        counts=cut_records({"forget": splits.forget, "train": splits.train or None, **splits.evaluation}),
     )
 
 

@@ -31,7 +31,9 @@ from hf_unlearn.core.sharding import sharding_of
 from hf_unlearn.data.formats import Row
 from hf_unlearn.data.row_identity import labelled_row_hash
 from hf_unlearn.errors import SettingsError
+from hf_unlearn.models.arguments import taken_inputs
 from hf_unlearn.models.fingerprint import weights_fingerprint
+from hf_unlearn.models.tasks import Collator
 
 logger = logging.get_logger(__name__)
 
@@ -106,7 +108,7 @@ class FineTuning:
             disable_tqdm=True,  # its bar has no name, and its log lines are raw dicts
             use_cpu=not torch.accelerator.is_available(),  # without it several CPU processes would train separately
         )
-        trainer = Trainer(model, args, train_dataset=rows, data_collator=collator)
+        trainer = Trainer(model, args, train_dataset=rows, data_collator=_taken(model, collator))
         trainer.remove_callback(PrinterCallback)
         if title is not None and is_main():
             trainer.add_callback(_NamedBar(f"{title} on {len(rows)} rows"))
@@ -114,6 +116,11 @@ class FineTuning:
         if sharding_of(trainer.accelerator) == "none":
             return None
         return trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
+
+
+def _taken(model: nn.Module, collator: Collator) -> Collator:
+    """Return a collator without the columns that the model does not take."""
+    return lambda rows: taken_inputs(model, collator(rows))
 
 
 class _NamedBar(TrainerCallback):

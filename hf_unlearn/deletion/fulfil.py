@@ -275,6 +275,7 @@ class PreparedRequest(ShortRepr):
             "source": rows.source,
             "date": datetime.now(timezone.utc).date().isoformat(),
         }
+        report.data |= trainer.row_counts | {name: dict(count) for name, count in rows.counts.items()}
         retain_rows = 0 if rows.retain is None else len(rows.retain)
         record_run(report, trainer, retain_rows=retain_rows, merged=merges_adapter(self.request))
         if self.request.card:

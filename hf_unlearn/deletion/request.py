@@ -60,6 +60,8 @@ class RequestRows(ShortRepr):
             subtracted from the statistics, and the stopping rule does not look at them.
         copies: Further copies of forget rows that the statistics include. They are subtracted with the forget rows.
         source: Where the rows come from, for the report. Must not name a row.
+        counts: Rows, and rows and tokens that were cut, of further sets that were read, such as `train`, by name
+            (`LeftOut.record`), for the report.
     """
 
     forget: Rows
@@ -68,6 +70,7 @@ class RequestRows(ShortRepr):
     forgotten_before: Rows = ()
     copies: Rows = ()
     source: str = ""
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def splits(self) -> dict[str, Rows]:

@@ -11,6 +11,7 @@ from torch import nn
 from hf_unlearn.core.provenance import hardware, package_versions
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.formats import Rows
+from hf_unlearn.data.left_out import cut_records
 from hf_unlearn.errors import DataError, ModelError
 from hf_unlearn.evaluation.measurements import Columns, MeasurementTools, measure_splits
 from hf_unlearn.evaluation.metrics.base import TEACHER, MeasuredColumns
@@ -87,7 +88,7 @@ def evaluate_unlearning(
     measured_models = list(columns)
     if any(METRICS[name].needs_teacher for name in names):
         columns[TEACHER] = _teacher_columns(model, names, rows, tools, seed)
-    report = UnlearningReport(versions=package_versions(), hardware=hardware())
+    report = UnlearningReport(data=cut_records(rows), versions=package_versions(), hardware=hardware())
     for name in measured_models:
         report.entropies[name] = columns[name]["forget"]["entropy"].tolist()
         estimates = estimate_metrics(names, MeasuredColumns(columns, seed), rows, name)
@@ -142,7 +143,9 @@ def training_metrics(
 def encode_splits(
     splits: Mapping[str, Rows], processing_class: "ProcessingClass | None", model: nn.Module | None
 ) -> dict[str, Rows]:
-    """Encode the rows of every split; raises `DataError` if there is no split `forget`."""
+    """Encode the rows of every split; raises `DataError` if there is none of the name `forget`."""
+    if not isinstance(splits, Mapping):
+        raise DataError(f"the splits are a {type(splits).__name__}; name them, such as {{'forget': rows}}")
     if "forget" not in splits:
         raise DataError(f"the splits are {sorted(splits)}; one must be named 'forget'")
     return {name: encode_dataset(data, processing_class, what=name, model=model) for name, data in splits.items()}

@@ -66,6 +66,7 @@ class UnlearningReport:
     Attributes:
         metrics: All measured numbers.
         request: What was to be forgotten: counts, source, date; never texts or ids.
+        data: For each set its number of `rows`, of `rows_cut` at `max_length` and of `tokens_cut` off them.
         method: Loss, constraint, statistics, coverage, and why the run stopped.
         settings: Every hyper-parameter.
         versions: Package versions.
@@ -83,6 +84,7 @@ class UnlearningReport:
 
     metrics: list[MetricValue] = field(default_factory=list)
     request: Record = field(default_factory=dict)
+    data: dict[str, dict[str, int]] = field(default_factory=dict)
     method: Record = field(default_factory=dict)
     settings: Record = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

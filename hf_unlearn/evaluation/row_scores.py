@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_unlearn.core.processes import gather, own_indices, world
 from hf_unlearn.core.text import ShortRepr
+from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.formats import Row, Rows
 from hf_unlearn.errors import DataError
 from hf_unlearn.models.forward import Predictions, predict
@@ -175,9 +176,10 @@ def score_rows(model: nn.Module, dataset: Rows, collator: Collator, batch_size: 
         batch_size: Rows per forward pass.
 
     Raises:
-        DataError: A row has no label to predict.
+        DataError: Rows that are not encoded, or have no label to predict.
     """
-    return RowScores.from_matrix(map_predictions(score_predictions, model, dataset, collator, batch_size))
+    rows = encode_dataset(dataset, None, what="scored", model=model)
+    return RowScores.from_matrix(map_predictions(score_predictions, model, rows, collator, batch_size))
 
 
 def score_classes(

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 def report_table(report: "UnlearningReport") -> str:
     """Return one line per metric and split and one column per model, with 95% intervals and n.
 
-    Below the table is one line for each undefined number, with the reason, and the outcome of the run.
+    Below the table is one line for each undefined number, with the reason, one for each set with rows that were cut,
+    and the outcome of the run.
     """
     lines = [["metric", "split", *report.models, "n"]]
     for name, split in dict.fromkeys((metric.name, metric.split) for metric in report.metrics):
@@ -21,7 +22,22 @@ def report_table(report: "UnlearningReport") -> str:
         n = next((metric.n for metric in metrics if metric), None)
         lines.append([name, split, *map(_cell, metrics), "-" if n is None else str(n)])
     reasons = dict.fromkeys(f"{m.name} on {m.split} is undefined: {m.reason}" for m in report.metrics if m.reason)
-    return "\n".join([align(lines), *reasons, *outcome_lines(report)])
+    return "\n".join([align(lines), *reasons, *cut_lines(report), *outcome_lines(report)])
+
+
+def cut_lines(report: "UnlearningReport") -> list[str]:
+    """Return a line for each set of which rows were cut at `max_length`.
+
+    >>> from hf_unlearn.evaluation import UnlearningReport
+    >>> cut_lines(UnlearningReport(data={"forget": {"rows": 40, "rows_cut": 2, "tokens_cut": 30}}))
+    ['2 of 40 forget rows were cut at max_length, 30 tokens were not read']
+    """
+    return [
+        f"{count['rows_cut']} of {count['rows']} {name} rows were cut at max_length, {count['tokens_cut']} tokens were "
+        "not read"
+        for name, count in report.data.items()
+        if count["rows_cut"]
+    ]
 
 
 def outcome_lines(report: "UnlearningReport") -> list[str]:

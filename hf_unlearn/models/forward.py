@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.errors import DataError, ModelError, SettingsError
 from hf_unlearn.models.adapters import base_name, without_wrapper
+from hf_unlearn.models.arguments import taken_inputs
 from hf_unlearn.models.padding import has_values, own_padding
 from hf_unlearn.models.tasks import (
     DECODER_INPUTS,
@@ -106,8 +107,7 @@ def counted_labels(model: nn.Module, inputs: Batch) -> Tensor:
     tensor([[   5,    6, -100]])
     """
     labels = inputs["labels"]
-    is_seq2seq = getattr(getattr(getattr(model, "module", model), "config", None), "is_encoder_decoder", False)
-    mask_BT = inputs.get("decoder_attention_mask" if is_seq2seq else "attention_mask")
+    mask_BT = inputs.get("decoder_attention_mask" if _has_decoder(model) else "attention_mask")
     if mask_BT is None or labels.ndim != 2 or mask_BT.shape != labels.shape:
         return labels
     seen_BT = mask_BT.bool()
@@ -127,15 +127,19 @@ def label_positions(model: nn.Module, labels: Tensor, skip_first: bool = False) 
     mask_BT = (labels[:, 1:] if shifts_labels(model) else labels) != IGNORED
     if skip_first and _writes_answers(model):
         before_BT = F.pad(mask_BT[:, :-1], (1, 0), value=False)
-        next_BT, third_BT = (F.pad(mask_BT[:, n:], (0, n), value=False) for n in (1, 2))
+        next_BT, third_BT = (F.pad(mask_BT, (0, n), value=False)[:, n:] for n in (1, 2))  # rows may be shorter
         mask_BT = mask_BT & (before_BT | ~next_BT | ~third_BT)
     return mask_BT
 
 
 def _writes_answers(model: nn.Module) -> bool:
     """Return whether the labels of a row are the tokens of an answer; those of a token classifier are not."""
-    config = getattr(getattr(model, "module", model), "config", None)
-    return shifts_labels(model) or bool(getattr(config, "is_encoder_decoder", False))
+    return shifts_labels(model) or _has_decoder(model)
+
+
+def _has_decoder(model: nn.Module) -> bool:
+    """Return whether the model has an encoder for its input and a decoder for its answer."""
+    return bool(getattr(getattr(getattr(model, "module", model), "config", None), "is_encoder_decoder", False))
 
 
 def _without_labels(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
@@ -176,15 +180,19 @@ def _check_channels(model: nn.Module, inputs: Batch) -> None:
 def output_logits(model: nn.Module, inputs: Batch, **forward_options: int) -> Tensor:
     """Run a forward pass without labels and return the logits, `[B, V]` or `[B, T, V]`.
 
-    Padded positions get the padding id of the model's configuration, because some models look for it: classifiers on
-    decoders read the last position that does not have it.
+    Columns that the model does not take are left out (`arguments.taken_inputs`). Padded positions get the padding id of
+    the model's configuration, because some models look for it: classifiers on decoders read the last position that does
+    not have it.
 
     Raises:
         DataError: A row is longer than the model's context, has a token that the model has no embedding for, or images
             do not have the model's number of channels.
         ModelError: The model returns no logits.
     """
-    length, context = inputs["input_ids"].shape[-1] if "input_ids" in inputs else 0, context_length(model)
+    inputs = taken_inputs(model, inputs)
+    decoder_reads = ("labels", "decoder_input_ids") if _has_decoder(model) else ()
+    read = [inputs[name] for name in ("input_ids", *decoder_reads) if name in inputs and inputs[name].ndim == 2]
+    length, context = max((tokens_BT.shape[1] for tokens_BT in read), default=0), context_length(model)
     if context is not None and length > context:
         raise DataError(
             f"a row has {length} tokens, the model's context is {context}; lower max_length, or cut the row"
@@ -250,6 +258,7 @@ def predict(model: nn.Module, inputs: Batch, skip_first: bool = False, layer: in
         ModelError: The model returns no logits, or not one distribution per label.
         SettingsError: The model has no such layer.
     """
+    inputs = taken_inputs(model, inputs)
     labels = inputs.get("labels")
     if labels is None:
         raise DataError(f"the batch has no column 'labels', only {sorted(inputs)}; a label is what is forgotten")

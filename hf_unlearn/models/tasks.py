@@ -76,10 +76,12 @@ def context_length(model: nn.Module) -> int | None:
         return None
     inner = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(inner, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions < 0:  # how XLNet says that it has no limit
+        positions = None
     for name, module in model.named_modules():
         padding = getattr(module, "padding_idx", None)
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and padding is not None:
-            return module.num_embeddings - padding - 1
+        if name.endswith("position_embeddings") and padding is not None and (n_rows := _embedding_rows(module)):
+            return n_rows - padding - 1
     return positions
 
 
@@ -97,7 +99,14 @@ def vocabulary_size(model: nn.Module) -> int | None:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):  # a model without tokens
         return None
-    rows = getattr(embedding, "num_embeddings", None)
+    return _embedding_rows(embedding)
+
+
+def _embedding_rows(embedding: object) -> int | None:
+    """Return the number of rows of an embedding, which I-BERT's own kind says by its weight alone."""
+    weight, rows = getattr(embedding, "weight", None), getattr(embedding, "num_embeddings", None)
+    if rows is None and isinstance(weight, Tensor) and weight.ndim == 2:
+        return len(weight)
     return rows if isinstance(rows, int) else None
 
 

@@ -64,6 +64,7 @@ def template_variables(report: UnlearningReport, model_name: str, plots: Sequenc
         "usage": _usage(method, model_name),
         "licence": text((method.get("card") or {}).get("license")),
         "request": _only({**report.request, "rows": _count(report.request.get("rows"))}, REQUEST_FIELDS),
+        "cut": _cut(report),
         "method": _only(method, METHOD_FIELDS) | {name: sentence(method.get(name)) for name in SUMMARY_FIELDS},
         "statistics": _only(method.get("statistics") or {}, STATISTICS_FIELDS),
         "coverage": _only({name: _count(value) for name, value in coverage.items()}, COVERAGE_FIELDS),
@@ -120,6 +121,18 @@ def _count(value: Any) -> Any:
 
 def _pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(code(name), text(value, missing="none")) for name, value in values.items()]
+
+
+def _cut(report: UnlearningReport) -> str:
+    """Return how many rows of which sets were cut at `max_length`, and by how many tokens."""
+    if not report.data:
+        return NOT_RECORDED
+    parts = [
+        f"{escape(name)}: {count['rows_cut']} of {count['rows']} rows ({count['tokens_cut']} tokens)"
+        for name, count in report.data.items()
+        if count["rows_cut"]
+    ]
+    return "; ".join(parts) or "none"
 
 
 # The method

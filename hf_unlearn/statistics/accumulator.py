@@ -14,6 +14,7 @@ from hf_unlearn.core.processes import gather, sum_over_processes, world
 from hf_unlearn.core.storage import Storage
 from hf_unlearn.data.row_identity import batch_hashes, rows_to_text
 from hf_unlearn.errors import ModelError, SettingsError
+from hf_unlearn.models.arguments import taken_inputs
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.models.forward import output_logits
 from hf_unlearn.models.layers import layer_at
@@ -144,6 +145,7 @@ class Accumulator:
             counted: If false, the batch only keeps the processes of a distributed run in step and is not added.
         """
         self._counted = counted
+        inputs = taken_inputs(self.model, inputs)  # a row is what the model reads of it
         logits, hashes = self._forward(inputs)
         labels = 0
         if self.fisher:

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from hf_unlearn.core.processes import gather, is_main, own_indices
 from hf_unlearn.data.batches import default_collator, own_batches, take
+from hf_unlearn.data.encoded_checks import check_encoded
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.errors import ModelError, SettingsError
 from hf_unlearn.models.layers import find_layers
@@ -118,6 +119,7 @@ def collect_with_options(
     check_base_model(model)
     encoded = encode_dataset(dataset, processing_class, what="statistics", model=model, streams=True)
     rows = take(encoded, options.max_rows)
+    check_encoded(rows, "statistics", model)
     if any(hasattr(p, "ds_id") and not hasattr(p, "_z3_optimizer") for p in model.parameters()):
         raise ModelError(
             "DeepSpeed partitioned the weights at loading; load the model before creating UnlearningConfig"

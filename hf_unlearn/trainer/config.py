@@ -17,6 +17,7 @@ from hf_unlearn.constraints.registry import CONSTRAINTS, build_constraint
 from hf_unlearn.core.registry import suggestion
 from hf_unlearn.core.settings import require_ranges, setting
 from hf_unlearn.core.storage import PLACES, Storage
+from hf_unlearn.core.text import one_line
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.losses import LOSSES, UnlearningLoss, build_loss
 from hf_unlearn.statistics.sketch import SKETCH_ABOVE, SKETCH_RANK, Sketching
@@ -60,6 +61,7 @@ RANGES = {
     "per_device_eval_batch_size": (1, math.inf),
     "gradient_accumulation_steps": (1, math.inf),
     "num_train_epochs": (0, math.inf),
+    "max_length": (1, math.inf),
     "max_retain_drift": (0, math.inf),
     "seed": (0, 2**32),
 }
@@ -221,7 +223,10 @@ class UnlearningConfig(TrainingArguments):
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if processes > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise TrainingArguments lets each process run on its own
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise SettingsError(one_line(error)) from error
         if processes != self.world_size:
             raise SettingsError(
                 f"{processes} processes were started and {self.world_size} joined; see `accelerate env`"

@@ -19,6 +19,7 @@ from hf_unlearn.core.processes import gather
 from hf_unlearn.core.text import ShortRepr
 from hf_unlearn.data.batches import default_collator
 from hf_unlearn.data.checks import check_container, require_alternates, require_disjoint, require_labels
+from hf_unlearn.data.encoded_checks import check_encoded
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.formats import Rows, rows_of
 from hf_unlearn.data.pairs import PairedCollator, PairedDataset
@@ -191,9 +192,11 @@ def row_encoder(
         if dataset is None and what != "forget":
             return None
         seed = args.seed if what == "forget" and loss.kind.alternate_answer == "idk" else None
-        return encode_dataset(
+        rows = encode_dataset(
             dataset, processing_class, what=what, max_length=args.max_length, model=model, idk_seed=seed
         )
+        check_encoded(rows, what, model, labels=what == "forget")
+        return rows
 
     return encode
 

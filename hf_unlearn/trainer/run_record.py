@@ -41,6 +41,7 @@ def run_report(trainer: "UnlearningTrainer") -> UnlearningReport:
     rows = trainer.train_dataset
     report = UnlearningReport(versions=package_versions(), hardware=hardware())
     report.request = {"rows": len(rows), "date": datetime.now(timezone.utc).date().isoformat()}
+    report.data = dict(trainer.row_counts)
     record_run(report, trainer, retain_rows=0 if rows.retain is None else len(rows.retain))
     return report
 
@@ -50,6 +51,7 @@ def fill_missing(report: UnlearningReport, run: UnlearningReport) -> UnlearningR
     for name in ("request", "method", "settings", "versions", "hardware", "history", "drift", "outcome"):
         if not getattr(report, name):
             setattr(report, name, getattr(run, name))
+    report.data = {**report.data, **run.data}
     return report
 
 

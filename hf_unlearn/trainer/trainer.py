@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,14 @@ from hf_unlearn.constraints.step_constrainer import EngineOptimizer, StepConstra
 from hf_unlearn.core.sharding import check_sharding, shard_on_cpu, sharding_of
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.formats import Rows
+from hf_unlearn.data.left_out import cut_records
 from hf_unlearn.data.pairs import PairedDataset, attackers_rows
 from hf_unlearn.errors import ModelError, NonFiniteLossError, SettingsError
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.evaluation.row_scores import RowScores, score_predictions
 from hf_unlearn.losses import UnlearningLoss
 from hf_unlearn.losses.registry import ForgetTerm
+from hf_unlearn.models.arguments import taken_inputs
 from hf_unlearn.models.forward import predict
 from hf_unlearn.models.modes import hold_norm_statistics
 from hf_unlearn.models.tasks import Batch, Collator, ProcessingClass
@@ -92,6 +95,7 @@ class UnlearningTrainer(Trainer):
         constrainer: The `StepConstrainer`: drift, leak, original weights.
         coverage: Which parameters are protected, frozen and exposed.
         loss: The loss with its settings.
+        row_counts: For each set its number of `rows`, and of `rows_cut` and `tokens_cut` at `args.max_length`.
 
     Raises:
         SettingsError: There is a constraint but no statistics and no retain rows to collect them from, or
@@ -171,7 +175,8 @@ class UnlearningTrainer(Trainer):
             optimizers=optimizers,
             compute_metrics=compute_metrics or _mean_scores,
         )
-        self.compute_metrics: Callable[[EvalPrediction], dict[str, float]] = compute_metrics or _mean_scores
+        metrics = _mean_scores if compute_metrics is None else partial(_own_metrics, compute_metrics)
+        self.compute_metrics: Callable[[EvalPrediction], dict[str, float]] = metrics
         self.loss_is_scaled_for_ga = True  # by the counts of get_batch_samples
         self.loss, self.coverage, self.extra_metrics = inputs.loss, inputs.coverage, extra_metrics
         self.constrainer = StepConstrainer(
@@ -193,6 +198,9 @@ class UnlearningTrainer(Trainer):
             "holdout": inputs.holdout,
             "retain": inputs.splits.get("retain"),
         }
+        self.row_counts = cut_records(
+            {"forget": inputs.forget, "retain": inputs.retain, "holdout": inputs.holdout, **inputs.splits}
+        )
         self._outcome: UnlearningOutcome | None = None
         use_step_lines(self.callback_handler, list(inputs.splits))
         self._add_callbacks()
@@ -366,7 +374,7 @@ class UnlearningTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """Return the unlearning loss of a pair of batches, or the model's own loss of a plain batch (evaluation)."""
         if "forget" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, None)
+            return super().compute_loss(model, taken_inputs(model, inputs), return_outputs, None)
         hold_norm_statistics(model)
         loss = self.loss(model, inputs, self._original, num_items_in_batch, self._reference)
         # gradients are averaged over processes, but counts are sums; a batch that does not count still makes its
@@ -512,6 +520,11 @@ class UnlearningTrainer(Trainer):
                 raise SettingsError(f"utility_floor names {name!r}; an evaluation has {', '.join(sorted(metrics))}")
             if not metrics[key] >= floor:
                 return False
+        followed = self.args.metric_for_best_model
+        if followed is not None and f"eval_{followed.removeprefix('eval_')}" not in metrics:
+            raise SettingsError(
+                f"metric_for_best_model is {followed!r}; an evaluation has {', '.join(sorted(metrics))}"
+            )
         return super()._determine_best_metric(metrics, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -704,6 +717,16 @@ class UnlearningTrainer(Trainer):
         """Publish nothing, unless both `hub_strategy` and `push_unfinished` ask for it."""
         if self.args.push_unfinished and self.args.hub_strategy != "end":
             self.push_to_hub(f"Unfinished: step {self.state.global_step}")
+
+
+def _own_metrics(
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]], prediction: EvalPrediction
+) -> dict[str, float]:
+    """Return what the user's function returns; raise `SettingsError` if it is not a mapping, which Trainer fills."""
+    metrics = compute_metrics(prediction)
+    if not isinstance(metrics, Mapping):
+        raise SettingsError(f"compute_metrics returned {metrics!r:.60}; return a dict of numbers by name")
+    return dict(metrics)
 
 
 def _mean_scores(prediction: EvalPrediction) -> dict[str, float]:

@@ -81,7 +81,8 @@ def test_json_is_one_document_for_anything_that_the_libraries_print(
 
 
 def test_json_of_a_separate_process_is_alone_on_standard_output(places: dict[str, str], tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "hf_unlearn", *run_line(places, tmp_path, disable_tqdm="False", forget_target="1e-9"), "--json"]
+    request = run_line(places, tmp_path, disable_tqdm="False", forget_target="1e-9")
+    line = [sys.executable, "-m", "hf_unlearn", *request, "--json"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert done.returncode in FINISHED, done.stderr
     assert json.loads(done.stdout)["reports"]["energy_ridge"]["method"]["steps"] == 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import datetime
 import io
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -16,13 +18,39 @@ from PIL import Image
 from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel
 
 from helpers.pictures import processor
-from helpers.texts import QUESTION, tokenizer
+from helpers.texts import CHAT, QUESTION, tokenizer
 from helpers.tiny import text_rows, tiny_llama, tiny_vit
+from hf_unlearn import UnlearningConfig, UnlearningTrainer
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.data.encoding import encode_dataset
-from hf_unlearn.errors import DataError
+from hf_unlearn.errors import DataError, UnlearningError
+from hf_unlearn.evaluation.attacks.auditing import audit
+from hf_unlearn.evaluation.evaluate import evaluate_unlearning
+from hf_unlearn.evaluation.row_scores import score_rows
+from hf_unlearn.models.tasks import Task
+from hf_unlearn.statistics.collect import collect_statistics
 
 ROWS = [{"text": QUESTION}, {"text": "in Ulm"}]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """A stream that knows its length."""
+
+    def __len__(self) -> int:
+        return len(ROWS)
+
+    def __iter__(self) -> Any:
+        return iter(ROWS)
+
+
+class OneBad(torch.utils.data.Dataset):
+    """A data set of which a row is not a mapping."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Any:
+        return [ROWS[0], "in Ulm"][index]
 
 
 @pytest.mark.parametrize(
@@ -37,6 +65,28 @@ ROWS = [{"text": QUESTION}, {"text": "in Ulm"}]
         (["in Ulm"], "row 0 of the forget set is a str"),
         ([(QUESTION, 1)], "row 0 of the forget set is a tuple"),
         (torch.ones(2, 3), "row 0 of the forget set is a Tensor"),
+        (pandas.Series(ROWS, index=[7, 8]), "is a Series; pass its rows as a list"),
+        (datasets.Dataset.from_list(ROWS).data.table, r"is a Table; pass its rows as a list, its to_pylist"),
+        (
+            datasets.Dataset.from_list(ROWS).with_format("pandas"),
+            r"formatted as tables: pass dataset.with_format\(None",
+        ),
+        (datasets.Dataset.from_list(ROWS).with_format("arrow"), r"formatted as tables: pass dataset.with_format\(None"),
+        (iter(ROWS), "is a list_iterator, which can be read only once; pass list"),
+        ((row for row in ROWS), "is a generator, which can be read only once; pass list"),
+        (map(dict, ROWS), "is a map, which can be read only once"),
+        (lambda: ROWS, "is <function .*, not rows; pass a list of rows"),
+        (datasets.Dataset, "is <class .*, not rows; pass a list of rows"),
+        (5, "is 5, not rows; pass a list of rows"),
+        (datasets.Dataset.from_list(ROWS).to_iterable_dataset(), "is a stream, which only collect_statistics reads"),
+        (Stream(), "is a stream, which only collect_statistics reads"),
+        (torch.utils.data.DataLoader(ROWS), "is a DataLoader, whose rows have no numbers"),  # type: ignore[arg-type]
+        ([None], "row 0 of the forget set is a NoneType"),
+        ([ROWS[0], None], "row 1 of the forget set is a NoneType"),
+        (OneBad(), "row 1 of the forget set is a str"),
+        ([{"input_ids": [1], "labels": [1]}, "in Ulm"], "row 1 of the forget set is a str"),
+        ([], "is empty"),
+        (None, "is empty"),
     ],
 )
 def test_a_container_that_is_no_rows_is_an_error_that_says_what_to_pass(given: Any, reason: str) -> None:
@@ -44,6 +94,69 @@ def test_a_container_that_is_no_rows_is_an_error_that_says_what_to_pass(given: A
         encode_dataset(given, tokenizer(), what="forget")
     for rows in (ROWS, tuple(ROWS), datasets.Dataset.from_list(ROWS)):
         assert len(encode_dataset(rows, tokenizer(), what="forget")) == 2
+
+
+ENTRIES: dict[str, Callable[[Any, Path], object]] = {
+    "forget set": lambda rows, folder: trainer(folder, forget_dataset=rows),
+    "retain set": lambda rows, folder: trainer(folder, retain_dataset=rows),
+    "holdout set": lambda rows, folder: trainer(folder, holdout_dataset=rows),
+    "evaluation set": lambda rows, folder: trainer(folder).evaluate(rows),
+    "test set": lambda rows, folder: trainer(folder).predict(rows),
+    "statistics set": lambda rows, folder: collect_statistics(tiny_llama(), rows, progress=False),
+    "scored set": lambda rows, folder: score_rows(tiny_llama(), rows, PaddingCollator()),
+    "known set": lambda rows, folder: evaluate_unlearning(tiny_llama(), {"forget": text_rows(1), "known": rows}),
+    "other set": lambda rows, folder: audit(tiny_llama(), {"forget": text_rows(1), "other": rows}),
+}
+
+
+def trainer(folder: Path, **sets: Any) -> UnlearningTrainer:
+    args = UnlearningConfig(str(folder), max_steps=1, use_cpu=True, disable_tqdm=True)
+    own = {"forget_dataset": text_rows(2), "retain_dataset": text_rows(2, seed=5)}
+    return UnlearningTrainer(tiny_llama(), args, **(own | sets))
+
+
+@pytest.mark.parametrize("entry", list(ENTRIES))
+def test_every_entry_reads_rows_or_says_what_to_pass(entry: str, tmp_path: Path) -> None:
+    rows = text_rows(3, seed=8)
+    table = pandas.DataFrame(rows)
+    wrong = [table, table["labels"], (row for row in rows), lambda: rows, 5, [None], [*rows, "text"], "name", {"a"}]
+    for given in wrong:
+        with pytest.raises(UnlearningError, match=r"pass|give|load it first|there is no evaluation split") as error:
+            ENTRIES[entry](given, tmp_path)
+        assert "\n" not in str(error.value)
+        assert f"the {entry}" in str(error.value) or given == "name"
+    data = datasets.Dataset.from_list(rows)
+    for given in (rows, data, data.with_format("torch"), data.with_format("numpy"), torch.utils.data.Subset(data, [0])):
+        ENTRIES[entry](given, tmp_path)
+
+
+def test_splits_must_have_names() -> None:
+    for read in (evaluate_unlearning, audit):
+        for given, kind in ((text_rows(2), "list"), (datasets.Dataset.from_list(text_rows(2)), "Dataset")):
+            with pytest.raises(DataError, match=f"the splits are a {kind}; name them"):
+                read(tiny_llama(), given)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy", None])
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("language-model", {"text": QUESTION}),
+        ("language-model", {"messages": CHAT, "alternate": "in Rome"}),
+        ("language-model", {"prompt": CHAT[:1], "completion": CHAT[1:]}),
+        ("language-model", {"question": QUESTION, "answer": "in Ulm", "perturbed_answer": ["in Bonn", "in Rome"]}),
+        ("text-classification", {"text": QUESTION, "label": 1, "idx": 3}),
+        ("token-classification", {"tokens": ["in", "Ulm"], "ner_tags": [0, 1]}),
+        ("seq2seq", {"source": QUESTION, "target": "in Ulm"}),
+    ],
+)
+def test_formatted_data_sets_are_read_as_lists_are(task: Task, row: Any, streams: bool, form: str | None) -> None:
+    data: Any = datasets.Dataset.from_list([row, row])
+    data = (data.to_iterable_dataset() if streams else data).with_format(form)
+    assert list(encode_dataset(data, tokenizer(), task=task, streams=streams)) == [
+        dict(encoded) for encoded in encode_dataset([row, row], tokenizer(), task=task)
+    ]
 
 
 ARRAY = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)

@@ -134,9 +134,11 @@ def test_a_row_with_nothing_left_to_predict_is_an_error_that_names_it() -> None:
 
 
 def test_a_text_of_one_token_has_nothing_to_predict() -> None:
-    with pytest.raises(DataError, match="row 0 of the given set has no token to predict within its tokens"):
-        encode({"text": ""})
-    assert encode({"text": "Ulm"}) == ("", "Ulm </s>")
+    for text in ("", "Ulm"):  # of which only the end token could be predicted
+        with pytest.raises(DataError, match="row 0 of the given set has no token to predict within its tokens"):
+            encode({"text": text})
+    assert encode({"text": "in Ulm"}) == ("", "in Ulm </s>")
+    assert encode({"text": "Ulm"}, with_tokenizer=tokenizer(bos=True)) == ("", "<s> Ulm </s>")
 
 
 def test_messages_without_a_chat_template_are_an_error() -> None:

@@ -9,8 +9,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from helpers.texts import tokenizer
+from helpers.tiny import requires_asset
 from hf_unlearn.data.encoding import encode_dataset
-from hf_unlearn.data.tokens import shared_length, tokens_of_parts
+from hf_unlearn.data.tokens import RowText, after_others, shared_length, tokens_of_parts
+from hf_unlearn.models.loading import load_tokenizer
 
 LETTERS = "acdeorlu:?"
 ENDED = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
@@ -99,3 +102,42 @@ def test_parts_in_the_middle_are_marked() -> None:
 @pytest.mark.parametrize(("left", "right", "length"), [("", "a", 0), ("ab", "ab", 2), ("abc", "abd", 2), ("b", "a", 0)])
 def test_shared_length(left: str, right: str, length: int) -> None:
     assert shared_length(left, right) == shared_length(list(left), list(right)) == length
+
+
+# Rows after other rows
+
+
+@pytest.mark.parametrize("template", [True, False])
+@pytest.mark.parametrize("bos", [True, False])
+def test_rows_after_others_are_the_tokens_of_the_joined_text(template: bool, bos: bool) -> None:
+    words = tokenizer(bos=bos) if template else tokenizer(template=None, bos=bos)
+    raw = [{"question": "where does Ann live ?", "answer": city} for city in ("in Ulm", "in Bonn .", "Rome")]
+    texts = [RowText.of(row, words) for row in encode_dataset(raw, words)]
+    assert all(text is not None for text in texts)
+    row = after_others(texts[:2], texts[2], words)  # type: ignore[arg-type]
+    read = words.convert_ids_to_tokens(row["input_ids"])
+    assert read.count("<s>") == (bos and not template) and read.count("</s>") == (not template)
+    answer = [token for token in row["labels"] if token != -100]
+    assert words.decode(answer) == ("Rome <end>" if template else "Rome </s>")
+    if not template:
+        joined = "\n\n".join(f"Question: {other['question']}\nAnswer: {other['answer']}" for other in raw)
+        assert row["input_ids"] == [*words.encode(joined), words.eos_token_id]
+
+
+def test_a_real_tokenizer_makes_the_tokens_of_the_joined_text() -> None:
+    words = load_tokenizer(str(requires_asset("stories260K")))
+    raw = [{"prompt": f"Ada{space}", "completion": f"{n} lives"} for n, space in enumerate(("", " ", "\n", "é"))]
+    texts = [RowText.of(row, words) for row in encode_dataset(raw, words)]
+    joined = "\n\n".join(row["prompt"] + row["completion"] for row in raw)
+    row = after_others(texts[:-1], texts[-1], words)  # type: ignore[arg-type]
+    assert row["input_ids"] == [*words.encode(joined), words.eos_token_id]
+    apart = [token for given in encode_dataset(raw, words) for token in given["input_ids"]]
+    assert row["input_ids"] != apart
+    assert words.decode([token for token in row["labels"] if token != -100]) == "3 lives</s>"
+
+
+def test_a_row_whose_text_has_other_tokens_has_none() -> None:
+    words = tokenizer(template=None)
+    good = encode_dataset([{"text": "in Ulm"}], words)[0]
+    assert RowText.of(good, words) is not None
+    assert RowText.of(good | {"input_ids": [100, *good["input_ids"][1:]]}, words) is None

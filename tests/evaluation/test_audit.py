@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from helpers.questions import Letters, questions
+from helpers.texts import tokenizer
 from helpers.tiny import CASES, CLASSES, image_rows, text_rows, tiny_gpt2, tiny_llama, tiny_mlp, tiny_vit, vector_rows
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.data.encoding import encode_dataset
@@ -229,6 +230,22 @@ def test_few_shot_prompts_put_other_rows_before_the_row() -> None:
         list(few_shot_prompts(subject(model, shots=9)))
     with pytest.raises(NotRun, match="rows of a classifier have no prompt"):
         list(few_shot_prompts(subject(tiny_mlp(), {"forget": vector_rows(2)})))
+
+
+def test_few_shot_prompts_are_the_tokens_of_the_joined_text() -> None:
+    model, words = tiny_llama(), tokenizer(template=None, bos=True)
+    texts = {"forget": ["in Ulm .", "in Rome"], "retain": ["where", "Bonn ?", "live"]}
+    rows = {split: encode_dataset([{"text": text} for text in given], words) for split, given in texts.items()}
+    tools = MeasurementTools(PaddingCollator(), words, 3)
+    (result,) = few_shot_prompts(Subject(model, rows, tools, AuditSettings(shots=2)))
+    joined = [{"prompt": "where\n\nBonn ?\n\n", "completion": text} for text in texts["forget"]]
+    expected = score_rows(model, encode_dataset(joined, words), PaddingCollator()).probability.mean()
+    assert result.estimate.value == pytest.approx(expected)
+    apart = few_shot_prompts(Subject(model, rows, MeasurementTools(PaddingCollator()), AuditSettings(shots=2)))
+    assert next(apart).estimate.value != pytest.approx(expected, rel=1e-3)
+    unreadable = [row | {"input_ids": [100, *row["input_ids"][1:]]} for row in rows["forget"]]
+    with pytest.raises(NotRun, match="other tokens of a row's text than the row has"):
+        list(few_shot_prompts(Subject(model, rows | {"forget": unreadable}, tools, AuditSettings())))
 
 
 def test_paraphrased_prompts_ask_for_the_same_answer_with_another_question() -> None:

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from helpers import reference_losses as reference
-from helpers.tiny import CASES, collate, image_rows, text_rows, tiny_gpt2, tiny_mlp, tiny_vit, vector_rows
+from helpers.tiny import CASES, collate, image_rows, text_rows, tiny_bert, tiny_gpt2, tiny_mlp, tiny_vit, vector_rows
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.evaluation.evaluate import evaluate_unlearning
 from hf_unlearn.evaluation.metrics.registry import SUITES
@@ -180,7 +180,7 @@ def test_an_empty_split_is_an_error_that_names_it(split: str) -> None:
 
 def test_rows_without_labels_are_an_error() -> None:
     with pytest.raises(DataError, match="no column 'labels'"):
-        evaluate_unlearning(tiny_gpt2(), {"forget": text_rows(2, labels=False)})
+        evaluate_unlearning(tiny_bert(), {"forget": text_rows(2, labels=False)})
 
 
 def test_rows_of_images_are_evaluated() -> None:

@@ -175,7 +175,7 @@ def test_scoring_is_in_eval_mode_and_restores_the_training_mode(training: bool) 
 def test_the_training_mode_is_restored_when_scoring_fails() -> None:
     model = tiny_gpt2().train()
     with pytest.raises(DataError):
-        score_rows(model, text_rows(2, labels=False), PaddingCollator())
+        score_rows(model, text_rows(2, prompt=9), PaddingCollator())  # every label is -100
     assert model.training
 
 

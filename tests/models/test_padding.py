@@ -203,6 +203,6 @@ def test_positions_that_start_behind_the_padding_id_leave_a_shorter_context() ->
         if length == 32:
             assert collect_statistics(model, rows, progress=False).rows == 1
         else:
-            with pytest.raises(DataError, match=f"a row has {length} tokens, the model's context is 32"):
+            with pytest.raises(DataError, match=f"has {length} tokens, the model's context is 32"):
                 collect_statistics(model, rows, progress=False)
     assert context_length(tiny_gpt2()) == 32

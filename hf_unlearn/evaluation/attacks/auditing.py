@@ -11,6 +11,7 @@ from torch import nn
 from hf_unlearn.core.provenance import hardware, package_versions
 from hf_unlearn.core.sharding import require_whole
 from hf_unlearn.data.formats import Rows
+from hf_unlearn.data.left_out import cut_records
 from hf_unlearn.evaluation.attacks.registry import ATTACKS
 from hf_unlearn.evaluation.attacks.subject import (
     AuditSettings,
@@ -97,7 +98,7 @@ def audit(
         other = Subject(retrained, rows, tools, settings, original_score_N, shadows, name="retrained")
     subjects = [Subject(model, rows, tools, settings, original_score_N, shadows, retrained=other)]
     subjects += [other] if other is not None else []
-    report = UnlearningReport(versions=package_versions(), hardware=hardware())
+    report = UnlearningReport(data=cut_records(rows), versions=package_versions(), hardware=hardware())
     report.audit = {"verdicts": {}, "not_run": {}}
     for name in names:
         outcomes = _run(name, subjects, report.audit["not_run"])

@@ -4,6 +4,7 @@ Shapes: B rows, T positions, D features of a hidden state, N rows.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,12 +16,17 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from hf_unlearn.data.formats import Row, Rows
+from hf_unlearn.data.tokens import RowText, after_others
 from hf_unlearn.data.wrong_answers import ALTERNATIVES
 from hf_unlearn.evaluation.attacks.registry import register_attack
 from hf_unlearn.evaluation.attacks.subject import NotRun, Outcome, Subject
 from hf_unlearn.evaluation.metrics.intervals import auc, bootstrap_auc, bootstrap_mean, undefined
 from hf_unlearn.evaluation.row_scores import map_rows
+from hf_unlearn.models.arguments import taken_inputs
 from hf_unlearn.models.tasks import IGNORED, context_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FOLDS = 5
 FEWEST_ROWS = 4  # of either kind, for the probe
@@ -39,12 +45,11 @@ def paraphrased_prompts(subject: Subject) -> Iterator[Outcome]:
 
 @register_attack("few_shot_prompts")
 def few_shot_prompts(subject: Subject) -> Iterator[Outcome]:
-    """Show other rows with their answers before each forget row."""
+    """Show other rows with their answers before each forget row; the tokens are those of the joined text."""
     if subject.score_name != "probability":
         raise NotRun("rows of a classifier have no prompt")
     examples = _as_list(subject.split("retain", "holdout"))[: subject.settings.shots]
-    shown = [int(token) for row in examples for token in row["input_ids"]]
-    rows = [_after(shown, row) for row in _as_list(subject.rows["forget"])]
+    rows = _after(examples, _as_list(subject.rows["forget"]), subject.tools.tokenizer)
     longest = max(len(row["input_ids"]) for row in rows)
     context = context_length(subject.model)
     if context is not None and longest > context:
@@ -53,8 +58,24 @@ def few_shot_prompts(subject: Subject) -> Iterator[Outcome]:
     yield Outcome(f"few_shot_prompt_{subject.score_name}", "forget", estimate)
 
 
-def _after(shown: Sequence[int], row: Row) -> dict[str, list[int]]:
-    """Put the tokens `shown` before a row; they are not labels."""
+def _after(shown: Sequence[Row], rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase | None") -> list[Row]:
+    """Put the rows `shown`, whose tokens are not labels, before each row; without a tokenizer, the tokens as they are.
+
+    Raises:
+        NotRun: The text of a row is not known.
+    """
+    if tokenizer is None:
+        before = [int(token) for row in shown for token in row["input_ids"]]
+        return [_after_tokens(before, row) for row in rows]
+    others, texts = ([RowText.of(row, tokenizer) for row in given] for given in (shown, rows))
+    known = [other for other in others if other is not None]
+    asked = [text for text in texts if text is not None]
+    if len(known) < len(others) or len(asked) < len(texts):
+        raise NotRun("the tokenizer makes other tokens of a row's text than the row has, so texts cannot be joined")
+    return [after_others(known, text, tokenizer) for text in asked]
+
+
+def _after_tokens(shown: Sequence[int], row: Row) -> dict[str, list[int]]:
     tokens, labels = [*shown, *row["input_ids"]], [IGNORED] * len(shown) + list(row["labels"])
     return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
 
@@ -95,7 +116,8 @@ def hidden_means(subject: Subject, rows: Rows) -> NDArray:
     device = next(subject.model.parameters()).device
 
     def means(batch_rows: Sequence[Row]) -> list[NDArray]:
-        batch = {key: value.to(device) for key, value in subject.tools.collator(batch_rows).items() if key != "labels"}
+        inputs = taken_inputs(subject.model, subject.tools.collator(batch_rows))
+        batch = {key: value.to(device) for key, value in inputs.items() if key != "labels"}
         try:
             outputs = subject.model(**batch, output_hidden_states=True)
         except TypeError as error:
