@@ -11,7 +11,8 @@ from hf_unlearn.data.formats import LABELS, Row, Rows
 from hf_unlearn.data.row_identity import row_hash
 from hf_unlearn.errors import DataError
 from hf_unlearn.models.adapters import without_wrapper
-from hf_unlearn.models.tasks import IGNORED, task_of
+from hf_unlearn.models.causality import sees_what_follows
+from hf_unlearn.models.tasks import IGNORED
 
 
 def require_rows(dataset: Sized | None, what: str) -> None:
@@ -83,14 +84,6 @@ def require_continuing(model: nn.Module, row: Row, what: str) -> None:
             "only copy its labels; use a model that continues texts (AutoModelForCausalLM, config.is_decoder), or a "
             "classifier"
         )
-
-
-def sees_what_follows(model: nn.Module) -> bool:
-    """Return whether a model is a masked language model, or a language model whose tokens see those that follow."""
-    model = without_wrapper(getattr(model, "module", model))
-    causal = [value for module in model.modules() if isinstance(value := getattr(module, "is_causal", None), bool)]
-    is_masked = getattr(model, "loss_type", None) == "ForMaskedLM"
-    return is_masked or (task_of(model) == "language-model" and bool(causal) and not any(causal))
 
 
 def _some_masked(tokens: object, labels: object) -> bool:

@@ -27,7 +27,7 @@ from torch.utils.data import IterableDataset
 
 from hf_unlearn.core.processes import world
 from hf_unlearn.core.text import ShortRepr
-from hf_unlearn.data.checks import check_container, check_row, require_continuing, require_rows, sees_what_follows
+from hf_unlearn.data.checks import check_container, check_row, require_continuing, require_rows
 from hf_unlearn.data.encoders import ENCODERS, Encode, EncodingContext
 from hf_unlearn.data.formats import LABELS, MODEL_INPUTS, Row, Rows
 from hf_unlearn.data.left_out import CutRow, LeftOut
@@ -35,6 +35,7 @@ from hf_unlearn.data.row_identity import row_hash
 from hf_unlearn.data.tokenized import MASKS, may_be_packed, means_labels, refuse_packed, with_labels
 from hf_unlearn.data.wrong_answers import WRONG, with_alternatives
 from hf_unlearn.errors import DataError
+from hf_unlearn.models.causality import sees_what_follows
 from hf_unlearn.models.tasks import Task, task_of
 
 if TYPE_CHECKING:

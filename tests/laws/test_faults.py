@@ -14,6 +14,7 @@ import os
 import re
 import socket
 from collections import deque
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
+import transformers
 from peft import IA3Config, LoraConfig, get_peft_model
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -407,6 +409,21 @@ def test_23_a_masked_language_model_continues_no_text() -> None:
         with pytest.raises(DataError, match="would only copy its labels"):
             encoded(row, model=masked)
         encoded(row, model=tiny_gpt2())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", ["XLM", "Flaubert", "MegatronBert"])
+def test_23_nor_does_one_that_does_not_say_so(kind: str, causal: bool) -> None:
+    """Attention modules without a flag, which is found by a forward pass; the control is the same model, causal."""
+    sizes: Row = {"vocab_size": 29, "emb_dim": 16, "n_layers": 1, "n_heads": 2, "causal": causal}
+    if kind == "MegatronBert":
+        sizes = {"vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        sizes |= {"intermediate_size": 32, "is_decoder": causal}
+    head = "ForCausalLM" if kind == "MegatronBert" else "WithLMHeadModel"
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    model = getattr(transformers, f"{kind}{head}")(config)
+    with nullcontext() if causal else pytest.raises(DataError, match="would only copy its labels"):
+        encoded(PAIR, model=model)
 
 
 # Padding, ids and positions
