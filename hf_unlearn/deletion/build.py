@@ -14,8 +14,9 @@ from torch import nn
 
 from hf_unlearn.core.processes import wait_for_all
 from hf_unlearn.data.batches import default_collator, take
-from hf_unlearn.data.formats import Row
+from hf_unlearn.data.formats import Row, Rows
 from hf_unlearn.data.left_out import cut_records
+from hf_unlearn.data.rehearsal import split_held_out
 from hf_unlearn.data.row_identity import labelled_row_hash
 from hf_unlearn.deletion.arguments import RunArguments
 from hf_unlearn.deletion.checks import ModelPlan, check_run, fine_tuning_settings
@@ -81,7 +82,7 @@ def build_request(
     statistics = _load_statistics(args, config, models, splits.train, fisher, series, timings)
     return DeletionRequest(
         models=models,
-        rows=_request_rows(args, splits, earlier),
+        rows=_request_rows(args, splits, earlier, rehearses=config.build_loss().rehearses),
         statistics=statistics,
         subtract_forget=args.subtract_forget,
         evaluation=EvaluationOptions(
@@ -99,10 +100,17 @@ def build_request(
 # Rows
 
 
-def _request_rows(args: RunArguments, splits: EncodedSplits, earlier: Mapping[str, Sequence[Row]]) -> RequestRows:
+def _request_rows(
+    args: RunArguments, splits: EncodedSplits, earlier: Mapping[str, Sequence[Row]], *, rehearses: bool
+) -> RequestRows:
+    evaluation: dict[str, Rows] = {name: take(rows, args.max_rows) for name, rows in splits.evaluation.items()}
+    rehearsal = None
+    if rehearses and "holdout" in evaluation:
+        rehearsal, evaluation["holdout"] = split_held_out(evaluation["holdout"])
     return RequestRows(
         forget=splits.forget,
-        evaluation={name: take(rows, args.max_rows) for name, rows in splits.evaluation.items()},
+        evaluation=evaluation,
+        rehearsal=rehearsal,
         retain=splits.evaluation.get("retain") if args.use_retain_rows else None,
         forgotten_before=[row for rows in earlier.values() for row in rows] if args.forget_again else (),
         copies=splits.copies,

@@ -254,6 +254,7 @@ class PreparedRequest(ShortRepr):
             rows.retain,
             statistics=self.retain_statistics,
             holdout_dataset=rows.splits.get("holdout"),
+            rehearsal_dataset=rows.rehearsal,
             data_collator=models.collator,
             eval_dataset={"retain": rows.splits["retain"]} if watch_retain else None,
             processing_class=models.processing_class,

@@ -56,6 +56,8 @@ class RequestRows(ShortRepr):
         evaluation: Further rows to evaluate on, by split name: `retain`, `holdout`, ... They are not read while
             unlearning, except by the stopping rules (`holdout`; `retain` with `max_retain_drop`).
         retain: Retain rows for the loss, if it has a retain term.
+        rehearsal: Rows that the model never saw, for a retain term that holds it to the original's predictions
+            (`UnlearningTrainer`); not among those of `evaluation`.
         forgotten_before: Rows of earlier requests to train on again, so that they stay forgotten. They are not
             subtracted from the statistics, and the stopping rule does not look at them.
         copies: Further copies of forget rows that the statistics include. They are subtracted with the forget rows.
@@ -67,6 +69,7 @@ class RequestRows(ShortRepr):
     forget: Rows
     evaluation: Mapping[str, Rows] = field(default_factory=dict)
     retain: Rows | None = None
+    rehearsal: Rows | None = None
     forgotten_before: Rows = ()
     copies: Rows = ()
     source: str = ""

@@ -86,6 +86,11 @@ class UnlearningLoss(ShortRepr):
         return self.alpha > 0 or self.dual is not None
 
     @property
+    def rehearses(self) -> bool:
+        """Whether the retain term holds the model to the original's predictions, so that any rows serve as its rows."""
+        return self.has_retain_term and self.retain == "kl"
+
+    @property
     def all_settings(self) -> dict[str, object]:
         """All settings, with which `build_loss` builds the same loss; for reports and restarts."""
         weights = {"gamma": self.gamma, "alpha": self.alpha, "retain": self.retain}

@@ -40,7 +40,16 @@ AUTO_CLASSES = {
 }
 """The auto class that loads a model, by the Hub's name of its task."""
 REQUEST_FIELDS = ("rows", "source", "date", "number", "commitment")
-METHOD_FIELDS = ("loss", "loss_settings", "constraint", "constraint_settings", "stopped", "steps", "retain_rows_used")
+METHOD_FIELDS = (
+    "loss",
+    "loss_settings",
+    "constraint",
+    "constraint_settings",
+    "stopped",
+    "steps",
+    "retain_rows_used",
+    "rows_rehearsed",
+)
 SUMMARY_FIELDS = ("loss_summary", "constraint_summary")
 STATISTICS_FIELDS = ("rows", "weights", "data")
 COVERAGE_FIELDS = ("protected", "frozen", "exposed")

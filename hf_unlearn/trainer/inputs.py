@@ -23,6 +23,7 @@ from hf_unlearn.data.encoded_checks import check_encoded
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.formats import Rows, rows_of
 from hf_unlearn.data.pairs import PairedCollator, PairedDataset
+from hf_unlearn.data.rehearsal import joined, split_held_out
 from hf_unlearn.errors import SettingsError, StatisticsError
 from hf_unlearn.losses import UnlearningLoss, build_loss
 from hf_unlearn.losses.original_outputs import frozen_copy, original_outputs, reference_outputs
@@ -63,7 +64,8 @@ class TrainerInputs(ShortRepr):
         processing_class: Tokenizer or image processor.
         loss: The loss with its settings.
         collator: Collates plain rows.
-        forget, retain, holdout: Encoded rows; None for sets that were not given.
+        forget, retain, holdout: Encoded rows; None for sets that were not given. Without the rows in `rehearsal`.
+        rehearsal: Encoded rows of the held-out set, or others, that the retain term of the loss reads besides `retain`.
         splits: Encoded rows to evaluate on, by name.
         statistics: Statistics of the retain rows on this model; None for runs without.
         constraint: The constraint, or constraints by layer pattern; None for none.
@@ -77,14 +79,15 @@ class TrainerInputs(ShortRepr):
     forget: "Rows"
     retain: "Rows | None"
     holdout: "Rows | None"
+    rehearsal: "Rows | None"
     splits: dict[str, "Rows"]
     statistics: RetainStatistics | None
     constraint: ConstraintLike
     coverage: Coverage
 
     def training_pairs(self, seed: int) -> PairedDataset:
-        """Return the forget rows, each with a retain row and an alternate answer if the loss reads them."""
-        retain = self.retain if self.loss.has_retain_term else None
+        """Return the forget rows, each with a row of the retain term and an alternate answer if the loss reads them."""
+        retain = joined(self.retain, self.rehearsal) if self.loss.has_retain_term else None
         return PairedDataset(self.forget, retain, seed, bool(self.loss.kind.alternate_answer))
 
     def paired_collator(self, *, attacker: bool) -> PairedCollator:
@@ -100,6 +103,7 @@ def prepare_inputs(
     *,
     statistics: "StatisticsLike | None" = None,
     holdout_dataset: "Rows | None" = None,
+    rehearsal_dataset: "Rows | None" = None,
     eval_dataset: "Mapping[str, Rows] | None" = None,
     data_collator: Collator | None = None,
     processing_class: "ProcessingClass | None" = None,
@@ -107,7 +111,9 @@ def prepare_inputs(
     loss: str | ForgetTerm | UnlearningLoss | None = None,
 ) -> TrainerInputs:
     """Load, encode and check the arguments of `UnlearningTrainer`, which documents them and the errors."""
-    for rows, what in ((forget_dataset, "forget"), (retain_dataset, "retain"), (holdout_dataset, "holdout")):
+    sets = {"forget": forget_dataset, "retain": retain_dataset}
+    sets |= {"holdout": holdout_dataset, "rehearsal": rehearsal_dataset}
+    for what, rows in sets.items():
         check_container(rows, what)
     if isinstance(model, nn.Module):
         network = model
@@ -118,8 +124,10 @@ def prepare_inputs(
     built_loss = args.build_loss() if loss is None else build_loss(loss)
     encode = row_encoder(network, processing_class, args, built_loss)
     forget, retain = encode(forget_dataset, "forget"), encode(retain_dataset, "retain")
-    holdout = encode(holdout_dataset, "holdout")
-    check_rows(built_loss, forget, retain, holdout)
+    holdout, rehearsal = encode(holdout_dataset, "holdout"), encode(rehearsal_dataset, "rehearsal")
+    check_rows(built_loss, forget, retain, joined(holdout, rehearsal))
+    if built_loss.rehearses and rehearsal is None and holdout is not None:
+        rehearsal, holdout = split_held_out(holdout)
     collator = data_collator or default_collator(processing_class)
     constraint = args.build_constraint()
     usable = usable_statistics(network, statistics, retain, collator, args)
@@ -131,7 +139,18 @@ def prepare_inputs(
     if holdout_dataset is not None or args.forget_target is not None:
         splits = {"forget": forget, **splits}
     return TrainerInputs(
-        network, processing_class, built_loss, collator, forget, retain, holdout, splits, usable, constraint, coverage
+        network,
+        processing_class,
+        built_loss,
+        collator,
+        forget,
+        retain,
+        holdout,
+        rehearsal,
+        splits,
+        usable,
+        constraint,
+        coverage,
     )
 
 
@@ -362,7 +381,7 @@ def original_source(
         return frozen_copy(copy.to(args.device))
     if folder is None or not inputs.loss.needs_original:
         return constrainer.original
-    rows = {"forget": inputs.forget, "retain": inputs.retain}
+    rows = {"forget": inputs.forget, "retain": joined(inputs.retain, inputs.rehearsal)}
     if inputs.loss.kind.alternate_answer:
         rows["alternate"] = [row["alternate"] for row in rows_of(inputs.forget)]
     stored = original_outputs(

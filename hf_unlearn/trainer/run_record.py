@@ -89,6 +89,7 @@ def record_run(
         "stopped": trainer.stop_reason,
         "steps": trainer.state.global_step,
         "retain_rows_used": retain_rows,
+        "rows_rehearsed": trainer.rows_rehearsed,
     }
     unused = ("adam_",) if "adam" not in str(args.optim) else ("momentum",)  # settings of other optimizers
     report.settings = {k: v for k, v in args.to_dict().items() if k in _REPORTED and not k.startswith(unused)}

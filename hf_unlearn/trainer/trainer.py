@@ -69,6 +69,9 @@ class UnlearningTrainer(Trainer):
         statistics: Statistics of the retain rows on this model: the object, a folder or a Hub id.
         holdout_dataset: Rows like the forget rows that the model never saw: training stops when forget rows look like
             them (`OverUnlearningCallback`), measured at each evaluation.
+        rehearsal_dataset: Rows that the model never saw, for a retain term that holds the model to the original's
+            predictions (`retain="kl"`), besides `retain_dataset`. By default, every second held-out row: it is not a
+            row to judge by then.
         eval_dataset: More splits by name, evaluated as in Trainer.
         data_collator: Collates plain rows to a batch; the default pads on the right.
         processing_class: Tokenizer or image processor; loaded with `model` if that is a name.
@@ -95,6 +98,7 @@ class UnlearningTrainer(Trainer):
         constrainer: The `StepConstrainer`: drift, leak, original weights.
         coverage: Which parameters are protected, frozen and exposed.
         loss: The loss with its settings.
+        rows_rehearsed: Number of rows that the retain term reads besides `retain_dataset`.
         row_counts: For each set its number of `rows`, and of `rows_cut` and `tokens_cut` at `args.max_length`.
 
     Raises:
@@ -133,6 +137,7 @@ class UnlearningTrainer(Trainer):
         *,
         statistics: "StatisticsLike | None" = None,
         holdout_dataset: "Rows | None" = None,
+        rehearsal_dataset: "Rows | None" = None,
         eval_dataset: "Mapping[str, Rows] | None" = None,
         data_collator: Collator | None = None,
         processing_class: "ProcessingClass | None" = None,
@@ -155,6 +160,7 @@ class UnlearningTrainer(Trainer):
             retain_dataset,
             statistics=statistics,
             holdout_dataset=holdout_dataset,
+            rehearsal_dataset=rehearsal_dataset,
             eval_dataset=eval_dataset,
             data_collator=data_collator,
             processing_class=processing_class,
@@ -193,6 +199,9 @@ class UnlearningTrainer(Trainer):
         self._loss_since_step: Tensor | float = 0.0
         self._batch_counts = True  # false if a micro-batch has no row to push
         self._earlier_stop_reason: str | None = None  # of a run that had ended and was resumed
+        self.rows_rehearsed = (
+            0 if inputs.rehearsal is None or not inputs.loss.has_retain_term else len(inputs.rehearsal)
+        )
         self._stopping_rows = {
             "forget": inputs.forget,
             "holdout": inputs.holdout,
