@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments, get_scheduler
-from transformers.integrations import integration_utils
 
 from hf_unlearn.constraints.base import ConstraintLike
 from hf_unlearn.constraints.registry import CONSTRAINTS, build_constraint
@@ -359,6 +358,8 @@ class UnlearningConfig(TrainingArguments):
 
 def _check_trackers(report_to: str | Sequence[str] | None) -> None:
     """Raise if a tracker is unknown or not installed; Trainer would see it when the model is loaded."""
+    from transformers.integrations import integration_utils  # loads scipy, which help texts do without
+
     known = list(integration_utils.INTEGRATION_TO_CALLBACK)
     for name in [report_to] if isinstance(report_to, str) else report_to or ():
         if name in ("none", "all"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.questions import Letters, questions
+from helpers.questions import letters, questions
 from helpers.texts import tokenizer
 from helpers.tiny import CASES, CLASSES, image_rows, text_rows, tiny_gpt2, tiny_llama, tiny_mlp, tiny_vit, vector_rows
 from hf_unlearn.data.batches import PaddingCollator
@@ -250,10 +250,10 @@ def test_few_shot_prompts_are_the_tokens_of_the_joined_text() -> None:
 
 def test_paraphrased_prompts_ask_for_the_same_answer_with_another_question() -> None:
     raw = [row | {"paraphrased_question": "other"} for row in questions(4)]
-    model, rows = tiny_llama(), encode_dataset(raw, Letters())
+    model, rows = tiny_llama(), encode_dataset(raw, letters())
     (result,) = paraphrased_prompts(subject(model, {"forget": rows}))
     twins = [{"prompt": "other", "completion": row["completion"]} for row in raw]
-    expected = score_rows(model, encode_dataset(twins, Letters()), PaddingCollator()).probability.mean()
+    expected = score_rows(model, encode_dataset(twins, letters()), PaddingCollator()).probability.mean()
     assert result.estimate.value == pytest.approx(expected)
     with pytest.raises(NotRun, match="paraphrased_question"):
         list(paraphrased_prompts(subject(model)))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from helpers import reference_metrics as reference
-from helpers.questions import Letters, questions, tofu_splits
+from helpers.questions import letters, questions, tofu_splits
 from helpers.tiny import (
     CASES,
     image_rows,
@@ -50,15 +50,15 @@ def cached(folder: Path) -> MeasurementTools:
 
 def test_other_answers_are_encoded_next_to_the_answer_and_do_not_reach_the_model() -> None:
     raw = questions(2)
-    rows = encode_dataset(raw, Letters())
-    plain = encode_dataset([{k: r[k] for k in ("prompt", "completion")} for r in raw], Letters())
+    rows = encode_dataset(raw, letters())
+    plain = encode_dataset([{k: r[k] for k in ("prompt", "completion")} for r in raw], letters())
     assert [{k: v for k, v in row.items() if k != ALTERNATIVES} for row in rows] == plain
     for row, given in zip(rows, raw, strict=True):
         others = row[ALTERNATIVES]
         assert [o["input_ids"] for o in others["wrong"]] == [
-            [*Letters().encode(given["prompt"] + wrong), 0] for wrong in given["perturbed_answer"]
+            [*letters().encode(given["prompt"] + wrong), 0] for wrong in given["perturbed_answer"]
         ]
-        assert others["paraphrase"]["labels"] == [-100] * 3 + Letters().encode(given["paraphrased_answer"]) + [0]
+        assert others["paraphrase"]["labels"] == [-100] * 3 + letters().encode(given["paraphrased_answer"]) + [0]
     assert set(PaddingCollator()(rows)) == {"input_ids", "attention_mask", "labels"}
 
 
@@ -67,26 +67,26 @@ def test_a_row_whose_wrong_answers_are_missing_is_an_error_that_names_it(wrong: 
     raw = questions(3)
     raw[1] = raw[1] | {"perturbed_answer": wrong}
     with pytest.raises(DataError, match="row 1 of the forget set needs a list of wrong answers in 'perturbed_answer'"):
-        encode_dataset(raw, Letters(), what="forget")
+        encode_dataset(raw, letters(), what="forget")
 
 
 def test_losses_of_other_answers_are_those_of_the_rows_alone() -> None:
     model, raw = tiny_llama(), questions(4)
-    rows = encode_dataset(raw, Letters())
+    rows = encode_dataset(raw, letters())
     result = measure(["alternatives"], model, rows, TOOLS)
     for row, losses, paraphrase in zip(raw, wrong_losses(result), result["paraphrase_loss"], strict=True):
         own = [{"prompt": row["prompt"], "completion": answer} for answer in row["perturbed_answer"]]
         np.testing.assert_allclose(losses, alone(model, own), rtol=1e-4)
         other = [{"prompt": row["prompt"], "completion": row["paraphrased_answer"]}]
         np.testing.assert_allclose([paraphrase], alone(model, other), rtol=1e-4)
-    without = encode_dataset(questions(4, paraphrase=False), Letters())
+    without = encode_dataset(questions(4, paraphrase=False), letters())
     plain = [{k: v for k, v in row.items() if k != ALTERNATIVES} for row in without]
     own = score_rows(model, plain, PaddingCollator())
     np.testing.assert_allclose(measure(["alternatives"], model, without, TOOLS)["paraphrase_loss"], own.loss, rtol=1e-4)
 
 
 def alone(model: Any, raw: list[dict[str, Any]]) -> np.ndarray:
-    return score_rows(model, encode_dataset(raw, Letters()), PaddingCollator(), batch_size=1).loss
+    return score_rows(model, encode_dataset(raw, letters()), PaddingCollator(), batch_size=1).loss
 
 
 # Generated answers
@@ -96,7 +96,7 @@ def alone(model: Any, raw: list[dict[str, Any]]) -> np.ndarray:
 def test_answers_are_the_most_probable_tokens_one_after_the_other_whatever_the_batch(make: Any) -> None:
     model, rows = make(), text_rows(5, prompt=3)
     rows[1] = rows[1] | {"labels": [-100, *rows[1]["input_ids"][1:]]}  # prompts of several lengths
-    result = generate_answers(model, rows, Letters(), 6, batch_size=5)
+    result = generate_answers(model, rows, letters(), 6, batch_size=5)
     twins = []
     for row in rows:
         tokens = row["input_ids"][: row["labels"].count(-100)]
@@ -104,33 +104,33 @@ def test_answers_are_the_most_probable_tokens_one_after_the_other_whatever_the_b
         while len(new) < 6 and 0 not in new:
             with torch.no_grad():
                 new.append(int(model(torch.tensor([tokens + new])).logits[0, -1].argmax()))
-        twins += Letters().batch_decode([new])
-    assert result == [text.strip() for text in twins] == generate_answers(model, rows, Letters(), 6, batch_size=1)
+        twins += letters().batch_decode([new])
+    assert result == [text.strip() for text in twins] == generate_answers(model, rows, letters(), 6, batch_size=1)
     assert len(set(result)) > 1
 
 
 def test_generation_settings_of_the_model_change_nothing() -> None:
     model, rows = tiny_llama(), text_rows(4)
-    plain = generate_answers(model, rows, Letters(), 6)
+    plain = generate_answers(model, rows, letters(), 6)
     model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0, num_beams=2)
-    assert generate_answers(model, rows, Letters(), 6) == plain
+    assert generate_answers(model, rows, letters(), 6) == plain
     assert model.generation_config.do_sample
 
 
 def test_an_answer_ends_with_the_context_and_a_prompt_that_fills_it_is_an_error() -> None:
     rows = text_rows(2, lengths=(31,), prompt=30)
-    assert len(generate_answers(tiny_gpt2(), rows, Letters(), 200)) == 2  # 32 learnt positions
+    assert len(generate_answers(tiny_gpt2(), rows, letters(), 200)) == 2  # 32 learnt positions
     with pytest.raises(DataError, match="a prompt of 32 tokens fills the context of 32"):
-        generate_answers(tiny_gpt2(), text_rows(2, lengths=(33,), prompt=32), Letters(), 5)
+        generate_answers(tiny_gpt2(), text_rows(2, lengths=(33,), prompt=32), letters(), 5)
 
 
 @pytest.mark.parametrize(
     ("model", "rows", "tokenizer", "error", "message"),
     [
-        (tiny_llama(), text_rows(2, prompt=0), Letters(), DataError, "no prompt to generate from"),
+        (tiny_llama(), text_rows(2, prompt=0), letters(), DataError, "no prompt to generate from"),
         (tiny_llama(), text_rows(2), None, SettingsError, "pass it as processing_class"),
-        (tiny_bert(), text_rows(2), Letters(), ModelError, "BertForSequenceClassification generates no text"),
-        (tiny_llama(), text_rows(2, labels=False), Letters(), DataError, "no sequence of labels"),
+        (tiny_bert(), text_rows(2), letters(), ModelError, "BertForSequenceClassification generates no text"),
+        (tiny_llama(), text_rows(2, labels=False), letters(), DataError, "no sequence of labels"),
     ],
 )
 def test_rows_and_models_that_allow_no_generation_are_errors(
@@ -141,8 +141,8 @@ def test_rows_and_models_that_allow_no_generation_are_errors(
 
 
 def test_true_answers_are_the_labels_as_text() -> None:
-    rows = encode_dataset([{"prompt": "who", "completion": "ann bell"}], Letters())
-    assert true_answers(rows, Letters()) == ["ann bell"] and true_answers(rows, Letters(), 3) == ["ann"]
+    rows = encode_dataset([{"prompt": "who", "completion": "ann bell"}], letters())
+    assert true_answers(rows, letters()) == ["ann bell"] and true_answers(rows, letters(), 3) == ["ann"]
 
 
 # Suites
@@ -157,7 +157,7 @@ def test_the_tofu_suite_equals_metrics_made_of_scores_computed_apart() -> None:
         original=models["original"],
         retrained=models["retrained"],
         metrics=["tofu"],
-        processing_class=Letters(),
+        processing_class=letters(),
         batch_size=4,
     )
     assert {m.name for m in report.metrics} == set(SUITES["tofu"])
@@ -185,7 +185,7 @@ def test_the_tofu_suite_equals_metrics_made_of_scores_computed_apart() -> None:
         parts += [value(name, split), value("rouge_l", split), value("truth_ratio", split)]
     assert value("model_utility", "retain") == pytest.approx(reference.harmonic(parts))
     scores = {
-        (kind, split): score_rows(models[kind], encode_dataset(raw[split], Letters()), PaddingCollator())
+        (kind, split): score_rows(models[kind], encode_dataset(raw[split], letters()), PaddingCollator())
         for kind in models
         for split in ("forget", "holdout")
     }
@@ -202,7 +202,7 @@ def test_the_tofu_suite_equals_metrics_made_of_scores_computed_apart() -> None:
 def test_the_muse_suite_cuts_answers_where_muse_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """A continuation is compared with as many true tokens as are generated, an answer up to the next question."""
     true = {"forget_verbmem": "w" * 200, "forget_knowmem": "a b c d", "retain_knowmem": "a b"}
-    splits = {name: encode_dataset([{"prompt": "who", "completion": text}], Letters()) for name, text in true.items()}
+    splits = {name: encode_dataset([{"prompt": "who", "completion": text}], letters()) for name, text in true.items()}
     splits |= {"forget": text_rows(6), "holdout": text_rows(6, 1)}
     said = {128: "w" * 128, 32: "a b\nQuestion c d"}
     asked: list[int] = []
@@ -213,7 +213,7 @@ def test_the_muse_suite_cuts_answers_where_muse_does(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(measures, "generate_answers", answers)
     report = evaluate_unlearning(
-        tiny_llama(), splits, retrained=tiny_llama(1), metrics=["muse"], processing_class=Letters()
+        tiny_llama(), splits, retrained=tiny_llama(1), metrics=["muse"], processing_class=letters()
     )
     assert {m.name for m in report.metrics} == set(SUITES["muse"]) and sorted(set(asked)) == [32, 128]
     result = {m.name: m.value for m in report.metrics if m.model == "unlearned"}
@@ -237,7 +237,7 @@ def test_the_classification_suite_compares_with_the_retrained_model() -> None:
 
 
 def test_metrics_against_the_retrained_model_are_undefined_without_one_and_give_the_reason() -> None:
-    report = evaluate_unlearning(tiny_llama(), tofu_splits(), metrics=["tofu"], processing_class=Letters())
+    report = evaluate_unlearning(tiny_llama(), tofu_splits(), metrics=["tofu"], processing_class=letters())
     comparing = {name for name in SUITES["tofu"] if METRICS[name].against_retrained}
     undefined = {m.name for m in report.metrics if math.isnan(m.value)}
     assert comparing == undefined == {"forget_quality", "priv_leak", "aggregate", "membership_auc_reference"}
@@ -319,7 +319,7 @@ def test_a_trained_adapter_is_another_model_and_other_wrong_answers_are_other_ro
     raw = questions(2)
     other = [raw[0] | {"perturbed_answer": ["other"]}, raw[1]]
     for count, data in enumerate((raw, other), 1):
-        measure(["alternatives"], plain, encode_dataset(data, Letters()), cached(tmp_path), "key")
+        measure(["alternatives"], plain, encode_dataset(data, letters()), cached(tmp_path), "key")
         assert len(list(tmp_path.iterdir())) == count
 
 

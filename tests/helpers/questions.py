@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 
-class Letters:
-    """A tokenizer of letters: `a` is 1, the 26th is 26, a space 27."""
-
-    eos_token_id, pad_token_id, chat_template = 0, 0, None
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [27 if letter == " " else 1 + (ord(letter) - ord("a")) % 26 for letter in text.lower()]
-
-    def batch_decode(self, rows: Any, skip_special_tokens: bool = True) -> list[str]:
-        return ["".join(" " if t == 27 else chr(ord("a") + int(t) - 1) for t in row if 0 < t < 28) for row in rows]
+def letters() -> PreTrainedTokenizerFast:
+    """A tokenizer of letters: `a` is 1, the 26th is 26, a space 27; all other characters are `z`."""
+    vocabulary = {"<end>": 0, **{chr(ord("a") + i): 1 + i for i in range(26)}, " ": 27}
+    tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="z"))
+    tokens.normalizer = normalizers.Lowercase()
+    tokens.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokens.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>", pad_token="<end>")
 
 
 def questions(n: int, seed: int = 0, paraphrase: bool = True) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from helpers.questions import Letters, questions
+from helpers.questions import letters, questions
 from helpers.tiny import tiny_llama
 from hf_unlearn.core.processes import leave
 from hf_unlearn.data.encoding import encode_dataset
@@ -20,7 +20,7 @@ from hf_unlearn.errors import ModelError
 from hf_unlearn.evaluation.attacks.auditing import AuditSettings, audit
 from hf_unlearn.evaluation.evaluate import evaluate_unlearning
 
-FORGET, HOLDOUT = encode_dataset(questions(7), Letters()), encode_dataset(questions(5, 1), Letters())
+FORGET, HOLDOUT = encode_dataset(questions(7), letters()), encode_dataset(questions(5, 1), letters())
 NAMES = ["loss", "rouge_l", "truth_ratio", "membership_auc_min_k_plus_plus", "forget_quality"]
 
 
@@ -31,7 +31,7 @@ def judged(model: torch.nn.Module, names: list[str], cache: Path | None) -> list
         metrics=names,
         batch_size=2,
         retrained=tiny_llama(1),
-        processing_class=Letters(),
+        processing_class=letters(),
         cache_dir=cache,
     )
     return [[m.name, m.split, m.model, m.n, m.value] for m in report.metrics]
@@ -72,7 +72,7 @@ def main(folder: Path, processes: int) -> None:
         original=whole,
         retrained=tiny_llama(1),
         settings=settings,
-        processing_class=Letters(),
+        processing_class=letters(),
         batch_size=2,
     )
     found["audit"] = [[m.name, m.split, m.model, m.n, m.value] for m in report.metrics]
