@@ -90,6 +90,8 @@ def test_every_loss_runs_under_every_constraint_with_and_without_retain_rows(
         model.load_state_dict(first)
         own = NEEDED.get(name, {}) | {"retain": "kl"}
         options = {"statistics": statistics}
+        if LOSSES[name].reads_reference:
+            options["reference_model"] = tiny_llama(seed=9)
         if name == "idk":  # the rows already have its answers
             own, options = {}, options
         trainer = make(

@@ -1,0 +1,134 @@
+"""Laws of a reference model and of rehearsal: predictions go to the reference's, are stored once, and rows that are
+rehearsed are not rows to judge by."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.tiny import collate, sharpen, text_rows, tiny_llama
+from helpers.training import FORGET, HOLDOUT, RETAIN, settings
+from hf_unlearn.errors import SettingsError
+from hf_unlearn.losses import build_loss
+from hf_unlearn.losses.original_outputs import INDEX
+from hf_unlearn.models.forward import predict
+from hf_unlearn.trainer.trainer import UnlearningTrainer
+
+MORE = text_rows(9, seed=3)
+
+
+def base() -> nn.Module:
+    return sharpen(tiny_llama(seed=9))
+
+
+def model() -> nn.Module:
+    return sharpen(tiny_llama())
+
+
+def made(folder: Path, alpha: float = 0.0, reference: Any = None, **options: Any) -> UnlearningTrainer:
+    options.setdefault("constraint", "none")
+    names = ("holdout_dataset", "rehearsal_dataset")
+    sets = {name: options.pop(name) for name in names if name in options}
+    changes: dict[str, Any] = {"loss": "to_reference", "loss_settings": {"alpha": alpha}, "learning_rate": 2e-2}
+    args = settings(folder, **{**changes, "max_steps": 30, "eval_strategy": "no", "row_stopping": False, **options})
+    return UnlearningTrainer(model(), args, FORGET, reference_model=reference, **sets)
+
+
+def smaller() -> nn.Module:
+    other = tiny_llama()
+    other.resize_token_embeddings(17)
+    return other
+
+
+@torch.no_grad()
+def distance(one: nn.Module, other: nn.Module, rows: Any = FORGET) -> float:
+    log_p_LV, log_q_LV = (predict(m.eval(), collate(rows)).logits_LV.log_softmax(-1) for m in (one, other))
+    return (log_p_LV.exp() * (log_p_LV - log_q_LV)).sum(-1).mean().item()
+
+
+def test_predictions_go_to_those_of_the_reference(tmp_path: Path) -> None:
+    trainer = made(tmp_path, reference=base())
+    before = distance(base(), trainer.model)
+    trainer.train()
+    assert distance(base(), trainer.model) < 0.3 * before
+    pushed = UnlearningTrainer(
+        model(), settings(tmp_path, loss="ce_u", constraint="none", learning_rate=2e-2, max_steps=30), FORGET
+    )
+    pushed.train()
+    assert distance(base(), pushed.model) > before  # control: a loss without a target
+
+
+def test_a_folder_and_a_model_give_the_same_run_and_predictions_are_stored_once(tmp_path: Path) -> None:
+    base().save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    weights = []
+    for number, reference in enumerate((base(), tmp_path / "base", str(tmp_path / "base"))):
+        trainer = made(tmp_path / str(number), reference=reference)
+        trainer.train()
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
+    stored = tmp_path / "0" / "reference_outputs"
+    assert json.loads((stored / INDEX).read_text())["contents"] == {"forget": "logits"}
+    times = {path.name: path.stat().st_mtime_ns for path in stored.iterdir()}
+    made(tmp_path / "0", reference=base())
+    assert times == {path.name: path.stat().st_mtime_ns for path in stored.iterdir()}
+    with pytest.raises(SettingsError, match="original outputs of other weights"):
+        made(tmp_path / "0", reference=sharpen(tiny_llama(seed=10)))
+
+
+def test_the_setting_names_it_too(tmp_path: Path) -> None:
+    base().save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    assert made(tmp_path / "run", reference_model=str(tmp_path / "base")).loss.name == "to_reference"
+
+
+def test_a_reference_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
+    cases = {
+        "pass reference_model": None,
+        "the model's own weights": model(),
+        "has 17 token embeddings and the model 29": smaller(),
+    }
+    for message, reference in cases.items():
+        with pytest.raises(SettingsError, match=message) as error:
+            made(tmp_path, reference=reference)
+        assert "\n" not in str(error.value)
+
+
+# Rehearsal
+
+
+def test_rehearsed_rows_are_every_second_held_out_row_and_not_judged_by(tmp_path: Path) -> None:
+    trainer = made(tmp_path, 3.0, base(), holdout_dataset=MORE)
+    judged = trainer._stopping_rows["holdout"]
+    assert judged is not None and trainer.rows_rehearsed == 4
+    assert [judged[i] for i in range(len(judged))] == MORE[::2]
+    assert [trainer.train_dataset[i]["retain"] for i in range(4)] != [] and trainer.train_dataset.retain is not None
+    assert {str(row) for row in MORE[1::2]} == {str(trainer.train_dataset.retain[i]) for i in range(4)}
+    assert trainer.report().method["rows_rehearsed"] == 4
+    control = made(tmp_path, 0.0, base(), holdout_dataset=MORE)  # no retain term: all rows are judged by
+    assert control.rows_rehearsed == 0 and len(control._stopping_rows["holdout"] or ()) == len(MORE)
+    few = made(tmp_path, 3.0, base(), holdout_dataset=MORE[:3])
+    assert few.rows_rehearsed == 0 and len(few._stopping_rows["holdout"] or ()) == 3
+
+
+def test_rows_of_the_own_choice_are_rehearsed_beside_retain_rows(tmp_path: Path) -> None:
+    args = settings(tmp_path, loss="npo", loss_settings={"retain": "kl"}, constraint="none")
+    trainer = UnlearningTrainer(model(), args, FORGET, RETAIN, rehearsal_dataset=MORE, holdout_dataset=HOLDOUT)
+    assert trainer.rows_rehearsed == len(MORE) and len(trainer.train_dataset.retain or ()) == len(MORE) + len(RETAIN)
+    assert len(trainer._stopping_rows["holdout"] or ()) == len(HOLDOUT)
+    likelihood = settings(tmp_path, loss="npo", constraint="none")  # its retain term would learn held-out rows by heart
+    assert UnlearningTrainer(model(), likelihood, FORGET, RETAIN, holdout_dataset=MORE).rows_rehearsed == 0
+    assert build_loss("npo").has_retain_term
+
+
+def test_rehearsed_rows_keep_their_predictions(tmp_path: Path) -> None:
+    drift = {}
+    for alpha in (0.0, 10.0):
+        trainer = made(tmp_path / str(alpha), alpha, base(), holdout_dataset=MORE)
+        trainer.train()
+        drift[alpha] = distance(model(), trainer.model, MORE[1::2]), distance(base(), trainer.model)
+    assert drift[10.0][0] < 0.5 * drift[0.0][0]
+    assert drift[10.0][1] < distance(base(), model())  # and the forget rows still go to the reference
