@@ -63,7 +63,7 @@ def grid_cells(args: BenchmarkArguments, config: UnlearningConfig) -> list[Cell]
         seed_args = replace(args, fine_tune_seed=args.fine_tune_seed + seed)
         for method in methods:
             for constraint in constraints:
-                cell_config = _cell_config(config, method, constraint, seed, changes)
+                cell_config = with_reference(args, _cell_config(config, method, constraint, seed, changes))
                 cells.append(Cell(method, constraint, seed, seed_args, cell_config))
     return cells
 

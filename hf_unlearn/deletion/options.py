@@ -9,6 +9,7 @@ from hf_unlearn.core.text import one_line
 from hf_unlearn.deletion.arguments import RunArguments
 from hf_unlearn.deletion.request import AdapterOptions
 from hf_unlearn.errors import SettingsError
+from hf_unlearn.trainer.config import UnlearningConfig
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -46,6 +47,27 @@ def peft_config(args: RunArguments) -> LoraConfig | None:
         )
     except (ValueError, TypeError) as error:
         raise SettingsError(f"LoRA settings: {one_line(error)}") from error
+
+
+def with_reference(args: RunArguments, config: UnlearningConfig) -> UnlearningConfig:
+    """Return the settings of a run whose loss has the target that it needs: with `fine_tune`, the model before it.
+
+    >>> config = UnlearningConfig("out", loss="to_reference", use_cpu=True)
+    >>> with_reference(RunArguments(model_name_or_path="base", fine_tune=True), config).reference_model
+    'base'
+
+    Raises:
+        SettingsError: There is none.
+    """
+    loss = config.build_loss()
+    if not loss.reference_contents or config.reference_model is not None:
+        return config
+    if not args.fine_tune:
+        raise SettingsError(
+            f"loss {loss.name!r} needs the checkpoint before fine-tuning; pass it as --reference_model, or choose a "
+            "loss without a reference"
+        )
+    return config.but(reference_model=args.model_name_or_path)
 
 
 def card_facts(args: RunArguments) -> dict[str, str | list[str]]:
