@@ -68,7 +68,9 @@ SECRET = "secret"
 encoded row has the texts in the same column, as a list, and their tokens in `content_mask`."""
 CONTENT_RULE = "content_rule"
 """The column of an encoded row with the name of the rule that made its `content_mask`."""
-CONTENT_COLUMNS = (CONTENT_MASK, CONTENT_RULE, SECRET)
+PHRASES = "content_phrases"
+"""The column of an encoded row with the texts of its content, by which a generated answer is judged."""
+CONTENT_COLUMNS = (CONTENT_MASK, CONTENT_RULE, PHRASES, SECRET)
 """Columns of encoded rows that say what is content; no model reads them."""
 WORDS = ("tokens", "words")
 TAGS = ("ner_tags", "pos_tags", "tags", "labels")

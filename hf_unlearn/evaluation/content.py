@@ -277,8 +277,8 @@ def score_content_predictions(predictions: Predictions) -> Tensor:
     """Return the scores of each row of a batch: `[B, S]`, float64, in the order of the fields of `ContentScores`.
 
     >>> predictions = Predictions(
-    ...     torch.tensor([[1.0, 0.0], [0.0, 1.0]]), labels_L=torch.tensor([0, 0]), rows_L=torch.tensor([0, 0]), n_rows=1,
-    ...     content_L=torch.tensor([True, False]))
+    ...     torch.tensor([[1.0, 0.0], [0.0, 1.0]]), labels_L=torch.tensor([0, 0]), rows_L=torch.tensor([0, 0]),
+    ...     n_rows=1, content_L=torch.tensor([True, False]))
     >>> score_content_predictions(predictions).round(decimals=3).tolist()
     [[0.313, 1.313, 1.0, 1.0, 1.0]]
 
