@@ -13,6 +13,7 @@ from hf_unlearn.deletion.request import DeletionRequest
 from hf_unlearn.deletion.samples import ForgetSamples, with_answers_after
 from hf_unlearn.evaluation.evaluate import encode_splits, evaluate_unlearning, mark_content
 from hf_unlearn.evaluation.measurements import MeasurementTools
+from hf_unlearn.evaluation.metrics.base import TEST
 from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.models.loading import load_model
 from hf_unlearn.models.tasks import Collator, task_of
@@ -28,8 +29,8 @@ class ReferenceResults(ShortRepr):
         metrics: Their metrics.
         entropies: Their output entropies on the forget set, in nats, by model.
         samples: Sample answers of the original model.
-        splits: The encoded rows that were evaluated; those of the forget set say which of their labels are content
-            under the original model.
+        splits: The rows that were evaluated; those of the forget set are encoded, and say which of their labels are
+            content under the original model.
     """
 
     metrics: Sequence[MetricValue]
@@ -88,9 +89,10 @@ def evaluate_next_to_references(
 def _marked_splits(
     request: DeletionRequest, trainer: UnlearningTrainer, config: UnlearningConfig, collator: Collator
 ) -> dict[str, Rows]:
-    """Return the encoded splits, whose forget rows say which labels are content if the metrics read it."""
+    """Return the splits; encoded forget and held-out rows say which labels are content if the metrics read it."""
     models, options = request.models, request.evaluation
-    splits = encode_splits(request.rows.splits, models.processing_class, trainer.model)
+    splits = {name: rows for name, rows in request.rows.splits.items() if name in ("forget", *TEST.split("|"))}
+    splits = encode_splits(splits, models.processing_class, trainer.model)
     tools = MeasurementTools.build(models.processing_class, collator, config.per_device_eval_batch_size)
     name = options.reference_model
 
@@ -98,7 +100,8 @@ def _marked_splits(
     def reference() -> Iterator[nn.Module]:
         yield load_model(str(name), task_of(models.original)).to(next(models.original.parameters()).device)
 
-    return mark_content(splits, options.metrics, trainer.original_model, None if name is None else reference, tools)
+    marked = mark_content(splits, options.metrics, trainer.original_model, None if name is None else reference, tools)
+    return {**request.rows.splits, **marked}
 
 
 def _reference_results(
