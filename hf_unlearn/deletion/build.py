@@ -84,7 +84,7 @@ def build_request(
         evaluation=EvaluationOptions(
             metrics=metric_names(args),
             cache_dir=cache_folder(args.cache_dir),
-            reference_model=config.reference_model,
+            reference_model=config.reference_model or _fine_tuned_model(args, plan, last),
             sample_answers=_samples(args, splits.forget, tokenizer),
         ),
         adapter=adapter_options(args),
@@ -95,6 +95,12 @@ def build_request(
 
 
 # Rows
+
+
+def _fine_tuned_model(args: RunArguments, plan: ModelPlan, last: str | None) -> str | None:
+    """Return the checkpoint that the run fine-tunes to make the original: it does not know the forget rows."""
+    is_tuned = args.fine_tune and last is None and not plan.new_head
+    return args.model_name_or_path if is_tuned else None
 
 
 def _samples(args: RunArguments, forget: Sequence[Row], tokenizer: ProcessingClass) -> ForgetSamples | None:
