@@ -91,12 +91,15 @@ class EvaluationOptions:
     Attributes:
         metrics: Names of metrics or suites, as in `evaluate_unlearning`.
         cache_dir: Folder that keeps what was measured, so that no model is scored twice on the same rows.
+        reference_model: Folder or Hub id of the checkpoint before the original was fine-tuned, which shows what the
+            original has learned from the forget rows.
         sample_answers: Return answers of a model to show in the report (`prompt` and `answer`). It is called with the
             original and with the unlearned model.
     """
 
     metrics: Sequence[str] | None = None
     cache_dir: Path | None = None
+    reference_model: str | None = None
     sample_answers: Callable[[nn.Module], list[dict[str, str]]] | None = None
 
 

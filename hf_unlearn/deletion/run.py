@@ -155,7 +155,12 @@ class FinishedModel(ShortRepr):
 
 
 def evaluate_finished(
-    args: RunArguments, original: str | None, batch_size: int, seed: int, max_length: int | None = 512
+    args: RunArguments,
+    original: str | None,
+    batch_size: int,
+    seed: int,
+    max_length: int | None = 512,
+    reference: str | None = None,
 ) -> UnlearningReport:
     """Evaluate a finished model.
 
@@ -165,16 +170,19 @@ def evaluate_finished(
         batch_size: Rows in a forward pass.
         seed: Seed of the bootstrap.
         max_length: Longest row in tokens, as in `run`; longer rows are cut.
+        reference: Name of the model before it was fine-tuned on the rows.
 
     Raises:
         UnlearningError: Something that cannot be loaded or evaluated.
     """
-    finished = FinishedModel.load(args, check_finished(args, original), original, max_length)
+    plan = check_finished(args, original, reference=reference)
+    finished = FinishedModel.load(args, plan, original, max_length)
     return evaluate_unlearning(
         finished.model,
         finished.splits,
         original=finished.original,
         retrained=finished.retrained,
+        reference=load_model(reference, plan.task) if reference else None,
         metrics=metric_names(args),
         processing_class=finished.processing_class,
         collator=finished.collator,
