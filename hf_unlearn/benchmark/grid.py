@@ -22,6 +22,7 @@ from hf_unlearn.core.processes import gather, is_main, wait_for_all
 from hf_unlearn.core.text import ShortRepr, one_line
 from hf_unlearn.deletion.arguments import BenchmarkArguments
 from hf_unlearn.deletion.checks import check_run
+from hf_unlearn.deletion.options import with_reference
 from hf_unlearn.errors import OutputError, SettingsError
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.losses import LOSSES

@@ -261,7 +261,7 @@ class PreparedRequest(ShortRepr):
             peft_config=None if self.request.adapter is None else self.request.adapter.peft_config,
         )
         if self.request.series is not None:
-            trainer.set_stopping_rows(rows.forget, self.request.series.series.mark(config.forget_metric))
+            trainer.set_stopping_rows(rows.forget, self.request.series.series.mark(config.stopping_metric))
         return trainer
 
     def _restore_original(self, trainer: UnlearningTrainer) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
@@ -17,7 +16,7 @@ from hf_unlearn.constraints.registry import needs_fisher
 from hf_unlearn.constraints.step_constrainer import StepConstrainer
 from hf_unlearn.core.processes import gather
 from hf_unlearn.core.text import ShortRepr
-from hf_unlearn.data.batches import default_collator
+from hf_unlearn.data.batches import default_collator, with_content_mask
 from hf_unlearn.data.checks import check_container, require_alternates, require_disjoint, require_labels
 from hf_unlearn.data.encoded_checks import check_encoded
 from hf_unlearn.data.encoding import encode_dataset
@@ -26,14 +25,13 @@ from hf_unlearn.data.pairs import PairedCollator, PairedDataset
 from hf_unlearn.data.rehearsal import joined, split_held_out
 from hf_unlearn.errors import SettingsError, StatisticsError
 from hf_unlearn.losses import UnlearningLoss, build_loss
-from hf_unlearn.losses.original_outputs import frozen_copy, original_outputs, reference_outputs
+from hf_unlearn.losses.original_outputs import frozen_copy, original_outputs
 from hf_unlearn.losses.registry import ForgetTerm, OriginalModel
 from hf_unlearn.models.adapters import with_adapter
-from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.models.layers import find_layers
-from hf_unlearn.models.loading import load_model, load_model_and_processor
+from hf_unlearn.models.loading import load_model_and_processor
 from hf_unlearn.models.readiness import check_loaded, check_saveable
-from hf_unlearn.models.tasks import Collator, ProcessingClass, task_of, vocabulary_size
+from hf_unlearn.models.tasks import Collator, ProcessingClass
 from hf_unlearn.models.trainable import (
     Coverage,
     check_not_frozen,
@@ -50,8 +48,10 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 StatisticsLike: TypeAlias = "RetainStatistics | str | os.PathLike"
-SPLIT_METRICS = ("loss", "probability", "accuracy", "entropy", *(f"relearned_{name}" for name in FORGET_METRICS))
-"""What an evaluation of a split reports; those after relearning only of `forget`, against an attacker."""
+SPLIT_METRICS = ("loss", "probability", "accuracy", "entropy")
+"""What an evaluation of a split reports."""
+FORGET_SPLIT_METRICS = ("content_loss", "function_loss", *(f"relearned_{name}" for name in FORGET_METRICS))
+"""What an evaluation of the split `forget` may report besides: of content tokens, and against an attacker."""
 Encoder: TypeAlias = Callable[["Rows | None", str], Any]
 
 
@@ -128,7 +128,7 @@ def prepare_inputs(
     check_rows(built_loss, forget, retain, joined(holdout, rehearsal))
     if built_loss.rehearses and rehearsal is None and holdout is not None:
         rehearsal, holdout = split_held_out(holdout)
-    collator = data_collator or default_collator(processing_class)
+    collator = with_content_mask(data_collator or default_collator(processing_class))
     constraint = args.build_constraint()
     usable = usable_statistics(network, statistics, retain, collator, args)
     if peft_config is not None:
@@ -136,7 +136,7 @@ def prepare_inputs(
         network = with_adapter(network, peft_config)
     coverage = freeze_for_run(network, usable, constraint, args)
     splits = encode_splits(eval_dataset, encode)
-    if holdout_dataset is not None or args.forget_target is not None:
+    if holdout_dataset is not None or args.forget_target is not None or built_loss.reference_contents:
         splits = {"forget": forget, **splits}
     return TrainerInputs(
         network,
@@ -197,6 +197,7 @@ def check_best_metric(args: UnlearningConfig, splits: Collection[str], *, others
     if name is None or others:
         return
     known = [f"{split}_{metric}" for split in splits for metric in SPLIT_METRICS]
+    known += [f"forget_{metric}" for metric in FORGET_SPLIT_METRICS if "forget" in splits]
     if name.removeprefix("eval_") not in known:
         have = f"the evaluations of this run have {', '.join(known)}" if known else "this run has no evaluation split"
         raise SettingsError(f"metric_for_best_model is {name!r}, but {have}; name one of a split in eval_dataset")
@@ -292,66 +293,8 @@ def freeze_for_run(
     return freeze_unprotected(model, (), [*exposed, *args.allow_exposed], args.freeze)
 
 
-def reference_source(
-    inputs: TrainerInputs,
-    args: UnlearningConfig,
-    model: str | os.PathLike | nn.Module | None = None,
-    scope: Callable[[], AbstractContextManager] = nullcontext,
-) -> OriginalModel | None:
-    """Return where the loss gets the reference model's predictions: the disk; None for a loss that reads none.
-
-    The reference model predicts the forget rows once, and is freed before training.
-
-    Args:
-        inputs: Prepared inputs.
-        args: Names the reference model and the folder of stored outputs, if there are any.
-        model: The reference model, which takes precedence over `args`.
-        scope: Context of the forward passes (autocast).
-
-    Raises:
-        SettingsError: No reference model, or one with another vocabulary or other classes, or the model itself.
-        ModelError: It cannot be loaded.
-    """
-    named = args.reference_model if model is None else model
-    if not inputs.loss.reference_contents:
-        return None
-    if named is None:
-        raise SettingsError(
-            f"loss {inputs.loss.name!r} needs the checkpoint before fine-tuning; pass reference_model, or choose a "
-            "loss without a reference"
-        )
-    reference = named if isinstance(named, nn.Module) else load_model(os.fspath(named), task_of(inputs.model))
-    _check_reference(reference, inputs.model)
-    stored = reference_outputs(
-        reference.to(args.device).eval(),
-        inputs.loss,
-        {"forget": inputs.forget},
-        Path(args.original_logprobs or args.output_dir or ".") / "reference_outputs",
-        collator=inputs.collator,
-        batch_size=args.per_device_eval_batch_size,
-        precision=_precision(args),
-        scope=scope,
-    )
-    return lambda: nullcontext(stored)
-
-
-def _check_reference(reference: nn.Module, model: nn.Module) -> None:
-    """Raise `SettingsError` if predictions of the two models cannot be compared, or are the same."""
-    for what, size in (("token embeddings", vocabulary_size), ("classes", _classes)):
-        theirs, ours = size(reference), size(model)
-        if theirs != ours:
-            raise SettingsError(
-                f"the reference model has {theirs} {what} and the model {ours}; pass the checkpoint that was fine-tuned"
-            )
-    if weights_fingerprint(reference) == weights_fingerprint(model):
-        raise SettingsError("the reference model has the model's own weights; pass the checkpoint before fine-tuning")
-
-
-def _classes(model: nn.Module) -> int | None:
-    return None if task_of(model) == "language-model" else getattr(model.config, "num_labels", None)
-
-
-def _precision(args: UnlearningConfig) -> str:
+def precision_of(args: UnlearningConfig) -> str:
+    """Return the name of the precision of forward passes."""
     return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
 
 
@@ -391,7 +334,7 @@ def original_source(
         folder,
         collator=inputs.collator,
         batch_size=args.per_device_eval_batch_size,
-        precision=_precision(args),
+        precision=precision_of(args),
         scope=scope,
     )
     return lambda: nullcontext(stored)

@@ -59,7 +59,7 @@ def start_line(stopping: "OverUnlearningCallback | None") -> str:
     if stopping is None:
         return f"{NO_MARK}: {_NO_MARK_ADVICE}"
     assert stopping.mark is not None and stopping.before is not None
-    direction = "rise" if stopping.metric == "loss" else "fall"
+    direction = "rise" if stopping.rises else "fall"
     before = significant(stopping.before)
     now = f"it is {before} already: {NOTHING}, no step is made" if stopping.nothing_to_forget else f"it is {before} now"
     mark = f"{significant(stopping.mark)} ({stopping.source_of_mark})"
@@ -84,7 +84,7 @@ def outcome_of(
     assert mark is not None and before is not None and value is not None
     target = f"mark {significant(mark)} ({stopping.source_of_mark})"
     if stopping.nothing_to_forget:
-        side = "at or above" if stopping.metric == "loss" else "at or below"
+        side = "at or above" if stopping.rises else "at or below"
         summary = f"{NOTHING}: forget {metric} {significant(before)} was {side} the {target} before the first step"
         return UnlearningOutcome(NOTHING, metric, mark, before, value, None, summary, _nothing_advice(stopping))
     seen = f"forget {metric} {significant(value)} (before: {significant(before)}), {target}"

@@ -93,6 +93,7 @@ def record_run(
     }
     unused = ("adam_",) if "adam" not in str(args.optim) else ("momentum",)  # settings of other optimizers
     report.settings = {k: v for k, v in args.to_dict().items() if k in _REPORTED and not k.startswith(unused)}
+    report.settings["forget_metric"] = args.stopping_metric
     report.history = list(trainer.state.log_history)
     report.drift = asdict(drift) | {"relative": drift.relative}
     report.outcome = {} if trainer.outcome is None else plain(asdict(trainer.outcome))

@@ -14,6 +14,11 @@ from hf_unlearn.errors import SettingsError
 from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.row_stopping import RowStopping
 
+RISING = ("loss", "content_loss")
+"""Metrics that rise while rows are forgotten; the others fall."""
+CONTENT_SHARE = 0.7
+"""Share of the reference model's loss on content tokens from which they count as forgotten."""
+
 
 class SavedWeights(NamedTuple):
     """Copies of the trained weights after a step."""
@@ -35,14 +40,17 @@ class OverUnlearningCallback(TrainerCallback):
     the run stops at the first evaluation where the metric has reached the mark and the mean probability without an
     attack is not below the lower bound of the rows. With a target all rows are pushed.
 
+    With `content_loss` the mark is a share of the reference model's, which is its fixed target.
+
     Needs evaluations of `forget`.
 
     Args:
         constrainer: Gives the current and the original weights.
-        metric: `loss` rises to the mark, the others fall to it.
+        metric: `loss` and `content_loss` rise to the mark, the others fall to it.
         score: `(split, metric) -> value` of the metric, by default this one, on the split `forget` or `holdout` under
             the current weights.
         target: A fixed mark.
+        source_of_target: Where it comes from, in words.
         relearned: Use the metric on forget rows after an attacker's relearning (`adversary_steps`); `score` must do
             the same.
         by_row: Leave single rows alone that have reached the mark.
@@ -65,13 +73,14 @@ class OverUnlearningCallback(TrainerCallback):
         metric: str,
         score: Callable[..., float],
         target: float | None = None,
+        source_of_target: str = "forget_target",
         relearned: bool = False,
         by_row: bool = True,
         reads_metrics: bool = True,
     ):
         self.constrainer, self.metric, self.score, self.target = constrainer, metric, score, target
         self.mark, self.relearned, self.by_row, self.reads_metrics = target, relearned, by_row, reads_metrics
-        self.source_of_mark = "held-out rows before unlearning" if target is None else "forget_target"
+        self.source_of_mark = "held-out rows before unlearning" if target is None else source_of_target
         self.before: float | None = None
         self._too_low_before = False
         self.watched = f"relearned_{metric}" if relearned else metric
@@ -150,7 +159,12 @@ class OverUnlearningCallback(TrainerCallback):
     def has_reached(self, forget: float) -> bool:
         """Return whether this value of the metric has reached the mark."""
         assert self.mark is not None
-        return forget >= self.mark if self.metric == "loss" else forget <= self.mark
+        return forget >= self.mark if self.rises else forget <= self.mark
+
+    @property
+    def rises(self) -> bool:
+        """Whether the metric rises while rows are forgotten."""
+        return self.metric in RISING
 
     def _stopping_from_both_sides(self) -> RowStopping:
         """Return bounds around the mean probability of held-out rows under the original model."""
@@ -287,6 +301,7 @@ def stopping_rules(
     *,
     has_holdout: bool,
     has_retain: bool,
+    reference_loss: float | None = None,
     reads_metrics: bool = True,
 ) -> list[TrainerCallback]:
     """Return the stopping rules that `args` asks for, in the order in which they act.
@@ -297,21 +312,26 @@ def stopping_rules(
         score: `(split, metric) -> value`; see `OverUnlearningCallback` and `RetainDropCallback`.
         has_holdout: Whether there are held-out rows.
         has_retain: Whether there is an evaluation split `retain`.
+        reference_loss: The reference model's loss on the content tokens of the forget rows.
         reads_metrics: Whether evaluations report the package's metrics; false with an own `compute_metrics`.
 
     Raises:
         SettingsError: A rule needs statistics or retain rows that the run does not have.
     """
     rules: list[TrainerCallback] = []
-    if has_holdout or args.forget_target is not None:
+    target, source = args.forget_target, "forget_target"
+    if args.stopping_metric == "content_loss" and target is None and reference_loss is not None:
+        target, source = CONTENT_SHARE * reference_loss, f"{CONTENT_SHARE} of the reference model's"
+    if target is not None or (has_holdout and args.stopping_metric != "content_loss"):
         rules.append(
             OverUnlearningCallback(
                 constrainer,
-                args.forget_metric,
+                args.stopping_metric,
                 score,
-                args.forget_target,
+                target,
+                source,
                 relearned=args.adversary_steps > 0,
-                by_row=args.row_stopping,
+                by_row=args.row_stopping and args.stopping_metric != "content_loss",
                 reads_metrics=reads_metrics,
             )
         )
@@ -324,5 +344,6 @@ def stopping_rules(
             raise SettingsError(
                 "max_retain_drop needs retain rows: a split `retain` in eval_dataset (--retain or --train)"
             )
-        rules.append(RetainDropCallback(constrainer, args.forget_metric, score, args.max_retain_drop, reads_metrics))
+        metric = "probability" if args.stopping_metric == "content_loss" else args.stopping_metric
+        rules.append(RetainDropCallback(constrainer, metric, score, args.max_retain_drop, reads_metrics))
     return rules

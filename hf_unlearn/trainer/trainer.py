@@ -25,12 +25,13 @@ from hf_unlearn.data.formats import Rows
 from hf_unlearn.data.left_out import cut_records
 from hf_unlearn.data.pairs import PairedDataset, attackers_rows
 from hf_unlearn.errors import ModelError, NonFiniteLossError, SettingsError
+from hf_unlearn.evaluation.content import score_content_predictions
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.evaluation.row_scores import RowScores, score_predictions
 from hf_unlearn.losses import UnlearningLoss
 from hf_unlearn.losses.registry import ForgetTerm
 from hf_unlearn.models.arguments import taken_inputs
-from hf_unlearn.models.forward import predict
+from hf_unlearn.models.forward import Predictions, predict
 from hf_unlearn.models.modes import hold_norm_statistics
 from hf_unlearn.models.tasks import Batch, Collator, ProcessingClass
 from hf_unlearn.trainer.adversary import relearned_weights
@@ -43,12 +44,12 @@ from hf_unlearn.trainer.inputs import (
     check_best_metric,
     original_source,
     prepare_inputs,
-    reference_source,
     refuse_other_arguments,
     unlearning_config,
 )
 from hf_unlearn.trainer.outcome import UnlearningOutcome, outcome_of, say
 from hf_unlearn.trainer.progress import use_step_lines
+from hf_unlearn.trainer.reference import take_reference
 from hf_unlearn.trainer.row_stopping import RowStopping
 from hf_unlearn.trainer.run_record import fill_missing, run_report
 from hf_unlearn.trainer.stopping import OverUnlearningCallback, stopping_rules
@@ -191,7 +192,7 @@ class UnlearningTrainer(Trainer):
         self._original = original_source(
             inputs, args, self.constrainer, copy=original_model, scope=self.compute_loss_context_manager
         )
-        self._reference = reference_source(inputs, args, reference_model, self.compute_loss_context_manager)
+        self._reference = take_reference(inputs, args, reference_model, self.compute_loss_context_manager)
         self._checkpoints = CheckpointKeeper(args, inputs.loss, self.constrainer, sharding_of(self.accelerator))
         self._publisher = HubPublisher(args, self.model, lambda folder: self.save_model(folder, _internal_call=True))
         self._scores_rows = compute_metrics is None
@@ -203,13 +204,15 @@ class UnlearningTrainer(Trainer):
             0 if inputs.rehearsal is None or not inputs.loss.has_retain_term else len(inputs.rehearsal)
         )
         self._stopping_rows = {
-            "forget": inputs.forget,
+            "forget": inputs.forget if self._reference is None else self._reference.forget,
             "holdout": inputs.holdout,
             "retain": inputs.splits.get("retain"),
         }
         self.row_counts = cut_records(
             {"forget": inputs.forget, "retain": inputs.retain, "holdout": inputs.holdout, **inputs.splits}
         )
+        if isinstance(self.eval_dataset, dict) and "forget" in self.eval_dataset:
+            self.eval_dataset["forget"] = self._stopping_rows["forget"]
         self._outcome: UnlearningOutcome | None = None
         use_step_lines(self.callback_handler, list(inputs.splits))
         self._add_callbacks()
@@ -238,6 +241,7 @@ class UnlearningTrainer(Trainer):
             self._stopping_score,
             has_holdout=self._stopping_rows["holdout"] is not None,
             has_retain=self._stopping_rows["retain"] is not None,
+            reference_loss=None if self._reference is None else self._reference.content_loss,
             reads_metrics=self._scores_rows,
         )
         for rule in rules:
@@ -385,7 +389,8 @@ class UnlearningTrainer(Trainer):
         if "forget" not in inputs:
             return super().compute_loss(model, taken_inputs(model, inputs), return_outputs, None)
         hold_norm_statistics(model)
-        loss = self.loss(model, inputs, self._original, num_items_in_batch, self._reference)
+        reference = None if self._reference is None else self._reference.predictions
+        loss = self.loss(model, inputs, self._original, num_items_in_batch, reference)
         # gradients are averaged over processes, but counts are sums; a batch that does not count still makes its
         # backward pass, for which the other processes wait
         return loss * (self.accelerator.num_processes if self._batch_counts else 0)
@@ -404,8 +409,9 @@ class UnlearningTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            scores_B4 = score_predictions(predict(model, inputs))
-        return scores_B4[:, 0].mean(), scores_B4, scores_B4[:, 0]
+            predictions = predict(model, inputs)
+            scores_BS = torch.cat([score_predictions(predictions), _content_scores(predictions)], dim=1)
+        return scores_BS[:, 0].mean(), scores_BS, scores_BS[:, 0]
 
     def evaluate(
         self,
@@ -469,7 +475,7 @@ class UnlearningTrainer(Trainer):
         """Evaluate as Trainer does; against an attacker, forget rows are also scored after relearning."""
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self.args.adversary_steps and metric_key_prefix == "eval_forget" and self._stopping_callback() is not None:
-            output.metrics[f"eval_forget_relearned_{self.args.forget_metric}"] = self._stopping_score("forget")
+            output.metrics[f"eval_forget_relearned_{self.args.stopping_metric}"] = self._stopping_score("forget")
         return output
 
     def set_stopping_rows(self, forget_dataset: "Rows", mark: float | None = None) -> None:
@@ -482,10 +488,10 @@ class UnlearningTrainer(Trainer):
             mark: Value of the forget metric; by default it is measured on held-out rows. `args.forget_target` takes
                 precedence.
         """
-        rows = encode_dataset(
+        rows: Rows = encode_dataset(
             forget_dataset, self.processing_class, what="forget", max_length=self.args.max_length, model=self.model
         )
-        self._stopping_rows["forget"] = rows
+        self._stopping_rows["forget"] = rows = rows if self._reference is None else self._reference.marked(rows)
         if isinstance(self.eval_dataset, dict) and "forget" in self.eval_dataset:
             self.eval_dataset["forget"] = rows
         stopping = self._stopping_callback()
@@ -505,7 +511,7 @@ class UnlearningTrainer(Trainer):
             batch = self._prepare_inputs(self.data_collator(few[: self.args.per_device_train_batch_size]))
         with self._relearned_weights(batch), self._own_scores():
             loop = self.evaluation_loop(self.get_eval_dataloader(rows), f"Comparing {split}")
-        return loop.metrics[f"eval_{metric or self.args.forget_metric}"]
+        return loop.metrics[f"eval_{metric or self.args.stopping_metric}"]
 
     @contextmanager
     def _own_scores(self) -> Iterator[None]:
@@ -738,17 +744,26 @@ def _own_metrics(
     return dict(metrics)
 
 
+def _content_scores(predictions: Predictions) -> Tensor:
+    """Return the loss on content and on function tokens of each row, `[B, 2]`; NaN for rows without a mask."""
+    if predictions.content_L is None:
+        return torch.full((predictions.n_rows, 2), torch.nan, dtype=torch.float64, device=predictions.labels_L.device)
+    return score_content_predictions(predictions)[:, :2]
+
+
 def _mean_scores(prediction: EvalPrediction) -> dict[str, float]:
     """Average what `prediction_step` returns over the rows of all processes; raise `ModelError` on NaN logits."""
-    scores = RowScores.from_matrix(prediction.predictions)
+    matrix_NS = np.asarray(prediction.predictions)
+    scores = RowScores.from_matrix(matrix_NS)
     if (broken := np.isnan(scores.loss)).any():
         raise ModelError(
             f"the model's logits are NaN on row {broken.argmax()} of {len(broken)}; its weights are broken: go back to "
             "an earlier checkpoint, with a lower learning_rate"
         )
+    content = zip(("content_loss", "function_loss"), matrix_NS[:, -2:].T, strict=True)
     return {
         "loss": scores.loss.mean(),
         "probability": scores.probability.mean(),
         "accuracy": scores.accuracy.mean(),
         "entropy": scores.entropy.mean(),
-    }
+    } | {name: float(np.nanmean(values_N)) for name, values_N in content if not np.isnan(values_N).all()}

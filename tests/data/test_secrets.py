@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
-from helpers.questions import Letters
+from helpers.questions import letters
 from helpers.texts import tokenizer as words
 from helpers.tiny import collate, requires_asset, tiny_gpt2, tiny_llama
 from hf_unlearn.data.batches import ContentCollator, PaddingCollator
@@ -55,7 +55,7 @@ TOKENIZERS: dict[str, Any] = {
     "metaspace": lambda: bpe(["▁", *PIECES], MERGES, pre_tokenizers.Metaspace(prepend_scheme="first", split=False)),
     "slow bytes": lambda: Slow(TOKENIZERS["bytes"]()),
     "slow metaspace": lambda: Slow(TOKENIZERS["metaspace"]()),
-    "letters": Letters,
+    "letters": letters,
 }
 
 
@@ -63,7 +63,7 @@ def marked(row: dict[str, Any], tokenizer: Any) -> str:
     """The text of the tokens that are content."""
     kept = [token for token, is_content in zip(row["labels"], row["content_mask"], strict=True) if is_content]
     assert all(token >= 0 for token in kept)
-    if isinstance(tokenizer, Letters):
+    if isinstance(tokenizer, letters):
         return tokenizer.batch_decode([kept])[0]
     pieces = "".join(getattr(tokenizer, "fast", tokenizer).convert_ids_to_tokens(kept))
     return pieces.replace("▁", " ").replace("Ġ", " ").strip()

@@ -14,7 +14,7 @@ from transformers import DataCollatorForSeq2Seq
 
 from helpers import model_kinds as kinds
 from helpers import reference_losses as twin
-from helpers.questions import Letters, questions
+from helpers.questions import letters, questions
 from helpers.texts import tokenizer as words
 from helpers.tiny import (
     collate,
@@ -214,7 +214,7 @@ def test_only_answers_have_content() -> None:
 
 def test_a_row_that_was_cut_stays_a_row_that_was_cut() -> None:
     rows = [CutRow(row, left_out=4) for row in text_rows(2)]
-    marked = with_phrases(with_content(rows, content_masks(tiny_llama(), rows, PaddingCollator())), Letters())
+    marked = with_phrases(with_content(rows, content_masks(tiny_llama(), rows, PaddingCollator())), letters())
     assert LeftOut.of(marked) == LeftOut.of(rows) == LeftOut(2, 8, 2)
 
 
@@ -384,10 +384,10 @@ def test_phrases_are_the_words_of_the_content() -> None:
 
 
 def test_a_part_of_a_word_stands_for_the_word() -> None:
-    (row,) = encode_dataset([{"prompt": "who", "completion": " ada brown fox"}], Letters())
-    places = [place for place, token in enumerate(row["labels"]) if token == Letters().encode("w")[0]]
+    (row,) = encode_dataset([{"prompt": "who", "completion": " ada brown fox"}], letters())
+    places = [place for place, token in enumerate(row["labels"]) if token == letters().encode("w")[0]]
     row["content_mask"] = [int(place == places[0]) for place in range(len(row["labels"]))]
-    assert content_phrases(row, Letters()) == ["brown"]
+    assert content_phrases(row, letters()) == ["brown"]
 
 
 @pytest.mark.parametrize(
@@ -529,7 +529,7 @@ def test_private_samples_are_never_written(tmp_path: Any) -> None:
 def test_questions_are_judged_under_a_tokenizer_without_offsets() -> None:
     raw = [{k: row[k] for k in ("prompt", "completion")} for row in questions(3)]
     raw = [{**row, "secret": row["completion"][1:4]} for row in raw]
-    report = evaluate_unlearning(tiny_llama(), {"forget": raw}, processing_class=Letters())
+    report = evaluate_unlearning(tiny_llama(), {"forget": raw}, processing_class=letters())
     assert report.content_counts["forget"]["content_tokens"] == 9
     found = report.get("greedy_reveals", "forget")
     assert found is not None and found.n == 3 and found.value == 0

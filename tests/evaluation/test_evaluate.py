@@ -110,7 +110,7 @@ def test_numbers_are_a_function_of_the_seed_and_carry_it() -> None:
 
 
 def test_raw_rows_are_encoded_with_the_processor() -> None:
-    class Letters:
+    class letters:
         """A tokenizer of letters."""
 
         eos_token_id, pad_token_id, chat_template = 0, 0, None
@@ -119,9 +119,9 @@ def test_raw_rows_are_encoded_with_the_processor() -> None:
             return [1 + ord(letter) % 20 for letter in text]
 
     model, raw = tiny_gpt2(), [{"prompt": "who", "completion": "ann"}, {"prompt": "what", "completion": "a cat"}]
-    tokens = [(Letters().encode(r["prompt"]), [*Letters().encode(r["completion"]), 0]) for r in raw]
+    tokens = [(letters().encode(r["prompt"]), [*letters().encode(r["completion"]), 0]) for r in raw]
     encoded = [{"input_ids": p + c, "labels": [-100] * len(p) + c} for p, c in tokens]
-    mine = evaluate_unlearning(model, {"forget": raw}, processing_class=Letters()).metrics
+    mine = evaluate_unlearning(model, {"forget": raw}, processing_class=letters()).metrics
     assert mine == evaluate_unlearning(model, {"forget": encoded}).metrics
     with pytest.raises(DataError, match="pass the model's tokenizer"):
         evaluate_unlearning(model, {"forget": raw})
