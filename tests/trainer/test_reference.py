@@ -7,16 +7,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from helpers.tiny import collate, sharpen, text_rows, tiny_llama
+from helpers.tiny import collate, sharpen, text_class_rows, text_rows, tiny_bert, tiny_llama
 from helpers.training import FORGET, HOLDOUT, RETAIN, settings
-from hf_unlearn.errors import SettingsError
+from hf_unlearn.data.batches import PaddingCollator
+from hf_unlearn.errors import DataError, SettingsError
+from hf_unlearn.evaluation.content import content_masks, score_content, with_content
 from hf_unlearn.losses import build_loss
 from hf_unlearn.losses.original_outputs import INDEX
 from hf_unlearn.models.forward import predict
+from hf_unlearn.trainer.stopping import CONTENT_SHARE
 from hf_unlearn.trainer.trainer import UnlearningTrainer
 
 MORE = text_rows(9, seed=3)
@@ -132,3 +136,66 @@ def test_rehearsed_rows_keep_their_predictions(tmp_path: Path) -> None:
         drift[alpha] = distance(model(), trainer.model, MORE[1::2]), distance(base(), trainer.model)
     assert drift[10.0][0] < 0.5 * drift[0.0][0]
     assert drift[10.0][1] < distance(base(), model())  # and the forget rows still go to the reference
+
+
+# Stopping by content
+
+
+def test_the_mark_is_a_share_of_the_reference_models_content_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = made(tmp_path, reference=base(), eval_strategy="steps", eval_steps=1, max_steps=200)
+    masks = content_masks(model(), FORGET, PaddingCollator(), base())
+    marked = with_content(FORGET, masks, base())
+    assert 0 < sum(map(sum, masks)) < sum(len(row["labels"]) for row in FORGET)
+    level = np.nanmean(score_content(base(), marked, PaddingCollator()).content_loss)
+    trainer.train()
+    outcome, log = trainer.outcome, trainer.state.log_history
+    assert outcome is not None and outcome.metric == "content_loss" and outcome.status == "reached"
+    assert outcome.mark == pytest.approx(CONTENT_SHARE * level, rel=1e-5)
+    measured = score_content(trainer.model, marked, PaddingCollator())
+    assert outcome.value == pytest.approx(np.nanmean(measured.content_loss), rel=1e-5) and outcome.value >= outcome.mark
+    lines = [line for line in log if "eval_forget_content_loss" in line]
+    assert lines and all(line["eval_forget_content_loss"] < outcome.mark for line in lines[:-1])
+    assert lines[-1]["eval_forget_function_loss"] == pytest.approx(np.nanmean(measured.function_loss), rel=1e-5)
+    assert "forget content_loss has to rise to" in (err := capsys.readouterr().err) and "content loss" in err
+    assert trainer.report().settings["forget_metric"] == "content_loss"
+    assert all("content_mask" not in row for row in FORGET)  # the user's rows are not changed
+
+
+def test_other_metrics_stop_as_before(tmp_path: Path) -> None:
+    trainer = made(tmp_path, reference=base(), holdout_dataset=HOLDOUT, forget_metric="probability")
+    trainer.train()
+    assert trainer.outcome is not None and trainer.outcome.metric == "probability"
+    assert trainer._reference is not None and trainer._reference.content_loss is None
+
+
+def test_without_content_there_is_nothing_to_forget(tmp_path: Path) -> None:
+    """A model that finds no label of the rows more likely than its reference has not learned them."""
+    near = model()
+    with torch.no_grad():
+        next(near.parameters()).add_(1e-4)
+    with pytest.raises(DataError, match="nothing to forget: the model finds no label of the 4 forget rows"):
+        made(tmp_path, reference=near)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": "ce_u", "forget_metric": "content_loss"}, "is compared with a reference model; choose loss"),
+        ({"loss": "to_reference", "adversary_steps": 2}, "compares probabilities, not content_loss"),
+        ({"loss": "ce_u", "forget_metric": "content"}, "did you mean"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=message):
+        settings(tmp_path, **changes)
+
+
+def test_a_classifier_has_no_content(tmp_path: Path) -> None:
+    rows = text_class_rows(4)
+    args = settings(tmp_path, loss="to_reference", constraint="none")
+    with pytest.raises(SettingsError, match="set forget_metric to probability or accuracy"):
+        UnlearningTrainer(tiny_bert(), args, rows, reference_model=tiny_bert(seed=3))
+    args = settings(tmp_path / "other", loss="to_reference", constraint="none", forget_metric="accuracy")
+    UnlearningTrainer(tiny_bert(), args, rows, reference_model=tiny_bert(seed=3)).train()
