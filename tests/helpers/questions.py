@@ -10,10 +10,13 @@ import numpy as np
 class Letters:
     """A tokenizer of letters: `a` is 1, the 26th is 26, a space 27."""
 
-    eos_token_id, pad_token_id, chat_template = 0, 0, None
+    eos_token_id, pad_token_id, bos_token_id, chat_template = 0, 0, None, None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [27 if letter == " " else 1 + (ord(letter) - ord("a")) % 26 for letter in text.lower()]
+
+    def decode(self, tokens: Any, **options: Any) -> str:
+        return self.batch_decode([tokens])[0]
 
     def batch_decode(self, rows: Any, skip_special_tokens: bool = True) -> list[str]:
         return ["".join(" " if t == 27 else chr(ord("a") + int(t) - 1) for t in row if 0 < t < 28) for row in rows]
