@@ -36,6 +36,7 @@ def own_batches(rows: Rows | RowStream, collator: Collator, batch_size: int) -> 
     Every process gets the same number of batches, because every process takes part in each forward pass of a sharded
     model. Batches that only fill up the number do not count.
     """
+    collator = with_content_mask(collator)
     generator = torch.Generator()  # a loader draws a seed even without shuffling; the global state must not change
     share: Rows | RowStream = rows
     counted = True
@@ -77,6 +78,8 @@ class PaddingCollator:
         """Return the batch: tensors `[B, ...]` by argument name of the model."""
         batch = {}
         for name in rows[0]:
+            if name in CONTENT_COLUMNS and name != CONTENT_MASK:  # an empty list of texts would make a tensor
+                continue
             required = name in (*LABELS, *MODEL_INPUTS, "attention_mask")
             some_or_all = any if required else all  # an input that only some rows have is an error, not left out
             if not some_or_all(_is_number_like(row.get(name)) for row in rows):

@@ -314,7 +314,6 @@ def score_content(model: nn.Module, rows: Rows, collator: Collator, batch_size: 
     Raises:
         DataError: The rows have no `content_mask`.
     """
-    collator = with_content_mask(collator)
     return ContentScores.from_matrix(map_predictions(score_content_predictions, model, rows, collator, batch_size))
 
 

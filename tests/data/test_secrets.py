@@ -14,14 +14,16 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 from helpers.questions import letters
 from helpers.texts import tokenizer as words
 from helpers.tiny import collate, requires_asset, tiny_gpt2, tiny_llama
-from hf_unlearn.data.batches import ContentCollator, PaddingCollator
+from hf_unlearn.data.batches import ContentCollator, PaddingCollator, own_batches
 from hf_unlearn.data.encoded_checks import check_encoded
 from hf_unlearn.data.encoding import encode_dataset
+from hf_unlearn.data.pairs import PairedCollator, PairedDataset
 from hf_unlearn.data.row_identity import batch_hashes, labelled_batch_hashes, labelled_row_hash, row_hash
 from hf_unlearn.errors import DataError
 from hf_unlearn.models.arguments import taken_inputs
 from hf_unlearn.models.forward import predict
 from hf_unlearn.models.loading import load_tokenizer
+from hf_unlearn.statistics.collect import collect_statistics
 
 ENDED = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -251,6 +253,24 @@ def test_a_collator_of_transformers_makes_the_same_batch(side: str) -> None:
         ContentCollator(lambda rows: {"labels": torch.tensor([[1, 2]])})(rows)
     some = [rows[0], {name: value for name, value in rows[1].items() if name != "content_mask"}]
     assert "content_mask" not in ContentCollator(PaddingCollator())(some)
+
+
+def test_pairs_and_statistics_read_rows_with_secrets_through_any_collator() -> None:
+    tokenizer, rows = words(None), masked_rows()
+    pairs = PairedDataset(rows, rows)
+    for collator in (DataCollatorForSeq2Seq(tokenizer), PaddingCollator(tokenizer.pad_token_id)):
+        batch = PairedCollator(collator)([pairs[0], pairs[1]])
+        assert {"input_ids", "labels", "content_mask"} <= set(batch["forget"])
+        ((whole, _),) = own_batches(rows, collator, 2)
+        assert whole["content_mask"].shape == whole["labels"].shape
+        assert collect_statistics(tiny_llama(), rows, collator=collator, progress=False).layers
+
+
+def test_only_the_mask_becomes_a_tensor() -> None:
+    rows = [{**row, "content_phrases": [], "content_rule": "secret"} for row in masked_rows()]
+    assert set(collate(rows)) == {"input_ids", "attention_mask", "labels", "content_mask"}
+    others = [{**row, "numbers": []} for row in masked_rows()]  # negative control: an empty list may be numbers
+    assert "numbers" in collate(others)
 
 
 def test_a_mask_of_another_length_than_the_labels_is_refused() -> None:
