@@ -50,23 +50,14 @@ def peft_config(args: RunArguments) -> LoraConfig | None:
 
 
 def with_reference(args: RunArguments, config: UnlearningConfig) -> UnlearningConfig:
-    """Return the settings of a run whose loss has the target that it needs: with `fine_tune`, the model before it.
+    """Return the settings of a run that fine-tunes, with the model before it as reference model of its loss.
 
     >>> config = UnlearningConfig("out", loss="to_reference", use_cpu=True)
     >>> with_reference(RunArguments(model_name_or_path="base", fine_tune=True), config).reference_model
     'base'
-
-    Raises:
-        SettingsError: There is none.
     """
-    loss = config.build_loss()
-    if not loss.reference_contents or config.reference_model is not None:
+    if not args.fine_tune or config.reference_model is not None or not config.build_loss().reference_contents:
         return config
-    if not args.fine_tune:
-        raise SettingsError(
-            f"loss {loss.name!r} needs the checkpoint before fine-tuning; pass it as --reference_model, or choose a "
-            "loss without a reference"
-        )
     return config.but(reference_model=args.model_name_or_path)
 
 

@@ -11,7 +11,7 @@ A row whose `secret` the user has named keeps the mask that was made of it.
 Shapes: B rows, L label positions, N rows of a data set, S scores a row.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, fields
 from itertools import groupby
@@ -28,13 +28,12 @@ from hf_unlearn.data.encoding import EncodedList
 from hf_unlearn.data.formats import CONTENT_RULE, SECRET, Row, Rows, rows_of
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.evaluation.row_scores import CHUNK, map_predictions, map_rows
-from hf_unlearn.models.forward import Predictions, counted_labels, label_positions, predict, writes_answers
-from hf_unlearn.models.tasks import CONTENT_MASK, IGNORED, Collator, shifts_labels, vocabulary_size
+from hf_unlearn.models.forward import Predictions, predict, writes_answers
+from hf_unlearn.models.short_context import label_places, short_rows
+from hf_unlearn.models.tasks import CONTENT_MASK, IGNORED, Collator, vocabulary_size
 
 THRESHOLD = 2.0
 """Nats by which the original must find a content token more likely than the substitute."""
-CONTEXT = 3
-"""Tokens that the original sees of a row as its own substitute."""
 MOST_SHORT_ROWS = 512
 """Most short rows in a forward pass."""
 
@@ -72,7 +71,7 @@ def short_context_losses(model: nn.Module, rows: Rows, collator: Collator, batch
 
     An encoder-decoder sees the last `CONTEXT` tokens of its input and of its answer.
     """
-    short = [list(_short_rows(model, row)) for row in rows_of(rows)]
+    short = [list(short_rows(model, row)) for row in rows_of(rows)]
     padding = PaddingCollator(getattr(collator, "pad_token_id", 0))
     size = min(MOST_SHORT_ROWS, max(batch_size, CHUNK // max(vocabulary_size(model) or 1, 1)))
     all_short = [row for of_row in short for row in of_row]
@@ -84,51 +83,12 @@ SUBSTITUTES: dict[str, Substitute] = {"reference": label_losses, "short context"
 """The rules by which content is guessed, by the name that reports give them."""
 
 
-def _short_rows(model: nn.Module, row: Row) -> Iterator[dict[str, Any]]:
-    """Yield for each predicted label of a row a row that has only the last tokens before it."""
-    labels = [int(label) for label in row["labels"]]
-    seen = [True] * len(row["input_ids"]) if row.get("attention_mask") is None else [*map(bool, row["attention_mask"])]
-    tokens = [int(token) for token in row["input_ids"]]
-    if shifts_labels(model):
-        for place in label_places(model, row):
-            before = [token for token, is_seen in zip(tokens[:place], seen[:place], strict=True) if is_seen][-CONTEXT:]
-            yield {"input_ids": [*before, labels[place]], "labels": [*[IGNORED] * len(before), labels[place]]}
-        return
-    source = [token for token, is_seen in zip(tokens, seen, strict=True) if is_seen][-CONTEXT:]
-    written = _decoder_inputs(model, labels)
-    for place in label_places(model, row):
-        before = written[: place + 1][-CONTEXT:]
-        own = [*[IGNORED] * (len(before) - 1), labels[place]]
-        yield {"input_ids": source, "decoder_input_ids": before, "labels": own}
-
-
-def _decoder_inputs(model: nn.Module, labels: Sequence[int]) -> list[int]:
-    """Return what an encoder-decoder reads to predict the labels: a start token, then the labels but the last."""
-    inner = getattr(model, "module", model)
-    prepare = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
-    if prepare is not None:
-        device = next(model.parameters()).device
-        return [int(token) for token in prepare(labels=torch.tensor([labels], device=device))[0]]
-    config = getattr(inner, "config", None)
-    names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
-    start = next((value for name in names if (value := getattr(config, name, None)) is not None), 0)
-    return [start, *(max(label, 0) for label in labels[:-1])]
-
-
 # Masks
 
 
 def has_content_rows(model: nn.Module, rows: Rows) -> bool:
     """Return whether the labels of rows are tokens of answers under this model, so that some may be content."""
     return writes_answers(model) and "input_ids" in rows[0] and np.ndim(rows[0].get("labels", 0)) == 1
-
-
-def label_places(model: nn.Module, row: Row) -> list[int]:
-    """Return the places of a row's labels that the model predicts."""
-    inputs = {key: torch.as_tensor(row[key])[None] for key in ("attention_mask",) if row.get(key) is not None}
-    inputs["labels"] = torch.as_tensor(row["labels"])[None]
-    places = label_positions(model, counted_labels(model, inputs))[0].nonzero()[:, 0]
-    return (places + shifts_labels(model)).tolist()
 
 
 def content_masks(
@@ -207,6 +167,28 @@ def rule_of(row: Row | None, reference: object = None) -> str:
     if row is not None and row.get(CONTENT_MASK) is not None:
         return row.get(CONTENT_RULE) or SECRET
     return "short context" if reference is None else "reference"
+
+
+def substitute_loss(
+    model: nn.Module, rows: Rows, collator: Collator, reference: nn.Module | None = None, batch_size: int = 16
+) -> float:
+    """Return the mean loss on content tokens of the substitute: over each row's tokens, then over rows; NaN for none.
+
+    Args:
+        model: The original model.
+        rows: Rows with masks.
+        collator: Makes batches of rows.
+        reference: As in `content_masks`.
+        batch_size: Rows per forward pass.
+    """
+    substitute = SUBSTITUTES[rule_of(None, reference)]
+    means = []
+    for row, losses in zip(
+        rows_of(rows), substitute(model if reference is None else reference, rows, collator, batch_size), strict=True
+    ):
+        chosen = np.asarray([row[CONTENT_MASK][place] for place in label_places(model, row)], dtype=bool)
+        means += [losses[chosen].mean()] if chosen.any() else []
+    return float(np.mean(means)) if means else float("nan")
 
 
 def with_content(rows: Rows, masks: Sequence[Mask], reference: object = None) -> EncodedList:

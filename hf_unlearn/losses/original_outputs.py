@@ -29,10 +29,11 @@ from hf_unlearn.data.formats import Row, Rows
 from hf_unlearn.data.row_identity import labelled_batch_hashes, rows_to_text
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.losses.base import UnlearningLoss
-from hf_unlearn.losses.registry import Content, OriginalModel
+from hf_unlearn.losses.registry import Content, OriginalModel, Predict
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.models.forward import Hidden, Predictions, counted_labels, label_positions, predict
 from hf_unlearn.models.modes import eval_mode
+from hf_unlearn.models.short_context import CONTEXT, predict_from_short_context
 from hf_unlearn.models.tasks import IGNORED, Batch, Collator
 
 FORMAT = 1
@@ -85,10 +86,15 @@ def reference_outputs(
     batch_size: int = 8,
     precision: str = "fp32",
     scope: Callable[[], AbstractContextManager] = nullcontext,
+    short_context: bool = False,
 ) -> "StoredOutputs":
-    """As `original_outputs`, of the reference model and what `loss` reads of it (`reference_contents`)."""
+    """As `original_outputs`, of the reference model and what `loss` reads of it (`reference_contents`).
+
+    With `short_context`, `model` is its own reference and predicts each label from the last tokens before it.
+    """
     contents, present = loss.reference_contents, {part: data for part, data in rows.items() if data is not None}
-    return _stored(model, contents, None, present, Path(folder), collator, batch_size, precision, scope)
+    predictor = predict_from_short_context if short_context else predict
+    return _stored(model, contents, None, present, Path(folder), collator, batch_size, precision, scope, predictor)
 
 
 def _stored(
@@ -101,6 +107,7 @@ def _stored(
     batch_size: int,
     precision: str,
     scope: Callable[[], AbstractContextManager],
+    predictor: Predict = predict,
 ) -> "StoredOutputs":
     keys = {part: _row_keys(present[part], collator, batch_size) for part in contents}
     index = {
@@ -110,9 +117,10 @@ def _stored(
         "contents": contents,
         "layer": layer if "hidden" in contents.values() else None,
         "precision": precision,
+        "context": None if predictor is predict else CONTEXT,
     }
     if not gather((target / INDEX).is_file())[0]:  # decided before anything is written, so that all processes agree
-        _write(model, layer, present, target, index, contents, collator, batch_size, scope)
+        _write(model, layer, present, target, index, contents, collator, batch_size, scope, predictor)
     return StoredOutputs(target, index)
 
 
@@ -141,6 +149,7 @@ def _write(
     collator: Collator,
     batch_size: int,
     scope: Callable[[], AbstractContextManager],
+    predictor: Predict,
 ) -> None:
     device = next(model.parameters()).device
     folder_scope: AbstractContextManager[Path | None] = replace_folder(target) if is_main() else nullcontext()
@@ -150,7 +159,7 @@ def _write(
             for batch in _loader(rows[part], collator, batch_size):
                 inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
                 with scope():
-                    predictions = predict(model, inputs, False, layer if content == "hidden" else None)
+                    predictions = predictor(model, inputs, False, layer if content == "hidden" else None)
                 shards.add(labelled_batch_hashes(inputs), predictions, content)
         shards.flush()
         if new_folder is not None:

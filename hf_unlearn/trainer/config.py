@@ -107,7 +107,7 @@ class UnlearningConfig(TrainingArguments):
     reference_model: str | None = setting(
         None,
         "Folder or Hub id of a reference model for the loss to_reference: the checkpoint before it was fine-tuned on "
-        "the forget rows.",
+        "the forget rows. Without one, the model's own prediction from a short context is the target.",
     )
 
     # The constraint, and the length of a step.

@@ -1,4 +1,8 @@
-"""What a run takes from its reference model, the checkpoint before the model was fine-tuned on the forget rows."""
+"""What a run takes from its reference model, the checkpoint before the model was fine-tuned on the forget rows.
+
+Without such a checkpoint the original model is its own reference: it predicts each label from a short context
+(`models.short_context`).
+"""
 
 import os
 from collections.abc import Callable
@@ -6,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
 from hf_unlearn.core.text import ShortRepr
@@ -18,7 +21,7 @@ from hf_unlearn.evaluation.content import (
     content_masks,
     content_record,
     has_content_rows,
-    score_content,
+    substitute_loss,
     with_content,
 )
 from hf_unlearn.losses.original_outputs import reference_outputs
@@ -41,11 +44,13 @@ class Reference(ShortRepr):
         predictions: Gives the loss the reference model's predictions of the forget rows, from disk.
         forget: The forget rows, with a mask of their content tokens if their labels are tokens of answers.
         content_loss: The reference model's mean loss on these tokens, in nats; None without a mask.
+        source: Where that comes from, in words.
     """
 
     predictions: OriginalModel
     forget: Rows
     content_loss: float | None
+    source: str
 
     def marked(self, rows: Rows) -> Rows:
         """Return rows that are among the forget rows, with their masks."""
@@ -73,24 +78,26 @@ def take_reference(
         None for a loss that reads no reference model.
 
     Raises:
-        SettingsError: No reference model, or one with another vocabulary or other classes, or the model itself.
+        SettingsError: A reference model with another vocabulary or other classes, or the model itself; or none for
+            rows whose labels are not the tokens of answers.
         ModelError: It cannot be loaded.
-        DataError: The model finds no label of the forget rows more likely than the reference model.
+        DataError: The model finds no label of the forget rows more likely than its reference.
     """
-    named = args.reference_model if model is None else model
     if not inputs.loss.reference_contents:
         return None
-    if named is None:
+    named, size = args.reference_model if model is None else model, args.per_device_eval_batch_size
+    own, reference = inputs.model.to(args.device), None
+    if named is not None:
+        reference = named if isinstance(named, nn.Module) else load_model(os.fspath(named), task_of(own))
+        _check_reference(reference, own)
+        reference = reference.to(args.device).eval()
+    elif not has_content_rows(own, inputs.forget):
         raise SettingsError(
             f"loss {inputs.loss.name!r} needs the checkpoint before fine-tuning; pass reference_model, or choose a "
             "loss without a reference"
         )
-    reference = named if isinstance(named, nn.Module) else load_model(os.fspath(named), task_of(inputs.model))
-    _check_reference(reference, inputs.model)
-    reference = reference.to(args.device).eval()
-    size = args.per_device_eval_batch_size
     stored = reference_outputs(
-        reference,
+        own if reference is None else reference,
         inputs.loss,
         {"forget": inputs.forget},
         Path(args.original_logprobs or args.output_dir or ".") / FOLDER,
@@ -98,29 +105,29 @@ def take_reference(
         batch_size=size,
         precision=precision_of(args),
         scope=scope,
+        short_context=reference is None,
     )
     forget, content_loss = inputs.forget, None
     if args.stopping_metric == "content_loss":
-        forget = _marked(inputs, reference.to(args.device), size, args)
-        scores = score_content(reference, forget, inputs.collator, size)
-        content_loss = float(np.nanmean(scores.content_loss))
-    return Reference(lambda: nullcontext(stored), forget, content_loss)
+        forget = _marked(inputs, reference, size)
+        content_loss = substitute_loss(own, forget, inputs.collator, reference, size)
+    rule = "what the model predicts from a short context" if reference is None else "the reference model's"
+    return Reference(lambda: nullcontext(stored), forget, content_loss, rule)
 
 
-def _marked(inputs: TrainerInputs, reference: nn.Module, batch_size: int, args: UnlearningConfig) -> Rows:
-    model = inputs.model.to(args.device)
-    if not has_content_rows(model, inputs.forget):
+def _marked(inputs: TrainerInputs, reference: nn.Module | None, batch_size: int) -> Rows:
+    if not has_content_rows(inputs.model, inputs.forget):
         raise SettingsError(
             "forget_metric content_loss is for rows whose labels are the tokens of an answer; set forget_metric to "
             "probability or accuracy"
         )
-    masks = content_masks(model, inputs.forget, inputs.collator, reference, batch_size=batch_size)
+    masks = content_masks(inputs.model, inputs.forget, inputs.collator, reference, batch_size=batch_size)
     marked = with_content(inputs.forget, masks, reference)
     if not content_record(marked)["content_tokens"]:
+        other = "a short context makes it" if reference is None else "the reference model"
         raise DataError(
             f"nothing to forget: the model finds no label of the {len(inputs.forget)} forget rows {THRESHOLD:g} nats "
-            "more likely than the reference model; check that the model was trained on these rows, in this format, and "
-            "the reference model was not"
+            f"more likely than {other}; check that the model was trained on these rows, in this format"
         )
     return marked
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from hf_unlearn.core.text import significant
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.row_stopping import RowStopping
+
+if TYPE_CHECKING:
+    from hf_unlearn.trainer.reference import Reference
 
 RISING = ("loss", "content_loss")
 """Metrics that rise while rows are forgotten; the others fall."""
@@ -301,7 +304,7 @@ def stopping_rules(
     *,
     has_holdout: bool,
     has_retain: bool,
-    reference_loss: float | None = None,
+    reference: "Reference | None" = None,
     reads_metrics: bool = True,
 ) -> list[TrainerCallback]:
     """Return the stopping rules that `args` asks for, in the order in which they act.
@@ -312,7 +315,7 @@ def stopping_rules(
         score: `(split, metric) -> value`; see `OverUnlearningCallback` and `RetainDropCallback`.
         has_holdout: Whether there are held-out rows.
         has_retain: Whether there is an evaluation split `retain`.
-        reference_loss: The reference model's loss on the content tokens of the forget rows.
+        reference: Has the reference model's loss on the content tokens of the forget rows.
         reads_metrics: Whether evaluations report the package's metrics; false with an own `compute_metrics`.
 
     Raises:
@@ -320,8 +323,10 @@ def stopping_rules(
     """
     rules: list[TrainerCallback] = []
     target, source = args.forget_target, "forget_target"
-    if args.stopping_metric == "content_loss" and target is None and reference_loss is not None:
-        target, source = CONTENT_SHARE * reference_loss, f"{CONTENT_SHARE} of the reference model's"
+    level = None if reference is None else reference.content_loss
+    if args.stopping_metric == "content_loss" and target is None and level is not None:
+        assert reference is not None
+        target, source = CONTENT_SHARE * level, f"{CONTENT_SHARE} of {reference.source}"
     if target is not None or (has_holdout and args.stopping_metric != "content_loss"):
         rules.append(
             OverUnlearningCallback(

@@ -85,7 +85,8 @@ class UnlearningTrainer(Trainer):
             is disabled).
         reference_model: The checkpoint before the model was fine-tuned on the forget rows, for losses with a target
             (`to_reference`): a model, folder or Hub id; default: `args.reference_model`. It predicts the forget rows
-            once, before training; its predictions are stored on disk.
+            once, before training; its predictions are stored on disk. Without one, the model itself predicts each token
+            of an answer from the last three before it.
         extra_metrics: More metrics of the model at each evaluation: a function `model -> {name: value}` such as
             `evaluation.training_metrics` returns.
         callbacks: As in Trainer.
@@ -241,7 +242,7 @@ class UnlearningTrainer(Trainer):
             self._stopping_score,
             has_holdout=self._stopping_rows["holdout"] is not None,
             has_retain=self._stopping_rows["retain"] is not None,
-            reference_loss=None if self._reference is None else self._reference.content_loss,
+            reference=self._reference,
             reads_metrics=self._scores_rows,
         )
         for rule in rules:

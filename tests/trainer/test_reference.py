@@ -20,6 +20,7 @@ from hf_unlearn.evaluation.content import content_masks, score_content, with_con
 from hf_unlearn.losses import build_loss
 from hf_unlearn.losses.original_outputs import INDEX
 from hf_unlearn.models.forward import predict
+from hf_unlearn.models.short_context import CONTEXT, predict_from_short_context
 from hf_unlearn.trainer.stopping import CONTENT_SHARE
 from hf_unlearn.trainer.trainer import UnlearningTrainer
 
@@ -91,7 +92,6 @@ def test_the_setting_names_it_too(tmp_path: Path) -> None:
 
 def test_a_reference_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
     cases = {
-        "pass reference_model": None,
         "the model's own weights": model(),
         "has 17 token embeddings and the model 29": smaller(),
     }
@@ -194,8 +194,45 @@ def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], message: 
 
 def test_a_classifier_has_no_content(tmp_path: Path) -> None:
     rows = text_class_rows(4)
+    with pytest.raises(SettingsError, match="needs the checkpoint before fine-tuning; pass reference_model"):
+        UnlearningTrainer(tiny_bert(), settings(tmp_path, loss="to_reference", constraint="none"), rows)
     args = settings(tmp_path, loss="to_reference", constraint="none")
     with pytest.raises(SettingsError, match="set forget_metric to probability or accuracy"):
         UnlearningTrainer(tiny_bert(), args, rows, reference_model=tiny_bert(seed=3))
     args = settings(tmp_path / "other", loss="to_reference", constraint="none", forget_metric="accuracy")
     UnlearningTrainer(tiny_bert(), args, rows, reference_model=tiny_bert(seed=3)).train()
+
+
+# Without a checkpoint before fine-tuning
+
+
+def test_without_a_reference_model_the_target_is_the_own_prediction_from_a_short_context(tmp_path: Path) -> None:
+    rows = text_rows(4, seed=2, lengths=(9, 10, 9, 10), prompt=4)
+    original = model().eval()
+    args = settings(
+        tmp_path,
+        loss="to_reference",
+        loss_settings={"alpha": 0.0},
+        constraint="none",
+        learning_rate=2e-2,
+        max_steps=60,
+        forget_target=1e9,  # all steps
+    )
+    trainer = UnlearningTrainer(model(), args, rows)
+    with torch.no_grad():
+        target = predict_from_short_context(original, collate(rows)).logits_LV.log_softmax(-1)
+
+    @torch.no_grad()
+    def to_target() -> float:
+        now = predict(trainer.model.eval(), collate(rows)).logits_LV.log_softmax(-1)
+        return (target.exp() * (target - now)).sum(-1).mean().item()
+
+    before = to_target()
+    trainer.train()
+    assert before > 0.1 and to_target() < 0.3 * before
+    assert read_index(tmp_path)["context"] == CONTEXT
+    assert trainer._reference is not None and "short context" in trainer._reference.source
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "reference_outputs" / INDEX).read_text())
