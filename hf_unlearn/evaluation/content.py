@@ -5,7 +5,8 @@ the language, and to break these changes the mean as much as to lose the facts. 
 finds it at least `THRESHOLD` nats more likely than a substitute that does not know the row. METHOD, section 7.
 
 The substitutes (`SUBSTITUTES`): the checkpoint before fine-tuning, if there is one; else the original model itself,
-which sees only the last `CONTEXT` tokens before the label, so that it knows the language and not what the row is about.
+which sees only the last `CONTEXT` tokens before the label (behind the begin token, if the row has one), so that it
+knows the language and not what the row is about.
 A row whose `secret` the user has named keeps the mask that was made of it.
 
 Shapes: B rows, L label positions, N rows of a data set, S scores a row.
@@ -33,8 +34,8 @@ from hf_unlearn.models.tasks import CONTENT_MASK, IGNORED, Collator, shifts_labe
 
 THRESHOLD = 2.0
 """Nats by which the original must find a content token more likely than the substitute."""
-CONTEXT = 3
-"""Tokens that the original sees of a row as its own substitute."""
+CONTEXT = 2
+"""Tokens that the original sees of a row as its own substitute: with more it knows again what the row is about."""
 MOST_SHORT_ROWS = 512
 """Most short rows in a forward pass."""
 
@@ -89,9 +90,12 @@ def _short_rows(model: nn.Module, row: Row) -> Iterator[dict[str, Any]]:
     labels = [int(label) for label in row["labels"]]
     seen = [True] * len(row["input_ids"]) if row.get("attention_mask") is None else [*map(bool, row["attention_mask"])]
     tokens = [int(token) for token in row["input_ids"]]
+    begin_token = getattr(getattr(getattr(model, "module", model), "config", None), "bos_token_id", None)
     if shifts_labels(model):
         for place in label_places(model, row):
-            before = [token for token, is_seen in zip(tokens[:place], seen[:place], strict=True) if is_seen][-CONTEXT:]
+            whole = [token for token, is_seen in zip(tokens[:place], seen[:place], strict=True) if is_seen]
+            begin = whole[:1] if whole[0] == begin_token and len(whole) > CONTEXT else []  # models lean on it
+            before = [*begin, *whole[-CONTEXT:]]
             yield {"input_ids": [*before, labels[place]], "labels": [*[IGNORED] * len(before), labels[place]]}
         return
     source = [token for token, is_seen in zip(tokens, seen, strict=True) if is_seen][-CONTEXT:]
