@@ -5,7 +5,8 @@ the language, and to break these changes the mean as much as to lose the facts. 
 finds it at least `THRESHOLD` nats more likely than a substitute that does not know the row. METHOD, section 7.
 
 The substitutes (`SUBSTITUTES`): the checkpoint before fine-tuning, if there is one; else the original model itself,
-which sees only the last `CONTEXT` tokens before the label, so that it knows the language and not what the row is about.
+which sees only the last `CONTEXT` tokens before the label (behind the begin token, if the row has one), so that it
+knows the language and not what the row is about.
 A row whose `secret` the user has named keeps the mask that was made of it.
 
 Shapes: B rows, L label positions, N rows of a data set, S scores a row.

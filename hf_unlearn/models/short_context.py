@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from hf_unlearn.models.forward import Predictions, counted_labels, label_positions, predict
 from hf_unlearn.models.tasks import IGNORED, Batch, shifts_labels
 
-CONTEXT = 3
-"""Tokens that the model sees before a label."""
+CONTEXT = 2
+"""Tokens that the model sees before a label, behind the begin token: with more it knows what the row is about."""
 MOST_ROWS = 256
 """Most short rows in a forward pass."""
 
@@ -26,12 +26,13 @@ def predict_from_short_context(
 ) -> Predictions:
     """Return the predictions at the label positions of a batch, each from the last `CONTEXT` tokens before it.
 
-    An encoder-decoder sees the last `CONTEXT` tokens of its input and of its answer. Called like `forward.predict`.
+    The begin token stays, if the row has one. An encoder-decoder sees the last `CONTEXT` tokens of its input and of its
+    answer. Called like `forward.predict`.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     >>> model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
-    >>> ids = torch.tensor([[9, 1, 2, 3, 4], [8, 1, 2, 3, 4]])  # they differ before the last three tokens
+    >>> ids = torch.tensor([[9, 1, 2, 3, 4], [8, 1, 2, 3, 4]])  # they differ before the last two tokens
     >>> labels = torch.tensor([[-100, -100, -100, -100, 4]] * 2)
     >>> predictions = predict_from_short_context(model, {"input_ids": ids, "labels": labels})
     >>> torch.equal(predictions.logits_LV[0], predictions.logits_LV[1])
@@ -80,9 +81,12 @@ def short_rows(model: nn.Module, row: Mapping[str, Any]) -> Iterator[dict[str, A
     labels = [int(label) for label in row["labels"]]
     seen = [True] * len(row["input_ids"]) if row.get("attention_mask") is None else [*map(bool, row["attention_mask"])]
     tokens = [int(token) for token in row["input_ids"]]
+    begin_token = getattr(getattr(getattr(model, "module", model), "config", None), "bos_token_id", None)
     if shifts_labels(model):
         for place in label_places(model, row):
-            before = [token for token, is_seen in zip(tokens[:place], seen[:place], strict=True) if is_seen][-CONTEXT:]
+            whole = [token for token, is_seen in zip(tokens[:place], seen[:place], strict=True) if is_seen]
+            begin = whole[:1] if whole[0] == begin_token and len(whole) > CONTEXT else []  # models lean on it
+            before = [*begin, *whole[-CONTEXT:]]
             yield {"input_ids": [*before, labels[place]], "labels": [*[IGNORED] * len(before), labels[place]]}
         return
     source = [token for token, is_seen in zip(tokens, seen, strict=True) if is_seen][-CONTEXT:]

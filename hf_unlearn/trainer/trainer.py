@@ -86,7 +86,7 @@ class UnlearningTrainer(Trainer):
         reference_model: The checkpoint before the model was fine-tuned on the forget rows, for losses with a target
             (`to_reference`): a model, folder or Hub id; default: `args.reference_model`. It predicts the forget rows
             once, before training; its predictions are stored on disk. Without one, the model itself predicts each token
-            of an answer from the last three before it.
+            of an answer from the last two before it.
         extra_metrics: More metrics of the model at each evaluation: a function `model -> {name: value}` such as
             `evaluation.training_metrics` returns.
         callbacks: As in Trainer.

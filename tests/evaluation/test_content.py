@@ -32,7 +32,6 @@ from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.left_out import CutRow, LeftOut
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.evaluation.content import (
-    CONTEXT,
     SUBSTITUTES,
     THRESHOLD,
     ContentScores,
@@ -52,6 +51,7 @@ from hf_unlearn.evaluation.metrics.registry import CONTENT
 from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.evaluation.row_scores import score_rows
 from hf_unlearn.models.forward import Predictions, output_logits
+from hf_unlearn.models.short_context import CONTEXT
 from hf_unlearn.publishing.card import render_card
 
 Rows = list[dict[str, Any]]
@@ -112,7 +112,9 @@ def dense_short_losses(model: Any, row: dict[str, Any]) -> dict[int, float]:
             start = [model.config.decoder_start_token_id, *row["labels"]][: place + 1][-CONTEXT:]
             batch = {"input_ids": [row["input_ids"][-CONTEXT:]], "decoder_input_ids": [start]}
         else:
-            batch = {"input_ids": [row["input_ids"][max(0, place - CONTEXT) : place]]}
+            begins = row["input_ids"][0] == model.config.bos_token_id and place > CONTEXT
+            before = row["input_ids"][max(0, place - CONTEXT) : place]
+            batch = {"input_ids": [row["input_ids"][:begins] + before]}
         with torch.no_grad():
             logits = model(**{name: torch.tensor(value) for name, value in batch.items()}).logits[0, -1]
         losses[place] = twin.nll(logits.double().numpy(), row["labels"][place])
@@ -155,6 +157,16 @@ def test_losses_of_labels_equal_their_twin_row_by_row(name: str) -> None:
             np.testing.assert_allclose(values, list(dense(model, row).values()), rtol=1e-4, atol=1e-5)
     short, whole = (np.concatenate(f(model, rows, PaddingCollator(), 2)) for f in (short_context_losses, label_losses))
     assert np.abs(short - whole).max() > 0.1  # negative control: the context matters
+
+
+def test_the_begin_token_stays_in_a_short_context() -> None:
+    model, rows = sharp_llama(), known_rows(sharp_llama, 4)
+    begun = [{**row, "input_ids": [0, *row["input_ids"]], "labels": [-100, *row["labels"]]} for row in rows]
+    begun = [{name: row[name] for name in ("input_ids", "labels")} for row in begun]
+    found = [short_context_losses(model, given, PaddingCollator(), 4) for given in (begun, rows)]
+    for row, values in zip(begun, found[0], strict=True):
+        np.testing.assert_allclose(values, list(dense_short_losses(model, row).values()), rtol=1e-4, atol=1e-5)
+    assert np.abs(np.concatenate(found[0]) - np.concatenate(found[1])).max() > 0.1  # negative control
 
 
 def test_masks_do_not_depend_on_how_rows_are_padded_or_batched() -> None:
