@@ -170,10 +170,10 @@ def rule_of(row: Row | None, reference: object = None) -> str:
     return "short context" if reference is None else "reference"
 
 
-def substitute_loss(
+def substitute_losses(
     model: nn.Module, rows: Rows, collator: Collator, reference: nn.Module | None = None, batch_size: int = 16
-) -> float:
-    """Return the mean loss on content tokens of the substitute: over each row's tokens, then over rows; NaN for none.
+) -> tuple[float, float]:
+    """Return the substitute's mean losses on content and on function tokens: over each row's tokens, then over rows.
 
     Args:
         model: The original model.
@@ -181,15 +181,19 @@ def substitute_loss(
         collator: Makes batches of rows.
         reference: As in `content_masks`.
         batch_size: Rows per forward pass.
+
+    Returns:
+        Both losses in nats; NaN for one of which no row has tokens.
     """
     substitute = SUBSTITUTES[rule_of(None, reference)]
-    means = []
-    for row, losses in zip(
-        rows_of(rows), substitute(model if reference is None else reference, rows, collator, batch_size), strict=True
-    ):
-        chosen = np.asarray([row[CONTENT_MASK][place] for place in label_places(model, row)], dtype=bool)
-        means += [losses[chosen].mean()] if chosen.any() else []
-    return float(np.mean(means)) if means else float("nan")
+    theirs = substitute(model if reference is None else reference, rows, collator, batch_size)
+    means: tuple[list[float], list[float]] = ([], [])
+    for row, losses in zip(rows_of(rows), theirs, strict=True):
+        content = np.asarray([row[CONTENT_MASK][place] for place in label_places(model, row)], dtype=bool)
+        for values, of_rows in zip((losses[content], losses[~content]), means, strict=True):
+            of_rows += [float(values.mean())] if len(values) else []
+    content_mean, function_mean = (float(np.mean(values)) if values else float("nan") for values in means)
+    return content_mean, function_mean
 
 
 def with_content(rows: Rows, masks: Sequence[Mask], reference: object = None) -> EncodedList:

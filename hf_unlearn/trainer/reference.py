@@ -4,6 +4,7 @@ Without such a checkpoint the original model is its own reference: it predicts e
 (`models.short_context`).
 """
 
+import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +22,7 @@ from hf_unlearn.evaluation.content import (
     content_masks,
     content_record,
     has_content_rows,
-    substitute_loss,
+    substitute_losses,
     with_content,
 )
 from hf_unlearn.losses.original_outputs import reference_outputs
@@ -44,12 +45,14 @@ class Reference(ShortRepr):
         predictions: Gives the loss the reference model's predictions of the forget rows, from disk.
         forget: The forget rows, with a mask of their content tokens if their labels are tokens of answers.
         content_loss: The reference model's mean loss on these tokens, in nats; None without a mask.
-        source: Where that comes from, in words.
+        function_loss: The same on the other tokens; NaN if there are none.
+        source: Where these come from, in words.
     """
 
     predictions: OriginalModel
     forget: Rows
     content_loss: float | None
+    function_loss: float
     source: str
 
     def marked(self, rows: Rows) -> Rows:
@@ -107,12 +110,12 @@ def take_reference(
         scope=scope,
         short_context=reference is None,
     )
-    forget, content_loss = inputs.forget, None
+    forget, content_loss, function_loss = inputs.forget, None, math.nan
     if args.stopping_metric == "content_loss":
         forget = _marked(inputs, reference, size)
-        content_loss = substitute_loss(own, forget, inputs.collator, reference, size)
+        content_loss, function_loss = substitute_losses(own, forget, inputs.collator, reference, size)
     rule = "what the model predicts from a short context" if reference is None else "the reference model's"
-    return Reference(lambda: nullcontext(stored), forget, content_loss, rule)
+    return Reference(lambda: nullcontext(stored), forget, content_loss, function_loss, rule)
 
 
 def _marked(inputs: TrainerInputs, reference: nn.Module | None, batch_size: int) -> Rows:

@@ -21,6 +21,8 @@ RISING = ("loss", "content_loss")
 """Metrics that rise while rows are forgotten; the others fall."""
 CONTENT_SHARE = 0.7
 """Share of the reference model's loss on content tokens from which they count as forgotten."""
+FUNCTION_MARGIN = 0.3
+"""Nats by which the loss on function tokens may be above the reference model's."""
 
 
 class SavedWeights(NamedTuple):
@@ -43,7 +45,8 @@ class OverUnlearningCallback(TrainerCallback):
     the run stops at the first evaluation where the metric has reached the mark and the mean probability without an
     attack is not below the lower bound of the rows. With a target all rows are pushed.
 
-    With `content_loss` the mark is a share of the reference model's, which is its fixed target.
+    With `content_loss` the mark is a share of the reference model's, which is its fixed target. The run then goes on
+    while the other tokens, the function words, have a loss above `function_limit`: they are to be kept.
 
     Needs evaluations of `forget`.
 
@@ -54,6 +57,7 @@ class OverUnlearningCallback(TrainerCallback):
             the current weights.
         target: A fixed mark.
         source_of_target: Where it comes from, in words.
+        function_limit: Highest loss on function tokens with which the run may stop; None for any.
         relearned: Use the metric on forget rows after an attacker's relearning (`adversary_steps`); `score` must do
             the same.
         by_row: Leave single rows alone that have reached the mark.
@@ -77,6 +81,7 @@ class OverUnlearningCallback(TrainerCallback):
         score: Callable[..., float],
         target: float | None = None,
         source_of_target: str = "forget_target",
+        function_limit: float | None = None,
         relearned: bool = False,
         by_row: bool = True,
         reads_metrics: bool = True,
@@ -84,6 +89,7 @@ class OverUnlearningCallback(TrainerCallback):
         self.constrainer, self.metric, self.score, self.target = constrainer, metric, score, target
         self.mark, self.relearned, self.by_row, self.reads_metrics = target, relearned, by_row, reads_metrics
         self.source_of_mark = "held-out rows before unlearning" if target is None else source_of_target
+        self.function_limit = function_limit
         self.before: float | None = None
         self._too_low_before = False
         self.watched = f"relearned_{metric}" if relearned else metric
@@ -136,7 +142,7 @@ class OverUnlearningCallback(TrainerCallback):
         step: float = state.global_step
         lowest = self.row_stopping.lowest if self.row_stopping is not None else None
         too_low = lowest is not None and self._unattacked_probability(metrics) < lowest
-        if not self.has_reached(forget) or too_low:
+        if not self.has_reached(forget) or too_low or self.breaks_function_words(self._function_loss(metrics)):
             self.last_short = SavedWeights(state.global_step, self.constrainer.copy_weights())
             return
         start = self.last_short
@@ -152,6 +158,16 @@ class OverUnlearningCallback(TrainerCallback):
         if self.reads_metrics:
             return metrics.get(f"eval_forget_{self.watched}")
         return self.score("forget") if is_evaluation_of("forget", metrics) else None
+
+    def _function_loss(self, metrics: dict) -> float | None:
+        """Return the loss on function tokens at an evaluation of the forget rows, if it is limited."""
+        if self.function_limit is None:
+            return None
+        return metrics.get("eval_forget_function_loss") if self.reads_metrics else self.score("forget", "function_loss")
+
+    def breaks_function_words(self, function_loss: float | None) -> bool:
+        """Return whether the loss on function tokens is above its limit."""
+        return self.function_limit is not None and function_loss is not None and function_loss > self.function_limit
 
     def _unattacked_probability(self, metrics: dict) -> float:
         """Return the mean probability of the forget rows without an attack."""
@@ -323,10 +339,11 @@ def stopping_rules(
     """
     rules: list[TrainerCallback] = []
     target, source = args.forget_target, "forget_target"
-    level = None if reference is None else reference.content_loss
+    level, limit = None if reference is None else reference.content_loss, None
     if args.stopping_metric == "content_loss" and target is None and level is not None:
         assert reference is not None
         target, source = CONTENT_SHARE * level, f"{CONTENT_SHARE} of {reference.source}"
+        limit = None if math.isnan(reference.function_loss) else reference.function_loss + FUNCTION_MARGIN
     if target is not None or (has_holdout and args.stopping_metric != "content_loss"):
         rules.append(
             OverUnlearningCallback(
@@ -335,6 +352,7 @@ def stopping_rules(
                 score,
                 target,
                 source,
+                limit,
                 relearned=args.adversary_steps > 0,
                 by_row=args.row_stopping and args.stopping_metric != "content_loss",
                 reads_metrics=reads_metrics,

@@ -500,7 +500,11 @@ class UnlearningTrainer(Trainer):
             stopping.mark = mark
 
     def _stopping_score(self, split: str, metric: str | None = None, attacked: bool = True) -> float:
-        """Return a metric, by default the forget metric, of `forget`, `holdout` or `retain` rows; without a log line.
+        """Return a metric, by default the forget metric, of `forget`, `holdout` or `retain` rows; no log line."""
+        return self._stopping_metrics(split, attacked)[f"eval_{metric or self.args.stopping_metric}"]
+
+    def _stopping_metrics(self, split: str, attacked: bool = True) -> dict[str, float]:
+        """Return the metrics of a split, by their names in evaluations of one data set.
 
         Against an attacker a third of the forget rows, at most a training batch, is relearned, and the others are
         scored, unless `attacked` is false.
@@ -512,7 +516,7 @@ class UnlearningTrainer(Trainer):
             batch = self._prepare_inputs(self.data_collator(few[: self.args.per_device_train_batch_size]))
         with self._relearned_weights(batch), self._own_scores():
             loop = self.evaluation_loop(self.get_eval_dataloader(rows), f"Comparing {split}")
-        return loop.metrics[f"eval_{metric or self.args.stopping_metric}"]
+        return loop.metrics
 
     @contextmanager
     def _own_scores(self) -> Iterator[None]:
@@ -598,15 +602,26 @@ class UnlearningTrainer(Trainer):
 
     def _measured_outcome(self) -> UnlearningOutcome:
         """Measure the forget rows under the current weights, and compare them with the mark; a collective call."""
-        stopping, value = self._stopping_callback(), None
+        stopping, value, function_loss = self._stopping_callback(), None, None
         if stopping is not None:
             stopping.measure_mark()  # not yet known if a run that had ended was loaded
             stopping.measure_before()
-            value = stopping.before if stopping.nothing_to_forget else self._stopping_score("forget")
+            value = stopping.before
+            if not stopping.nothing_to_forget:
+                metrics = self._stopping_metrics("forget")
+                value = metrics[f"eval_{self.args.stopping_metric}"]
+                function_loss = metrics.get("eval_function_loss")
         rules = [callback for callback in self.callback_handler.callbacks if getattr(callback, "reason", None)]
         budgets = [rule.setting for rule in rules if hasattr(rule, "setting")]
         moved = self.constrainer.has_moved()
-        return outcome_of(stopping, value, steps=self.state.global_step, moved=moved, budgets=budgets)
+        return outcome_of(
+            stopping,
+            value,
+            steps=self.state.global_step,
+            moved=moved,
+            budgets=budgets,
+            function_loss=function_loss,
+        )
 
     @property
     def outcome(self) -> UnlearningOutcome | None:

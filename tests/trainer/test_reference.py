@@ -21,7 +21,8 @@ from hf_unlearn.losses import build_loss
 from hf_unlearn.losses.original_outputs import INDEX
 from hf_unlearn.models.forward import predict
 from hf_unlearn.models.short_context import CONTEXT, predict_from_short_context
-from hf_unlearn.trainer.stopping import CONTENT_SHARE
+from hf_unlearn.trainer.outcome import outcome_of
+from hf_unlearn.trainer.stopping import CONTENT_SHARE, FUNCTION_MARGIN
 from hf_unlearn.trainer.trainer import UnlearningTrainer
 
 MORE = text_rows(9, seed=3)
@@ -156,11 +157,37 @@ def test_the_mark_is_a_share_of_the_reference_models_content_loss(
     measured = score_content(trainer.model, marked, PaddingCollator())
     assert outcome.value == pytest.approx(np.nanmean(measured.content_loss), rel=1e-5) and outcome.value >= outcome.mark
     lines = [line for line in log if "eval_forget_content_loss" in line]
-    assert lines and all(line["eval_forget_content_loss"] < outcome.mark for line in lines[:-1])
+    limit = np.nanmean(score_content(base(), marked, PaddingCollator()).function_loss) + FUNCTION_MARGIN
+    stops = [
+        line["eval_forget_content_loss"] >= outcome.mark and line["eval_forget_function_loss"] <= limit
+        for line in lines
+    ]
+    assert stops == [False] * (len(lines) - 1) + [True] and f"at most {limit:.3g}" in outcome.summary
     assert lines[-1]["eval_forget_function_loss"] == pytest.approx(np.nanmean(measured.function_loss), rel=1e-5)
     assert "forget content_loss has to rise to" in (err := capsys.readouterr().err) and "content loss" in err
     assert trainer.report().settings["forget_metric"] == "content_loss"
     assert all("content_mask" not in row for row in FORGET)  # the user's rows are not changed
+
+
+def test_a_run_that_breaks_function_words_has_missed(tmp_path: Path) -> None:
+    """The facts are forgotten, and with them other words; control: without a limit the mark is reached."""
+    trainer = made(tmp_path, reference=base(), eval_strategy="steps", eval_steps=1, max_steps=200)
+    stopping = trainer._stopping_callback()
+    assert stopping is not None
+    stopping.function_limit = -1.0  # which no run meets
+    stopping.measure_before()
+    for limit, status in ((-1.0, "missed"), (None, "reached")):
+        stopping.function_limit = limit
+        outcome = outcome_of(stopping, 100.0, steps=3, moved=True, budgets=(), function_loss=1.5)
+        assert outcome.status == status and ("function words" in outcome.summary) == (limit is not None)
+    stopping.function_limit = -1.0
+    assert (
+        "words that carry nothing are broken"
+        in outcome_of(stopping, 100.0, steps=3, moved=True, budgets=(), function_loss=1.5).advice
+    )
+    trainer.args.max_steps = 3
+    trainer.train()
+    assert trainer.state.global_step == 3  # it went on
 
 
 def test_other_metrics_stop_as_before(tmp_path: Path) -> None:
