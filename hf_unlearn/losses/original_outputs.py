@@ -93,7 +93,7 @@ def reference_outputs(
     With `short_context`, `model` is its own reference and predicts each label from the last tokens before it.
     """
     contents, present = loss.reference_contents, {part: data for part, data in rows.items() if data is not None}
-    predictor = predict_from_short_context if short_context else predict
+    predictor = predict_from_short_context if short_context else None
     return _stored(model, contents, None, present, Path(folder), collator, batch_size, precision, scope, predictor)
 
 
@@ -107,7 +107,7 @@ def _stored(
     batch_size: int,
     precision: str,
     scope: Callable[[], AbstractContextManager],
-    predictor: Predict = predict,
+    predictor: Predict | None = None,
 ) -> "StoredOutputs":
     keys = {part: _row_keys(present[part], collator, batch_size) for part in contents}
     index = {
@@ -117,10 +117,10 @@ def _stored(
         "contents": contents,
         "layer": layer if "hidden" in contents.values() else None,
         "precision": precision,
-        "context": None if predictor is predict else CONTEXT,
+        "context": None if predictor is None else CONTEXT,
     }
     if not gather((target / INDEX).is_file())[0]:  # decided before anything is written, so that all processes agree
-        _write(model, layer, present, target, index, contents, collator, batch_size, scope, predictor)
+        _write(model, layer, present, target, index, contents, collator, batch_size, scope, predictor or predict)
     return StoredOutputs(target, index)
 
 

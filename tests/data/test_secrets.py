@@ -65,8 +65,6 @@ def marked(row: dict[str, Any], tokenizer: Any) -> str:
     """The text of the tokens that are content."""
     kept = [token for token, is_content in zip(row["labels"], row["content_mask"], strict=True) if is_content]
     assert all(token >= 0 for token in kept)
-    if isinstance(tokenizer, letters):
-        return tokenizer.batch_decode([kept])[0]
     pieces = "".join(getattr(tokenizer, "fast", tokenizer).convert_ids_to_tokens(kept))
     return pieces.replace("▁", " ").replace("Ġ", " ").strip()
 
