@@ -89,7 +89,7 @@ def reports_answer(reports: "Mapping[str, UnlearningReport]", output_dir: str, m
         output_dir: The output folder.
         metric: Name of the metric in the table.
     """
-    from hf_unlearn.evaluation.tables import cut_lines, outcome_lines, side_by_side
+    from hf_unlearn.evaluation.tables import cut_lines, outcome_lines, revealed_lines, side_by_side
 
     first = next(iter(reports.values()))
     source = str(first.request.get("source") or "").strip()
@@ -100,9 +100,10 @@ def reports_answer(reports: "Mapping[str, UnlearningReport]", output_dir: str, m
     lines += ["", *cut_lines(first)] if cut_lines(first) else []
     for name, report in reports.items():
         lines.append(f"\n{name}: {report.method['stopped']}")
-        lines += [f"  {line}" for line in outcome_lines(report)]
-        for sample in report.samples:
-            lines.append(f"  Q      {sample['prompt']}\n  before {sample['answer']}\n  after  {sample['after']}\n")
+        lines += [f"  {line}" for line in (*revealed_lines(report), *outcome_lines(report))]
+        for sample in (*report.samples, *report.private_samples):
+            lines.append(f"  Q      {sample['prompt']}\n  before {sample['answer']}\n  after  {sample['after']}")
+            lines.append(f"  still says: {sample['still says']}\n" if "still says" in sample else "")
     lines += _series_lines(first)
     lines.append("\ntime: " + ", ".join(f"{phase} {value:.1f} s" for phase, value in first.timings.items()))
     several = "/<constraint>" if len(reports) > 1 else ""

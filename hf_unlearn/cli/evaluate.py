@@ -18,6 +18,9 @@ class EvaluateArguments(RunArguments):
     """Settings of an evaluation."""
 
     original: str | None = setting(None, "Folder or Hub id of the model before unlearning.")
+    reference_model: str | None = setting(
+        None, "Folder or Hub id of the model before it was fine-tuned on the forget rows; it tells what was learned."
+    )
     max_length: int | None = setting(512, "Longest row in tokens, as in the run; longer rows are cut.")
     per_device_eval_batch_size: int = setting(16, "Rows in a forward pass.")
     seed: int = setting(0, "Seed of the bootstrap.")
@@ -39,7 +42,9 @@ def main(argv: list[str]) -> Answer:
     hush()
     if args.output_dir:
         check_output(args.output_dir, args.overwrite_output_dir)
-    report = evaluate_finished(args, args.original, args.per_device_eval_batch_size, args.seed, args.max_length)
+    report = evaluate_finished(
+        args, args.original, args.per_device_eval_batch_size, args.seed, args.max_length, args.reference_model
+    )
     text = report.table()
     if args.output_dir:
         if is_main():

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from hf_unlearn.core.processes import own_indices
 from hf_unlearn.data.encoding import RowStream
-from hf_unlearn.data.formats import LABELS, MODEL_INPUTS, Row, Rows
+from hf_unlearn.data.formats import CONTENT_COLUMNS, LABELS, MODEL_INPUTS, Row, Rows
 from hf_unlearn.errors import DataError
-from hf_unlearn.models.tasks import IGNORED, Batch, Collator
+from hf_unlearn.models.tasks import CONTENT_MASK, IGNORED, Batch, Collator
 
 AnyRows = TypeVar("AnyRows", bound=Rows | RowStream)
 
@@ -36,6 +36,7 @@ def own_batches(rows: Rows | RowStream, collator: Collator, batch_size: int) -> 
     Every process gets the same number of batches, because every process takes part in each forward pass of a sharded
     model. Batches that only fill up the number do not count.
     """
+    collator = with_content_mask(collator)
     generator = torch.Generator()  # a loader draws a seed even without shuffling; the global state must not change
     share: Rows | RowStream = rows
     counted = True
@@ -77,6 +78,8 @@ class PaddingCollator:
         """Return the batch: tensors `[B, ...]` by argument name of the model."""
         batch = {}
         for name in rows[0]:
+            if name in CONTENT_COLUMNS and name != CONTENT_MASK:  # an empty list of texts would make a tensor
+                continue
             required = name in (*LABELS, *MODEL_INPUTS, "attention_mask")
             some_or_all = any if required else all  # an input that only some rows have is an error, not left out
             if not some_or_all(_is_number_like(row.get(name)) for row in rows):
@@ -96,6 +99,47 @@ class PaddingCollator:
             return _stacked(tensors, name)
         value = {"input_ids": self.pad_token_id, "labels": IGNORED}.get(name, 0)
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=self.side)
+
+
+@dataclass(frozen=True)
+class ContentCollator:
+    """Make batches with another collator, and add `content_mask` where every row has one.
+
+    A collator of transformers refuses columns that it does not know, or does not pad them, so it does not see them.
+
+    >>> rows = [{"input_ids": [1, 2], "labels": [-100, 2], "content_mask": [0, 1]}]
+    >>> ContentCollator(PaddingCollator())(rows)["content_mask"].tolist()
+    [[0, 1]]
+
+    Attributes:
+        collator: Makes a batch of encoded rows; it may pad the labels, not change them.
+    """
+
+    collator: Collator
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        """Return the batch; raise `DataError` if the collator has changed the number of labels."""
+        masks = [row.get(CONTENT_MASK) for row in rows]
+        plain = [{name: value for name, value in row.items() if name not in CONTENT_COLUMNS} for row in rows]
+        batch = dict(self.collator(plain))
+        if any(mask is None for mask in masks):
+            return batch
+        kept = [np.asarray(row["labels"]) != IGNORED for row in rows]
+        values = np.concatenate([np.asarray(mask)[keep] for mask, keep in zip(masks, kept, strict=True)])
+        is_label = batch["labels"] != IGNORED
+        if int(is_label.sum()) != len(values):
+            raise DataError(
+                f"the collator makes {int(is_label.sum())} labels of the {len(values)} of its rows; use one that only "
+                "pads them, such as PaddingCollator"
+            )
+        content = torch.zeros_like(batch["labels"])
+        content[is_label] = torch.as_tensor(values).to(content)
+        return {**batch, CONTENT_MASK: content}
+
+
+def with_content_mask(collator: Collator) -> Collator:
+    """Return a collator that batches the column `content_mask` as well."""
+    return collator if isinstance(collator, (PaddingCollator, ContentCollator)) else ContentCollator(collator)
 
 
 def _stacked(tensors: list[Tensor], name: str) -> Tensor:

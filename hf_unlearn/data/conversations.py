@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from hf_unlearn.data.cells import checked_text
 from hf_unlearn.data.formats import ASSISTANT, Row
-from hf_unlearn.data.tokens import Span, shared_length, tokens_of_parts
+from hf_unlearn.data.tokens import Span, shared_length
 from hf_unlearn.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def encode_conversation(
+def conversation_text(
     messages: Sequence[Row],
     tokenizer: "PreTrainedTokenizerBase",
     where: str,
     context: int = 0,
     options: Mapping[str, Any] | None = None,
-) -> tuple[list[int], list[bool]]:
-    """Return the tokens of a conversation, and for each whether the assistant says it.
+) -> tuple[str, list[Span]]:
+    """Return the text of a conversation, and the parts of it that the assistant says.
 
     Args:
         messages: The messages, each with a role and a content.
@@ -50,8 +50,7 @@ def encode_conversation(
         )
     render = partial(_render, tokenizer, where, options or {})
     text = render(messages)
-    parts = [_answer_span(messages, answer, text, render, where) for answer in answers]
-    return tokens_of_parts(text, parts, tokenizer, special=False)
+    return text, [_answer_span(messages, answer, text, render, where) for answer in answers]
 
 
 def _check_messages(messages: object, where: str) -> None:

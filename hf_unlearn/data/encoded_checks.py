@@ -16,7 +16,15 @@ from hf_unlearn.data.encoding import EncodedRows, RowStream
 from hf_unlearn.data.formats import LABELS, Row, Rows
 from hf_unlearn.errors import DataError
 from hf_unlearn.models.forward import counted_labels, label_positions
-from hf_unlearn.models.tasks import IGNORED, context_length, resize_remedy, shifts_labels, task_of, vocabulary_size
+from hf_unlearn.models.tasks import (
+    CONTENT_MASK,
+    IGNORED,
+    context_length,
+    resize_remedy,
+    shifts_labels,
+    task_of,
+    vocabulary_size,
+)
 
 _PER_TOKEN = ("attention_mask", "token_type_ids", "position_ids")
 _OF_A_CLASS = ("text-classification", "image-classification")
@@ -50,6 +58,11 @@ def check_encoded(rows: "Rows | RowStream", what: str, model: nn.Module, *, labe
         name = next((name for name in LABELS if row.get(name) is not None), None)
         if name is not None:
             _check_labels(row, name, where, model)
+            if row.get(CONTENT_MASK) is not None and np.shape(row[CONTENT_MASK]) != np.shape(row[name]):
+                raise DataError(
+                    f"{where} has {np.size(row[name])} {name} and {np.size(row[CONTENT_MASK])} {CONTENT_MASK}; give "
+                    "one number for each label"
+                )
             if labels and "input_ids" in row:
                 _check_predicted(row, name, where, model)
 
@@ -57,7 +70,7 @@ def check_encoded(rows: "Rows | RowStream", what: str, model: nn.Module, *, labe
 def _without_pixels(rows: Any) -> Iterator[Any]:
     """Yield the rows, without the inputs that are slow to read and not checked."""
     if hasattr(rows, "select_columns"):  # a Dataset
-        read = [name for name in rows.column_names if name in ("input_ids", *_PER_TOKEN, *LABELS)]
+        read = [name for name in rows.column_names if name in ("input_ids", CONTENT_MASK, *_PER_TOKEN, *LABELS)]
         rows = rows.select_columns(read) if read else rows.select(())
     elif not isinstance(rows, (list, tuple)) and "input_ids" not in rows[0]:
         return

@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_unlearn.core.text import ShortRepr, one_line
 from hf_unlearn.data.cells import answer_cell, cell, is_empty, listed_cell, require_some_text, text_cell, word_cells
-from hf_unlearn.data.conversations import encode_conversation
+from hf_unlearn.data.conversations import conversation_text
 from hf_unlearn.data.formats import (
     ASSISTANT,
     CONTEXTS,
@@ -22,6 +22,7 @@ from hf_unlearn.data.formats import (
     LABELS,
     LANGUAGE_FORMATS,
     LANGUAGE_PAIRS,
+    SECRET,
     SEQ2SEQ_PAIRS,
     TAGS,
     TEXTS,
@@ -32,10 +33,11 @@ from hf_unlearn.data.formats import (
 )
 from hf_unlearn.data.left_out import CutCounter
 from hf_unlearn.data.pictures import picture
-from hf_unlearn.data.tokens import encode as encode_text
-from hf_unlearn.data.tokens import tokens_of_parts, with_end
+from hf_unlearn.data.secrets import secret_spans, secrets_of
+from hf_unlearn.data.tokens import Span, shared_length, tokens_of_parts, tokens_of_spans, with_end
 from hf_unlearn.errors import DataError
 from hf_unlearn.models.tasks import (
+    CONTENT_MASK,
     IGNORED,
     ProcessingClass,
     Task,
@@ -155,30 +157,43 @@ class EncodingContext(ShortRepr):
 
 # Language models
 
+TokensAndAnswers: TypeAlias = tuple[list[int], list[bool]]
+"""The tokens of a row, and for each whether it belongs to an answer."""
+
 
 def language_encoder(columns: set[str], context: EncodingContext) -> Encode:
     """Return the encoder of a language model: all tokens, with labels on the answer.
 
-    In a conversation, every message of the assistant is an answer; in an alternate answer, only the alternate is.
+    In a conversation, every message of the assistant is an answer; in an alternate answer, only the alternate is. A row
+    with a `secret` also gets a `content_mask`, which is 1 on its tokens.
     """
-    split = _splitter(columns, context.what)
+    write = _writer(columns, context.what)
     tokenizer = context.tokenizer(columns)
 
     def encode_answer(row: Row, index: int, alternate: bool = False) -> dict[str, Any]:
-        tokens, chosen = split(row, tokenizer, context.where(index), alternate)
+        where = context.where(index)
+        written = write(row, tokenizer, where, alternate)
+        tokens, chosen = written.encoded(tokenizer)
         context.check_ids(tokens, index)
+        length = len(tokens)
         tokens, chosen = context.cut(tokens), chosen[: context.max_length]
         is_bare = not any(row.get(prompt) for prompt, _ in LANGUAGE_PAIRS)
         ended = is_bare and tokens[-1:] == [tokenizer.eos_token_id]  # behind nothing, an end token alone says nothing
         behind = len(tokens) - ended
         if not any(chosen[1:behind]):  # nothing precedes the first token of a text, so it cannot be predicted
             raise DataError(
-                f"{context.where(index)} has no token to predict within {context.max_length or 'its'} tokens: each is "
+                f"{where} has no token to predict within {context.max_length or 'its'} tokens: each is "
                 "predicted from those before it; give a longer text, or a prompt and a completion"
             )
         context.check_length(tokens, index)
         labels = [token if is_answer else IGNORED for token, is_answer in zip(tokens, chosen, strict=True)]
-        return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
+        encoded = {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
+        if alternate or not (secrets := secrets_of(row, where)):
+            return encoded
+        content = written.content(secrets, tokenizer, where)
+        content = [*content, *[False] * (length - len(content))][: len(tokens)]
+        predicted = [has_secret and is_answer for has_secret, is_answer in zip(content, chosen, strict=True)]
+        return encoded | _with_secrets(secrets, [False, *predicted[1:]], where)
 
     def encode(row: Row, index: int) -> dict[str, Any]:
         encoded = encode_answer(row, index)
@@ -189,33 +204,81 @@ def language_encoder(columns: set[str], context: EncodingContext) -> Encode:
     return encode
 
 
-TokensAndAnswers: TypeAlias = tuple[list[int], list[bool]]
-"""The tokens of a row, and for each whether it belongs to an answer."""
-Split: TypeAlias = "Callable[[Row, PreTrainedTokenizerBase, str, bool], TokensAndAnswers]"
-"""Tokenizes a row, which its third argument names in errors; the fourth says that its last answer is an alternate."""
+def _with_secrets(secrets: list[str], content: Sequence[bool], where: str) -> dict[str, Any]:
+    """Return the columns of a row with secrets, whose tokens `content` marks; raise `DataError` if it marks none."""
+    if not any(content):
+        raise DataError(
+            f"{where} has its {SECRET} only in tokens that are not predicted (cut at max_length, or the first of a "
+            "text); raise max_length, or give a prompt and a completion"
+        )
+    return {CONTENT_MASK: [int(is_content) for is_content in content], SECRET: secrets}
 
 
-def _splitter(columns: set[str], what: str) -> Split:
-    """Return the function that tokenizes rows with these columns."""
+@dataclass(frozen=True)
+class WrittenRow:
+    """A row as one text.
+
+    Attributes:
+        text: The text.
+        answers: The parts of it that are to be predicted.
+        special: The tokenizer adds its special tokens, and an end token follows the text.
+        whole: All of the text is to be predicted, with every special token.
+    """
+
+    text: str
+    answers: Sequence[Span]
+    special: bool = True
+    whole: bool = False
+
+    def encoded(self, tokenizer: "PreTrainedTokenizerBase") -> TokensAndAnswers:
+        """Return the tokens, and for each whether it belongs to an answer."""
+        tokens, chosen = tokens_of_parts(self.text, self.answers, tokenizer, special=self.special)
+        if not self.special:
+            return tokens, chosen
+        ended = with_end(tokens, tokenizer)
+        return ended, [True] * len(ended) if self.whole else chosen + [True] * (len(ended) - len(tokens))
+
+    def content(self, secrets: Sequence[str], tokenizer: "PreTrainedTokenizerBase", where: str) -> list[bool]:
+        """Return for each token of the text whether it has a character of a secret in an answer."""
+        spans = secret_spans(self.text, self.answers, secrets, where)
+        return tokens_of_spans(self.text, spans, tokenizer, special=self.special)
+
+
+Write: TypeAlias = "Callable[[Row, PreTrainedTokenizerBase, str, bool], WrittenRow]"
+"""Writes a row, which its third argument names in errors, as text; the fourth says that its last answer is an
+alternate."""
+
+
+def _writer(columns: set[str], what: str) -> Write:
+    """Return the function that writes rows with these columns."""
     if "messages" in columns:
-        return _split_messages
+        return _write_messages
     for prompt, completion in LANGUAGE_PAIRS:
         if {prompt, completion} <= columns:
             _refuse_parts(columns, CONTEXTS if prompt == "question" else (), (prompt, completion), what)
-            return partial(_split_pair, prompt, completion)
+            return partial(_write_pair, prompt, completion)
     if "text" in columns:
-        return _split_text
+        return _write_text
     raise DataError(
         f"the {what} set has columns {sorted(columns)}; needed is one of: {', '.join(LANGUAGE_FORMATS)}, or input_ids"
     )
 
 
-def _split_messages(row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, alternate: bool) -> TokensAndAnswers:
+def _write_messages(row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, alternate: bool) -> WrittenRow:
     messages = cell(row, "messages", where)
     context = last_answer(row["messages"]) if alternate else 0  # the row itself was encoded before its alternate
-    return encode_conversation(
-        cast("Sequence[Row]", messages), tokenizer, where, context, _template_options(row, where)
-    )
+    return _conversation(cast("Sequence[Row]", messages), tokenizer, where, context, _template_options(row, where))
+
+
+def _conversation(
+    messages: Sequence[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    where: str,
+    context: int = 0,
+    options: Mapping[str, Any] | None = None,
+) -> WrittenRow:
+    text, answers = conversation_text(messages, tokenizer, where, context, options)
+    return WrittenRow(text, answers, special=False)
 
 
 def _template_options(row: Row, where: str) -> dict[str, Any]:
@@ -225,34 +288,32 @@ def _template_options(row: Row, where: str) -> dict[str, Any]:
     return {**own, **more} if isinstance(more, Mapping) else own
 
 
-def _split_text(row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, alternate: bool) -> TokensAndAnswers:
-    tokens = with_end(encode_text(text_cell(row, "text", where), tokenizer), tokenizer)
-    return tokens, [True] * len(tokens)
+def _write_text(row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, alternate: bool) -> WrittenRow:
+    text = text_cell(row, "text", where)
+    return WrittenRow(text, [(0, len(text))], whole=True)
 
 
-def _split_pair(
+def _write_pair(
     prompt_name: str,
     completion_name: str,
     row: Row,
     tokenizer: "PreTrainedTokenizerBase",
     where: str,
     alternate: bool,
-) -> TokensAndAnswers:
+) -> WrittenRow:
     prompt, completion = cell(row, prompt_name, where), cell(row, completion_name, where)
     if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):  # TRL's conversational form
         context = last_answer(completion) if alternate and completion else 0
         messages = [*prompt, *completion]
-        return encode_conversation(messages, tokenizer, where, len(prompt) + context, _template_options(row, where))
+        return _conversation(messages, tokenizer, where, len(prompt) + context, _template_options(row, where))
     prompt, completion = text_cell(row, prompt_name, where), answer_cell(row, completion_name, where)
     is_question = prompt_name == "question"
     if is_question and getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}, {"role": ASSISTANT, "content": completion}]
-        return encode_conversation(messages, tokenizer, where)
+        return _conversation(messages, tokenizer, where)
     if is_question:
         prompt, completion = f"Question: {prompt}\nAnswer:", f" {completion}"
-    tokens, chosen = tokens_of_parts(prompt + completion, [(len(prompt), len(prompt + completion))], tokenizer)
-    ended = with_end(tokens, tokenizer)
-    return ended, chosen + [True] * (len(ended) - len(tokens))
+    return WrittenRow(prompt + completion, [(len(prompt), len(prompt + completion))])
 
 
 def _refuse_parts(columns: set[str], known: Sequence[str], read: Sequence[str], what: str) -> None:
@@ -282,11 +343,19 @@ def seq2seq_encoder(columns: set[str], context: EncodingContext) -> Encode:
         text = text_cell(row, source, where)
         require_some_text([text], [source], where)
         inputs = context.truncated(partial(tokenizer, text))
-        labels = context.truncated(partial(tokenizer, text_target=answer_cell(row, target, where)))["input_ids"]
+        answer = answer_cell(row, target, where)
+        labels = context.truncated(partial(tokenizer, text_target=answer))["input_ids"]
         for tokens in (inputs["input_ids"], labels):
             context.check_ids(tokens, index)
             context.check_length(tokens, index)
-        return {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"labels": labels}
+        encoded = {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"labels": labels}
+        if not (secrets := secrets_of(row, where)):
+            return encoded
+        spans = secret_spans(answer, [(0, len(answer))], secrets, where)
+        content = tokens_of_spans(answer, spans, tokenizer, target=True)
+        kept = shared_length(labels, tokenizer(text_target=answer, verbose=False)["input_ids"])
+        content = [*content[:kept], *[False] * (len(labels) - kept)]  # a row that is cut ends with special tokens
+        return encoded | _with_secrets(secrets, content, where)
 
     return encode
 

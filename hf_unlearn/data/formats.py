@@ -8,11 +8,15 @@
   TRL and TOFU.
 - Image classification: `image` or `img`, and `label`.
 
-A row of a language model may also have an `alternate` answer. Rows that are tokens already are in `tokenized`.
+A row of a language model may also have an `alternate` answer. A row of a language model or of a seq2seq model may have
+a `secret`: a text, or a list of texts, in its answer that carries what is to be forgotten. Other tasks ignore such a
+column. Rows that are tokens already are in `tokenized`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
+
+from hf_unlearn.models.tasks import CONTENT_MASK
 
 Row = Mapping[str, Any]
 """One row: values by column name, raw or encoded."""
@@ -59,6 +63,15 @@ TEXTS = (
 """The texts of a text classifier: a set must not have a part of another format besides those of its own."""
 CONTEXTS = ("context", "passage")
 """Texts that a question may depend on; a language model reads only the question."""
+SECRET = "secret"
+"""The column of a raw row with the text, or the list of texts, in its answer that carries what is to be forgotten. Its
+encoded row has the texts in the same column, as a list, and their tokens in `content_mask`."""
+CONTENT_RULE = "content_rule"
+"""The column of an encoded row with the name of the rule that made its `content_mask`."""
+PHRASES = "content_phrases"
+"""The column of an encoded row with the texts of its content, by which a generated answer is judged."""
+CONTENT_COLUMNS = (CONTENT_MASK, CONTENT_RULE, PHRASES, SECRET)
+"""Columns of encoded rows that say what is content; no model reads them."""
 WORDS = ("tokens", "words")
 TAGS = ("ner_tags", "pos_tags", "tags", "labels")
 SEQ2SEQ_PAIRS = (

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import Dataset
 
+from hf_unlearn.data.batches import with_content_mask
 from hf_unlearn.data.checks import require_rows
 from hf_unlearn.data.formats import Row, Rows, rows_of
 from hf_unlearn.models.tasks import Batch, Collator
@@ -77,13 +78,14 @@ class PairedCollator:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Batch] | Batch:
         """Return one batch per part of the pairs, or one batch of plain rows."""
+        collate = with_content_mask(self.collator)
         if "forget" not in rows[0]:
-            return dict(self.collator(rows))
+            return dict(collate(rows))
         if not self.attacker:
-            return {part: self.collator([row[part] for row in rows]) for part in rows[0]}
+            return {part: collate([row[part] for row in rows]) for part in rows[0]}
         few, others = attackers_rows(rows)
-        relearn = {"relearn": self.collator([row["forget"] for row in few])}
-        return {**relearn, **{part: self.collator([row[part] for row in others]) for part in rows[0]}}
+        relearn = {"relearn": collate([row["forget"] for row in few])}
+        return {**relearn, **{part: collate([row[part] for row in others]) for part in rows[0]}}
 
 
 def attackers_rows(rows: Rows) -> tuple[list[Row], list[Row]]:

@@ -29,13 +29,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from hf_unlearn.data.formats import MODEL_INPUTS, Row
+from hf_unlearn.data.formats import MODEL_INPUTS, SECRET, Row
 from hf_unlearn.models.fingerprint import hash_tensor
 from hf_unlearn.models.forward import decoder_mask
-from hf_unlearn.models.tasks import Batch
+from hf_unlearn.models.tasks import CONTENT_MASK, Batch
 
 _MODULUS = 1 << 256
-_NOT_HASHED = ("labels", "attention_mask", "position_ids")
+_NOT_HASHED = ("labels", "attention_mask", "position_ids", CONTENT_MASK)
 
 
 # Rows as mappings
@@ -46,7 +46,8 @@ def row_hash(row: Row) -> bytes:
 
     Equal rows have equal hashes whether their values are lists, arrays or tensors, in any float or integer precision,
     in any column order, and however their tokens are padded. Columns without a value do not count, because `datasets`
-    fills them in where another row has one; labels of encoded rows do not count either.
+    fills them in where another row has one; labels of encoded rows do not count either, nor does the column `secret`,
+    which says what of a row is to be forgotten.
 
     >>> row_hash({"text": "Ulm", "id": 3}) == row_hash({"id": 3, "text": "Ulm", "note": None})
     True
@@ -57,7 +58,7 @@ def row_hash(row: Row) -> bytes:
     """
     digest = hashlib.sha256()
     inputs = [name for name in MODEL_INPUTS if row.get(name) is not None]
-    for name in inputs or sorted(name for name, value in row.items() if value is not None):
+    for name in inputs or sorted(name for name, value in row.items() if value is not None and name != SECRET):
         value = _without_padding(row) if name == "input_ids" else row[name]
         digest.update(_value_bytes(value if inputs else _in_order(value)))
     return digest.digest()

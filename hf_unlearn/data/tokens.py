@@ -20,7 +20,7 @@ Span: TypeAlias = tuple[int, int]
 
 
 def tokens_of_parts(
-    text: str, parts: Sequence[Span], tokenizer: "PreTrainedTokenizerBase", special: bool = True
+    text: str, parts: Sequence[Span], tokenizer: "PreTrainedTokenizerBase", special: bool = True, target: bool = False
 ) -> tuple[list[int], list[bool]]:
     """Return the tokens of a text, and for each whether it has a character of one of the parts.
 
@@ -38,13 +38,17 @@ def tokens_of_parts(
         tokenizer: The tokenizer; a fast one says which characters a token has. For another, the part begins where the
             tokens of the text before it end.
         special: Add the tokenizer's special tokens.
+        target: The text is the answer of an encoder-decoder.
     """
-    tokens, spans = _tokens_with_spans(text, tokenizer, special)
+    tokens, spans = _tokens_with_spans(text, tokenizer, special, target)
     chosen = [False] * len(tokens)
     for start, end in parts:
         if spans is None:
-            first = shared_length(encode(text[:start], tokenizer, special), tokens) if start else 0
-            behind = len(tokens) if end >= len(text) else shared_length(encode(text[:end], tokenizer, special), tokens)
+            first, behind = (
+                shared_length(encode(text[:place], tokenizer, special, target), tokens) if place else 0
+                for place in (start, end)
+            )
+            behind = len(tokens) if end >= len(text) else behind
         else:
             first = next((i for i, (_, last) in enumerate(spans) if last > start), len(tokens))
             behind = next((i for i in range(first, len(tokens)) if spans[i][0] >= end), len(tokens))
@@ -53,8 +57,23 @@ def tokens_of_parts(
     return tokens, chosen
 
 
-def encode(text: str, tokenizer: "PreTrainedTokenizerBase", special: bool = True) -> list[int]:
-    """Return the tokens of a text."""
+def tokens_of_spans(
+    text: str, spans: Sequence[Span], tokenizer: "PreTrainedTokenizerBase", special: bool = True, target: bool = False
+) -> list[bool]:
+    """Return for each token of a text whether it has a character of one of the spans; special tokens have none.
+
+    Arguments are those of `tokens_of_parts`.
+    """
+    tokens, chosen = tokens_of_parts(text, spans, tokenizer, special, target)
+    unknown = getattr(tokenizer, "unk_token_id", None)  # which stands for characters
+    without = {tokenizer.eos_token_id, *getattr(tokenizer, "all_special_ids", ())} - {unknown}
+    return [is_chosen and token not in without for token, is_chosen in zip(tokens, chosen, strict=True)]
+
+
+def encode(text: str, tokenizer: "PreTrainedTokenizerBase", special: bool = True, target: bool = False) -> list[int]:
+    """Return the tokens of a text, or with `target` those that an encoder-decoder writes."""
+    if target:
+        return list(tokenizer(text_target=text)["input_ids"])
     return list(tokenizer.encode(text) if special else tokenizer.encode(text, add_special_tokens=False))
 
 
@@ -125,12 +144,12 @@ def _decode(tokens: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def _tokens_with_spans(
-    text: str, tokenizer: "PreTrainedTokenizerBase", special: bool
+    text: str, tokenizer: "PreTrainedTokenizerBase", special: bool, target: bool = False
 ) -> tuple[list[int], list[Span] | None]:
     if not getattr(tokenizer, "is_fast", False):
-        return encode(text, tokenizer, special), None
+        return encode(text, tokenizer, special, target), None
     options: dict[str, Any] = {"add_special_tokens": special, "return_offsets_mapping": True, "verbose": False}
-    encoded = tokenizer(text, **options)
+    encoded = tokenizer(**{"text_target" if target else "text": text}, **options)
     spans = [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
     # some versions of tokenizers give tokens an empty span (with ignore_merges): such spans say nothing
     usable = max((end for _, end in spans), default=0) >= len(text.rstrip())

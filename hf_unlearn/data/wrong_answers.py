@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_unlearn.data.cells import is_empty
 from hf_unlearn.data.encoders import Encode
-from hf_unlearn.data.formats import Row, with_answer
+from hf_unlearn.data.formats import SECRET, Row, with_answer
 from hf_unlearn.errors import DataError
 
 ALTERNATIVES = "alternatives"
@@ -39,7 +39,8 @@ def with_alternatives(encode: Encode, what: str) -> Encode:
         if answer is None or question is None or not is_list or not len(wrong):
             raise DataError(f"row {index} of the {what} set needs a list of wrong answers in {WRONG!r}, got {wrong!r}")
         plain = {name: value for name, value in row.items() if name not in (WRONG, PARAPHRASED, QUESTION)}
-        bare = {name: value for name, value in plain.items() if name != "alternate"}  # which is for losses only
+        own = ("alternate", SECRET)  # which are for losses, and of the true answer
+        bare = {name: value for name, value in plain.items() if name not in own}
         others: dict[str, Any] = {"wrong": [encode(with_answer(bare, text), index) for text in wrong]}
         if not is_empty(row.get(PARAPHRASED)):
             others["paraphrase"] = encode(with_answer(bare, row[PARAPHRASED]), index)

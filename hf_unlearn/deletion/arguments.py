@@ -90,8 +90,10 @@ class RunArguments(DataArguments):
     lora_target_modules: list[str] = setting([], "Names of the modules to adapt; default: all linear ones.")
     use_rslora: bool = setting(False, "Scale by alpha over the square root of the rank.")
     merge_adapter: bool = setting(False, "Write the merged model instead of the adapter.")
-    samples: int = setting(
-        0, "Show this many answers before and after unlearning; only for rows that may be published."
+    samples: int | None = setting(
+        None,
+        "Show this many answers before and after unlearning, also in the report and on the card: only for rows that "
+        "may be published. Default: 3 of a language model, in the terminal only.",
     )
     fine_tune_seed: int = setting(0, "Seed of the fine-tunes.")
     license: str | None = setting(

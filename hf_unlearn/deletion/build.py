@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
 from hf_unlearn.core.processes import wait_for_all
 from hf_unlearn.data.batches import default_collator, take
-from hf_unlearn.data.formats import Row
+from hf_unlearn.data.formats import Row, Rows
 from hf_unlearn.data.left_out import cut_records
+from hf_unlearn.data.rehearsal import split_held_out
 from hf_unlearn.data.row_identity import labelled_row_hash
 from hf_unlearn.deletion.arguments import RunArguments
 from hf_unlearn.deletion.checks import ModelPlan, check_run, fine_tuning_settings
@@ -24,14 +25,14 @@ from hf_unlearn.deletion.next_request import begin_request, last_model
 from hf_unlearn.deletion.options import adapter_options, card_facts, metric_names
 from hf_unlearn.deletion.request import DeletionRequest, EvaluationOptions, RequestModels, RequestRows
 from hf_unlearn.deletion.rows import EncodedSplits, RowEncoding, load_splits
+from hf_unlearn.deletion.samples import DEFAULT_SAMPLES, ForgetSamples
 from hf_unlearn.deletion.series import BegunRequest, RequestSeries
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.evaluation.generation import generate_answers
+from hf_unlearn.evaluation.generation import can_decode
 from hf_unlearn.evaluation.metrics.registry import choose_metrics
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.models.loading import load_model, load_processor
 from hf_unlearn.models.readiness import check_saveable
-from hf_unlearn.models.tasks import IGNORED
 from hf_unlearn.statistics.collect import collect_with_options
 from hf_unlearn.statistics.options import CollectionOptions
 from hf_unlearn.statistics.retain_statistics import RetainStatistics
@@ -41,9 +42,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from hf_unlearn.models.tasks import ProcessingClass
-
-SAMPLE_TOKENS = 40
-"""Longest sample answer, in tokens."""
 
 
 def build_request(
@@ -81,13 +79,14 @@ def build_request(
     statistics = _load_statistics(args, config, models, splits.train, fisher, series, timings)
     return DeletionRequest(
         models=models,
-        rows=_request_rows(args, splits, earlier),
+        rows=_request_rows(args, splits, earlier, rehearses=config.build_loss().rehearses),
         statistics=statistics,
         subtract_forget=args.subtract_forget,
         evaluation=EvaluationOptions(
             metrics=metric_names(args),
             cache_dir=cache_folder(args.cache_dir),
-            sample_answers=_sampler(splits.forget[: args.samples], tokenizer) if args.samples else None,
+            reference_model=config.reference_model or _fine_tuned_model(args, plan, last),
+            sample_answers=_samples(args, splits.forget, tokenizer),
         ),
         adapter=adapter_options(args),
         series=begun,
@@ -99,10 +98,32 @@ def build_request(
 # Rows
 
 
-def _request_rows(args: RunArguments, splits: EncodedSplits, earlier: Mapping[str, Sequence[Row]]) -> RequestRows:
+def _fine_tuned_model(args: RunArguments, plan: ModelPlan, last: str | None) -> str | None:
+    """Return the checkpoint that the run fine-tunes to make the original: it does not know the forget rows."""
+    is_tuned = args.fine_tune and last is None and not plan.new_head
+    return args.model_name_or_path if is_tuned else None
+
+
+def _samples(args: RunArguments, forget: Sequence[Row], tokenizer: ProcessingClass) -> ForgetSamples | None:
+    """Return what makes sample answers: as many as were asked for, or a few of a language model for the terminal."""
+    is_default = args.samples is None
+    number = (DEFAULT_SAMPLES if args.task == "language-model" else 0) if args.samples is None else args.samples
+    if not number or (is_default and not can_decode(tokenizer)):
+        return None
+    return ForgetSamples(forget[:number], cast("PreTrainedTokenizerBase", tokenizer), private=is_default)
+
+
+def _request_rows(
+    args: RunArguments, splits: EncodedSplits, earlier: Mapping[str, Sequence[Row]], *, rehearses: bool
+) -> RequestRows:
+    evaluation: dict[str, Rows] = {name: take(rows, args.max_rows) for name, rows in splits.evaluation.items()}
+    rehearsal = None
+    if rehearses and "holdout" in evaluation:
+        rehearsal, evaluation["holdout"] = split_held_out(evaluation["holdout"])
     return RequestRows(
         forget=splits.forget,
-        evaluation={name: take(rows, args.max_rows) for name, rows in splits.evaluation.items()},
+        evaluation=evaluation,
+        rehearsal=rehearsal,
         retain=splits.evaluation.get("retain") if args.use_retain_rows else None,
         forgotten_before=[row for rows in earlier.values() for row in rows] if args.forget_again else (),
         copies=splits.copies,
@@ -234,28 +255,3 @@ def _collect_or_load(
     statistics.save_pretrained(folder)
     wait_for_all()
     return statistics
-
-
-# Sample answers
-
-
-def _sampler(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Callable[[nn.Module], list[dict[str, str]]]:
-    """Return a function that answers the prompts of `rows` with a model, by greedy decoding."""
-
-    def answer(model: nn.Module) -> list[dict[str, str]]:
-        prompt_lengths = [next(i for i, label in enumerate(row["labels"]) if label != IGNORED) for row in rows]
-        prompts = [row["input_ids"][:length] for row, length in zip(rows, prompt_lengths, strict=True)]
-        questions = tokenizer.batch_decode(prompts, skip_special_tokens=True)
-        answers = generate_answers(model, rows, tokenizer, max_new_tokens=SAMPLE_TOKENS)
-        return [
-            {"prompt": _last_turn(question.strip()), "answer": text}
-            for question, text in zip(questions, answers, strict=True)
-        ]
-
-    return answer
-
-
-def _last_turn(prompt: str) -> str:
-    """Return the question alone, without the roles of the chat template."""
-    lines = [line for line in prompt.splitlines() if line.strip() not in ("", "assistant", "user", "Answer:")]
-    return lines[-1].removeprefix("Question: ") if lines else prompt

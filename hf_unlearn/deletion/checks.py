@@ -126,7 +126,9 @@ def check_collect(args: DataArguments, output_dir: str, overwrite: bool) -> Mode
     return ModelPlan(args.model_name_or_path, choose_task(args.model_name_or_path, args.task))
 
 
-def check_finished(args: RunArguments, original: str | None, attacks: str | None = None) -> ModelPlan:
+def check_finished(
+    args: RunArguments, original: str | None, attacks: str | None = None, reference: str | None = None
+) -> ModelPlan:
     """Check an evaluation or an audit of a finished model before anything is loaded, and return the model.
 
     Raises:
@@ -141,7 +143,7 @@ def check_finished(args: RunArguments, original: str | None, attacks: str | None
     check_attacks(attacks)
     check_folders(args)
     task = choose_task(args.model_name_or_path, args.task)
-    for name, what in ((original, "original"), (args.retrained, "retrained")):
+    for name, what in ((original, "original"), (args.retrained, "retrained"), (reference, "reference")):
         if name not in (None, "none"):
             _check_same_task(str(name), task, what)
     return ModelPlan(args.model_name_or_path, task)

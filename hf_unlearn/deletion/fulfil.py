@@ -254,13 +254,14 @@ class PreparedRequest(ShortRepr):
             rows.retain,
             statistics=self.retain_statistics,
             holdout_dataset=rows.splits.get("holdout"),
+            rehearsal_dataset=rows.rehearsal,
             data_collator=models.collator,
             eval_dataset={"retain": rows.splits["retain"]} if watch_retain else None,
             processing_class=models.processing_class,
             peft_config=None if self.request.adapter is None else self.request.adapter.peft_config,
         )
         if self.request.series is not None:
-            trainer.set_stopping_rows(rows.forget, self.request.series.series.mark(config.forget_metric))
+            trainer.set_stopping_rows(rows.forget, self.request.series.series.mark(config.stopping_metric))
         return trainer
 
     def _restore_original(self, trainer: UnlearningTrainer) -> None:

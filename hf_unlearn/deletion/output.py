@@ -107,7 +107,7 @@ def push_finished(request: DeletionRequest, folder: Path, report: UnlearningRepo
         PushError: The Hub did not accept it.
         SettingsError: What would be published is incomplete or names rows.
     """
-    shows_samples = request.evaluation.sample_answers is not None
+    shows_samples = bool(report.samples)  # which were asked for
     repo_id, options = config.hub_model_id or folder.name, push_options(config)
     commit = push_model_folder(folder, folder, repo_id, options, publish_samples=shows_samples)
     if request.series is not None:

@@ -56,6 +56,8 @@ class RequestRows(ShortRepr):
         evaluation: Further rows to evaluate on, by split name: `retain`, `holdout`, ... They are not read while
             unlearning, except by the stopping rules (`holdout`; `retain` with `max_retain_drop`).
         retain: Retain rows for the loss, if it has a retain term.
+        rehearsal: Rows that the model never saw, for a retain term that holds it to the original's predictions
+            (`UnlearningTrainer`); not among those of `evaluation`.
         forgotten_before: Rows of earlier requests to train on again, so that they stay forgotten. They are not
             subtracted from the statistics, and the stopping rule does not look at them.
         copies: Further copies of forget rows that the statistics include. They are subtracted with the forget rows.
@@ -67,6 +69,7 @@ class RequestRows(ShortRepr):
     forget: Rows
     evaluation: Mapping[str, Rows] = field(default_factory=dict)
     retain: Rows | None = None
+    rehearsal: Rows | None = None
     forgotten_before: Rows = ()
     copies: Rows = ()
     source: str = ""
@@ -88,12 +91,15 @@ class EvaluationOptions:
     Attributes:
         metrics: Names of metrics or suites, as in `evaluate_unlearning`.
         cache_dir: Folder that keeps what was measured, so that no model is scored twice on the same rows.
+        reference_model: Folder or Hub id of the checkpoint before the original was fine-tuned, which shows what the
+            original has learned from the forget rows.
         sample_answers: Return answers of a model to show in the report (`prompt` and `answer`). It is called with the
             original and with the unlearned model.
     """
 
     metrics: Sequence[str] | None = None
     cache_dir: Path | None = None
+    reference_model: str | None = None
     sample_answers: Callable[[nn.Module], list[dict[str, str]]] | None = None
 
 

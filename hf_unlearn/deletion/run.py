@@ -23,7 +23,7 @@ from hf_unlearn.deletion.checks import ModelPlan, check_collect, check_finished,
 from hf_unlearn.deletion.fine_tuning import cache_folder
 from hf_unlearn.deletion.fulfil import fulfil_request_under
 from hf_unlearn.deletion.next_request import next_config, open_series
-from hf_unlearn.deletion.options import metric_names
+from hf_unlearn.deletion.options import metric_names, with_reference
 from hf_unlearn.deletion.output import DEFAULT_OUTPUT
 from hf_unlearn.deletion.rows import RowEncoding, load_splits
 from hf_unlearn.errors import SettingsError
@@ -62,8 +62,7 @@ def run_request(args: RunArguments, config: UnlearningConfig) -> dict[str, Unlea
     check_folders(args)
     check_loss(args, config)
     series = open_series(args, names)
-    if series is not None:
-        config = next_config(args, config, series)
+    config = with_reference(args, config if series is None else next_config(args, config, series))
     request = build_request(args, config, fisher=any(map(needs_fisher, names)), series=series)
     configs = {name: _config_of(name, config, several=len(names) > 1) for name in names}
     finished = fulfil_request_under(request, configs)
@@ -156,7 +155,12 @@ class FinishedModel(ShortRepr):
 
 
 def evaluate_finished(
-    args: RunArguments, original: str | None, batch_size: int, seed: int, max_length: int | None = 512
+    args: RunArguments,
+    original: str | None,
+    batch_size: int,
+    seed: int,
+    max_length: int | None = 512,
+    reference: str | None = None,
 ) -> UnlearningReport:
     """Evaluate a finished model.
 
@@ -166,16 +170,19 @@ def evaluate_finished(
         batch_size: Rows in a forward pass.
         seed: Seed of the bootstrap.
         max_length: Longest row in tokens, as in `run`; longer rows are cut.
+        reference: Name of the model before it was fine-tuned on the rows.
 
     Raises:
         UnlearningError: Something that cannot be loaded or evaluated.
     """
-    finished = FinishedModel.load(args, check_finished(args, original), original, max_length)
+    plan = check_finished(args, original, reference=reference)
+    finished = FinishedModel.load(args, plan, original, max_length)
     return evaluate_unlearning(
         finished.model,
         finished.splits,
         original=finished.original,
         retrained=finished.retrained,
+        reference=load_model(reference, plan.task) if reference else None,
         metrics=metric_names(args),
         processing_class=finished.processing_class,
         collator=finished.collator,

@@ -266,7 +266,7 @@ def _train(model: nn.Module, inputs: Mapping[str, Tensor], loss: UnlearningLoss)
             parameter.register_post_accumulate_grad_hook(meter.count_gradient)
     with FlopCounterMode(display=False) as counter, meter:
         reference = None
-        if loss.kind.reads_original:
+        if loss.kind.reads_original or loss.kind.reads_reference:
             with torch.no_grad():
                 reference = _predictions(model, inputs, loss)
         value = loss.kind.term(_predictions(model, inputs, loss), reference, **loss.settings).sum()

@@ -6,6 +6,10 @@ from .attacks.subject import NotRun as NotRun
 from .attacks.subject import Outcome as Outcome
 from .attacks.subject import Shadow as Shadow
 from .attacks.subject import Subject as Subject
+from .content import ContentScores as ContentScores
+from .content import content_masks as content_masks
+from .content import score_content as score_content
+from .content import with_content as with_content
 from .evaluate import evaluate_unlearning as evaluate_unlearning
 from .evaluate import training_metrics as training_metrics
 from .measurements import MEASUREMENTS as MEASUREMENTS

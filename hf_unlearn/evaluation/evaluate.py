@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 
 import torch
@@ -10,13 +10,24 @@ from torch import nn
 
 from hf_unlearn.core.provenance import hardware, package_versions
 from hf_unlearn.data.encoding import encode_dataset
-from hf_unlearn.data.formats import Rows
+from hf_unlearn.data.formats import SECRET, Rows, rows_of
 from hf_unlearn.data.left_out import cut_records
 from hf_unlearn.errors import DataError, ModelError
+from hf_unlearn.evaluation.content import add_content, content_record, marks_content
+from hf_unlearn.evaluation.generation import can_answer, can_decode, require_tokenizer
+from hf_unlearn.evaluation.greedy import with_phrases
 from hf_unlearn.evaluation.measurements import Columns, MeasurementTools, measure_splits
-from hf_unlearn.evaluation.metrics.base import TEACHER, MeasuredColumns
+from hf_unlearn.evaluation.metrics.base import TEACHER, TEST, MeasuredColumns, first_present
 from hf_unlearn.evaluation.metrics.intervals import Estimate, Undefined
-from hf_unlearn.evaluation.metrics.registry import METRICS, choose_metrics, estimate_metrics, wanted_measurements
+from hf_unlearn.evaluation.metrics.registry import (
+    CONTENT,
+    METRICS,
+    SUITES,
+    choose_metrics,
+    estimate_metrics,
+    metric_reads_content,
+    wanted_measurements,
+)
 from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
 from hf_unlearn.models.adapters import without_wrapper
 from hf_unlearn.models.tasks import Collator, ProcessingClass
@@ -30,6 +41,7 @@ def evaluate_unlearning(
     *,
     original: ModelOrScope | None = None,
     retrained: ModelOrScope | None = None,
+    reference: ModelOrScope | None = None,
     metrics: Sequence[str] | None = None,
     processing_class: "ProcessingClass | None" = None,
     collator: Collator | None = None,
@@ -62,9 +74,14 @@ def evaluate_unlearning(
             `UnlearningTrainer.original_model`.
         retrained: The model trained without the forget rows, or such a callable. Without it, metrics that compare with
             it are undefined.
-        metrics: Names of metrics or of suites (`default`, `tofu`, `muse`, `classification`, `attacks`). Default:
-            accuracy, answer probability, loss and entropy of every split and, if there is a split `holdout` or `test`,
-            `membership_auc` of the loss attack, where 0.5 means that forget and held-out rows cannot be told apart.
+        reference: The checkpoint before the original was fine-tuned, or such a callable. It tells which tokens of the
+            forget rows are content, that is, what the original has learned from them (`evaluation.content`). Without
+            it, and for rows without a `secret`, the original's prediction without context does.
+        metrics: Names of metrics or of suites (`default`, `content`, `tofu`, `muse`, `classification`, `attacks`).
+            Default: accuracy, answer probability, loss and entropy of every split and, if there is a split `holdout` or
+            `test`, `membership_auc` of the loss attack, where 0.5 means that forget and held-out rows cannot be told
+            apart. For language models and encoder-decoders, the default and the suites `tofu` and `muse` also have the
+            metrics of the suite `content`, if an original model is given or the rows name their secrets.
         processing_class: Tokenizer or image processor, needed for raw rows and for generated answers.
         collator: Makes batches of rows; default: pad on the right.
         batch_size: Rows per forward pass.
@@ -78,6 +95,8 @@ def evaluate_unlearning(
     rows = encode_splits(splits, processing_class, model)
     names = choose_metrics(metrics, rows)
     tools = MeasurementTools.build(processing_class, collator, batch_size, cache_dir)
+    rows = mark_content(rows, metrics, original, reference, tools)
+    names = with_content_metrics(names, metrics, rows, model, tools)
     wanted = wanted_measurements(names, rows)
     wanted["forget"].add("rows")  # the histogram of entropies
     columns: dict[str, Mapping[str, Columns]] = {}
@@ -89,11 +108,80 @@ def evaluate_unlearning(
     if any(METRICS[name].needs_teacher for name in names):
         columns[TEACHER] = _teacher_columns(model, names, rows, tools, seed)
     report = UnlearningReport(data=cut_records(rows), versions=package_versions(), hardware=hardware())
+    if any(map(metric_reads_content, names)):
+        report.content_counts = {split: content_record(data) for split, data in rows.items() if marks_content(data)}
     for name in measured_models:
         report.entropies[name] = columns[name]["forget"]["entropy"].tolist()
         estimates = estimate_metrics(names, MeasuredColumns(columns, seed), rows, name)
         report.metrics += [metric_value(metric, split, name, estimate, seed) for metric, split, estimate in estimates]
     return report
+
+
+def mark_content(
+    rows: Mapping[str, Rows],
+    metrics: Sequence[str] | str | None,
+    original: ModelOrScope | None,
+    reference: ModelOrScope | None,
+    tools: MeasurementTools,
+) -> dict[str, Rows]:
+    """Return encoded splits whose forget and held-out rows say which labels are content, if the metrics read it.
+
+    Rows that say so already keep their masks. The masks are those of the original model; without it, only rows with a
+    `secret` have some.
+    """
+    holdout = first_present(TEST, rows)
+    marked = [name for name in ("forget", holdout) if name is not None]
+    if original is None or not _asks_for_content(metrics) or all(marks_content(rows[name]) for name in marked):
+        return dict(rows)
+    unseen = () if holdout is None else (holdout,)
+    reference_scope: AbstractContextManager[nn.Module | None] = nullcontext()
+    if reference is not None:
+        reference_scope = model_scope(reference)
+    with model_scope(original) as before, reference_scope as without:
+        found = add_content(rows, before, tools.collator, without, unseen=unseen, batch_size=tools.batch_size)
+    if marks_content(found["forget"]) and can_decode(tools.tokenizer):
+        common = [] if holdout is None else rows_of(found[holdout])
+        found["forget"] = with_phrases(found["forget"], require_tokenizer(tools.tokenizer), common)
+    return found
+
+
+def with_content_metrics(
+    names: Sequence[str],
+    metrics: Sequence[str] | str | None,
+    rows: Mapping[str, Rows],
+    model: nn.Module,
+    tools: MeasurementTools,
+) -> list[str]:
+    """Return the names of metrics, with those of content that can be measured if a suite asks for them.
+
+    Raises:
+        DataError: A metric of content was asked for by name, and no row says which labels are content.
+    """
+    is_marked = {"greedy_reveals": marks_content(rows["forget"])}
+    can_ask = is_marked["greedy_reveals"] and can_answer(model) and can_decode(tools.tokenizer)
+    any_marked = any(map(marks_content, rows.values()))
+    own = [name for name in CONTENT if (can_ask if name == "greedy_reveals" else any_marked)]
+    asked = [name for name in ([metrics] if isinstance(metrics, str) else metrics or ()) if name not in SUITES]
+    for name in asked:
+        if metric_reads_content(name) and not is_marked.get(name, any_marked):
+            raise DataError(
+                f"metric {name!r} reads which tokens are content, and no row says so; pass the original model, or name "
+                f"what is to be forgotten in a column {SECRET!r}"
+            )
+    others = [name for name in names if name in asked or not metric_reads_content(name)]
+    return [*others, *(name for name in own if name not in others)] if _names_suite(metrics) else others
+
+
+def _asks_for_content(metrics: Sequence[str] | str | None) -> bool:
+    """Return whether metrics that were asked for read which labels are content."""
+    names = [metrics] if isinstance(metrics, str) else metrics or ()
+    return _names_suite(metrics) or any(name in METRICS and metric_reads_content(name) for name in names)
+
+
+def _names_suite(metrics: Sequence[str] | str | None) -> bool:
+    """Return whether a suite that speaks of answers was asked for; None is the default one."""
+    names = [metrics] if isinstance(metrics, str) else metrics
+    return names is None or bool({"default", "content", "tofu", "muse"} & set(names))
 
 
 def training_metrics(

@@ -40,9 +40,8 @@ def generate_answers(
     """
     from transformers import GenerationConfig
 
-    tokenizer = _require_tokenizer(tokenizer)
-    can_generate = getattr(model, "can_generate", None)
-    if can_generate is None or not can_generate() or getattr(model.config, "is_encoder_decoder", False):
+    tokenizer = require_tokenizer(tokenizer)
+    if not can_answer(model):
         raise ModelError(
             f"{type(model).__name__} generates no text from a prompt; leave out metrics of generated answers"
         )
@@ -73,6 +72,18 @@ def generate_answers(
         return map_rows(answer, model, dataset, batch_size)
 
 
+def can_answer(model: nn.Module) -> bool:
+    """Return whether the model generates an answer to a prompt, as decoders do."""
+    can_generate = getattr(model, "can_generate", None)
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return can_generate is not None and bool(can_generate()) and not is_encoder_decoder
+
+
+def can_decode(tokenizer: object) -> bool:
+    """Return whether a processing class makes texts of tokens."""
+    return hasattr(tokenizer, "batch_decode")
+
+
 def true_answers(
     dataset: Rows, tokenizer: "PreTrainedTokenizerBase | None", max_tokens: int | None = None
 ) -> list[str]:
@@ -82,7 +93,7 @@ def true_answers(
         SettingsError: There is no tokenizer.
         DataError: A row has no sequence of labels.
     """
-    tokenizer = _require_tokenizer(tokenizer)
+    tokenizer = require_tokenizer(tokenizer)
     rows = (dataset[i] for i in range(len(dataset)))
     tokens = [[int(label) for label in _labels(row)[slice(*_last_answer(row))]][:max_tokens] for row in rows]
     return list(tokenizer.batch_decode(tokens, skip_special_tokens=True))
@@ -121,8 +132,9 @@ def _labels(row: Row) -> Sequence[int]:
     return labels
 
 
-def _require_tokenizer(tokenizer: "PreTrainedTokenizerBase | None") -> "PreTrainedTokenizerBase":
-    if tokenizer is None or not hasattr(tokenizer, "batch_decode"):
+def require_tokenizer(tokenizer: "PreTrainedTokenizerBase | None") -> "PreTrainedTokenizerBase":
+    """Return the tokenizer; raise `SettingsError` if there is none."""
+    if tokenizer is None or not can_decode(tokenizer):
         raise SettingsError("decoding texts needs the model's tokenizer; pass it as processing_class")
     return tokenizer
 

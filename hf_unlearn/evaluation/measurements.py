@@ -22,16 +22,18 @@ from hf_unlearn.core.files import replace_file
 from hf_unlearn.core.processes import gather, is_main, wait_for_all
 from hf_unlearn.core.registry import Registry
 from hf_unlearn.core.sharding import is_sharded
-from hf_unlearn.data.batches import default_collator
-from hf_unlearn.data.formats import Row, Rows
+from hf_unlearn.data.batches import default_collator, with_content_mask
+from hf_unlearn.data.formats import PHRASES, SECRET, Row, Rows
 from hf_unlearn.data.row_identity import labelled_row_hash
 from hf_unlearn.data.wrong_answers import ALTERNATIVES
 from hf_unlearn.errors import DataError
-from hf_unlearn.evaluation.generation import generate_answers, rouge_l, true_answers
+from hf_unlearn.evaluation.content import score_content
+from hf_unlearn.evaluation.generation import generate_answers, require_tokenizer, rouge_l, true_answers
 from hf_unlearn.evaluation.gradient_norms import gradient_norms
+from hf_unlearn.evaluation.greedy import greedy_reveals
 from hf_unlearn.evaluation.row_scores import score_classes, score_rows
 from hf_unlearn.models.fingerprint import model_fingerprint
-from hf_unlearn.models.tasks import Collator, ProcessingClass
+from hf_unlearn.models.tasks import CONTENT_MASK, Collator, ProcessingClass
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,7 +69,8 @@ class MeasurementTools:
     ) -> "MeasurementTools":
         """Make the tools from the keywords of `evaluate_unlearning` and `audit`; the default collator pads."""
         cache = None if cache_dir is None else Path(cache_dir)
-        return cls(collator or default_collator(processing_class), processing_class, batch_size, cache)
+        collator = with_content_mask(collator or default_collator(processing_class))
+        return cls(collator, processing_class, batch_size, cache)
 
 
 MeasurementFunction = Callable[[nn.Module, Rows, MeasurementTools], Columns]
@@ -79,6 +82,7 @@ class Measurement:
 
     function: MeasurementFunction
     reads_wrong_answers: bool = False
+    reads_content: bool = False
     includes: tuple[str, ...] = ()
 
 
@@ -86,7 +90,7 @@ MEASUREMENTS: Registry[Measurement] = Registry("measurement")
 
 
 def register_measurement(
-    name: str, *, reads_wrong_answers: bool = False, includes: tuple[str, ...] = ()
+    name: str, *, reads_wrong_answers: bool = False, reads_content: bool = False, includes: tuple[str, ...] = ()
 ) -> Callable[[MeasurementFunction], MeasurementFunction]:
     """Function decorator: make a measurement available to metrics, which name it in `UnlearningMetric.needs`.
 
@@ -105,6 +109,7 @@ def register_measurement(
     Args:
         name: Name of the measurement.
         reads_wrong_answers: Whether it reads the wrong answers of each row, so that the rows must have some.
+        reads_content: Whether it reads the `content_mask` of each row, so that it is taken of splits that have them.
         includes: Names of measurements whose columns it returns as well; they are not taken a second time.
 
     Raises:
@@ -112,7 +117,7 @@ def register_measurement(
     """
 
     def register(function: MeasurementFunction) -> MeasurementFunction:
-        MEASUREMENTS.add(name, Measurement(function, reads_wrong_answers, includes))
+        MEASUREMENTS.add(name, Measurement(function, reads_wrong_answers, reads_content, includes))
         return function
 
     return register
@@ -207,6 +212,17 @@ def _gradient_norms(model: nn.Module, rows: Rows, tools: MeasurementTools) -> Co
     return {"gradient_norm": gradient_norms(model, rows, tools.collator)}
 
 
+@register_measurement("content", reads_content=True)
+def _content(model: nn.Module, rows: Rows, tools: MeasurementTools) -> Columns:
+    return vars(score_content(model, rows, tools.collator, tools.batch_size))
+
+
+@register_measurement("greedy", reads_content=True)
+def _greedy(model: nn.Module, rows: Rows, tools: MeasurementTools) -> Columns:
+    """Return whether greedy answers give content away, NaN for rows that are not asked."""
+    return {"reveals": greedy_reveals(model, rows, require_tokenizer(tools.tokenizer), tools.batch_size)}
+
+
 @register_measurement("texts")
 def _compressed_lengths(model: nn.Module, rows: Rows, tools: MeasurementTools) -> Columns:
     return {"compressed": compressed_lengths(true_answers(rows, tools.tokenizer))}
@@ -285,6 +301,10 @@ def _key(name: str, measurement: Measurement, model_key: str, rows: Rows) -> str
     for index in range(len(rows)):
         for row in _with_alternatives(rows[index]) if measurement.reads_wrong_answers else [rows[index]]:
             digest.update(labelled_row_hash(row))
+        if measurement.reads_content:
+            digest.update(
+                repr([list(rows[index][CONTENT_MASK]), rows[index].get(SECRET), rows[index].get(PHRASES)]).encode()
+            )
     return digest.hexdigest()[:32]
 
 

@@ -17,6 +17,8 @@ Record = dict[str, Any]
 
 REPORT = "unlearning_report.json"
 FORMAT_VERSION = 1
+PRIVATE = ("private_samples",)
+"""Fields that are never written."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class UnlearningReport:
         metrics: All measured numbers.
         request: What was to be forgotten: counts, source, date; never texts or ids.
         data: For each set its number of `rows`, of `rows_cut` at `max_length` and of `tokens_cut` off them.
+        content_counts: For each split whose content was measured its number of `rows`, `tokens` and `content_tokens`,
+            and the number of rows by the rule that found it (`rules`: `secret`, `reference`, `short context`).
         method: Loss, constraint, statistics, coverage, and why the run stopped.
         settings: Every hyper-parameter.
         versions: Package versions.
@@ -80,11 +84,13 @@ class UnlearningReport:
         audit: `verdicts` by metric, and the attacks `not_run` with the reason.
         series: For a request in a series: the number of requests, the room left, warnings; see `RequestSeries`.
         samples: Answers before and after unlearning, on rows that may be shown (demo data only).
+        private_samples: The same for the terminal only: never saved, and never on a card.
     """
 
     metrics: list[MetricValue] = field(default_factory=list)
     request: Record = field(default_factory=dict)
     data: dict[str, dict[str, int]] = field(default_factory=dict)
+    content_counts: dict[str, Record] = field(default_factory=dict)
     method: Record = field(default_factory=dict)
     settings: Record = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -97,6 +103,7 @@ class UnlearningReport:
     audit: dict[str, dict[str, str]] = field(default_factory=dict)
     series: Record = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
+    private_samples: list[dict[str, str]] = field(default_factory=list)
 
     def __repr__(self) -> str:
         count, models = len(self.metrics), f" of {', '.join(self.models)}" if self.models else ""
@@ -115,7 +122,8 @@ class UnlearningReport:
     def table(self) -> str:
         """Return a plain-text table with 95% intervals and n: one line per metric and split, one column per model.
 
-        Below it are the reasons of undefined numbers and the outcome of the run.
+        Above it, if the model still gives away what was to be forgotten, is a line that says so. Below it are the
+        reasons of undefined numbers, what counts as content, and the outcome of the run.
         """
         return report_table(self)
 
@@ -127,7 +135,8 @@ class UnlearningReport:
 
     def content(self) -> Record:
         """Return what `save` writes: JSON values only."""
-        return plain({"format_version": FORMAT_VERSION, **asdict(self)})
+        content = {name: value for name, value in asdict(self).items() if name not in PRIVATE}
+        return plain({"format_version": FORMAT_VERSION, **content})
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "UnlearningReport":

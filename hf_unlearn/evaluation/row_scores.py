@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_unlearn.core.processes import gather, own_indices, world
 from hf_unlearn.core.text import ShortRepr
+from hf_unlearn.data.batches import with_content_mask
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.formats import Row, Rows
 from hf_unlearn.errors import DataError
@@ -205,7 +206,7 @@ def map_predictions(
     function: Callable[[Predictions], Tensor], model: nn.Module, dataset: Rows, collator: Collator, batch_size: int
 ) -> NDArray:
     """Apply `function` to the predictions of every batch and stack its results, one per row: `[N, ...]`."""
-    device = next(model.parameters()).device
+    device, collator = next(model.parameters()).device, with_content_mask(collator)
 
     def call(rows: Sequence[Row]) -> list[NDArray]:
         batch = {key: value.to(device) for key, value in collator(rows).items()}

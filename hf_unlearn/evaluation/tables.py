@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 def report_table(report: "UnlearningReport") -> str:
     """Return one line per metric and split and one column per model, with 95% intervals and n.
 
-    Below the table is one line for each undefined number, with the reason, one for each set with rows that were cut,
-    and the outcome of the run.
+    Above the table is a line if greedy answers still give content away. Below it is one line for each undefined number,
+    with the reason, one for each set with rows that were cut, one for each set whose content was measured, and the
+    outcome of the run.
     """
     lines = [["metric", "split", *report.models, "n"]]
     for name, split in dict.fromkeys((metric.name, metric.split) for metric in report.metrics):
@@ -22,7 +23,44 @@ def report_table(report: "UnlearningReport") -> str:
         n = next((metric.n for metric in metrics if metric), None)
         lines.append([name, split, *map(_cell, metrics), "-" if n is None else str(n)])
     reasons = dict.fromkeys(f"{m.name} on {m.split} is undefined: {m.reason}" for m in report.metrics if m.reason)
-    return "\n".join([align(lines), *reasons, *cut_lines(report), *outcome_lines(report)])
+    below = [*reasons, *cut_lines(report), *content_lines(report), *outcome_lines(report)]
+    return "\n".join([*revealed_lines(report), align(lines), *below])
+
+
+def revealed_lines(report: "UnlearningReport") -> list[str]:
+    """Return a line if greedy answers still give away what was to be forgotten, with counts and no text.
+
+    >>> from hf_unlearn.evaluation import MetricValue, UnlearningReport
+    >>> report = UnlearningReport([MetricValue("greedy_reveals", 0.5, "forget", "unlearned", n=4)])
+    >>> revealed_lines(report)
+    ['2 of 4 greedy answers still contain what was to be forgotten']
+    """
+    found = {model: report.get("greedy_reveals", "forget", model) for model in ("unlearned", "retrained")}
+    counts = {name: round(m.value * m.n) for name, m in found.items() if m is not None and math.isfinite(m.value)}
+    unlearned = found["unlearned"]
+    if unlearned is None or not counts.get("unlearned"):
+        return []
+    still = f"{counts['unlearned']} of {unlearned.n} greedy answers still contain what was to be forgotten"
+    reached = ", although the mark was reached" if report.outcome.get("status") == "reached" else ""
+    beside = f" (retrained model: {counts['retrained']})" if "retrained" in counts else ""
+    return [still + reached + beside]
+
+
+def content_lines(report: "UnlearningReport") -> list[str]:
+    """Return a line for each set with how many of its tokens are content, and by which rule.
+
+    >>> from hf_unlearn.evaluation import UnlearningReport
+    >>> content = {"rows": 2, "tokens": 30, "content_tokens": 9, "rules": {"secret": 2}}
+    >>> content_lines(UnlearningReport(content_counts={"forget": content}))
+    ['content of forget: 9 of 30 tokens (rule: secret)']
+    """
+    lines = []
+    for name, found in report.content_counts.items():
+        rules = list(found["rules"])
+        shown = rules if len(rules) < 2 else [f"{rule} in {found['rules'][rule]} rows" for rule in rules]
+        tokens = f"{found['content_tokens']} of {found['tokens']} tokens"
+        lines.append(f"content of {name}: {tokens} (rule: {', '.join(shown)})")
+    return lines
 
 
 def cut_lines(report: "UnlearningReport") -> list[str]:

@@ -76,9 +76,19 @@ class UnlearningLoss(ShortRepr):
         return contents
 
     @property
+    def reference_contents(self) -> dict[str, Content]:
+        """What the loss reads of the reference model, by part of the batch; empty if it needs no reference model."""
+        return {"forget": self.kind.reads_reference} if self.kind.reads_reference else {}
+
+    @property
     def has_retain_term(self) -> bool:
         """Whether the loss reads retain rows if there are any."""
         return self.alpha > 0 or self.dual is not None
+
+    @property
+    def rehearses(self) -> bool:
+        """Whether the retain term holds the model to the original's predictions, so that any rows serve as its rows."""
+        return self.has_retain_term and self.retain == "kl"
 
     @property
     def all_settings(self) -> dict[str, object]:
@@ -113,6 +123,7 @@ class UnlearningLoss(ShortRepr):
         batch: Mapping[str, Batch],
         original: OriginalModel | None = None,
         counts: Mapping[str, int] | None = None,
+        reference: OriginalModel | None = None,
     ) -> Tensor:
         """Compute the scalar to minimise.
 
@@ -124,20 +135,23 @@ class UnlearningLoss(ShortRepr):
                 predictions.
             counts: Number of labels or rows of the complete optimizer step (all micro-batches and processes) by term;
                 default: those of this batch.
+            reference: The same as `original`, for the predictions of the reference model.
 
         Raises:
             DataError: The batch has no labels, labels that the loss is not defined for, or lacks retain rows or
                 alternate answers that the loss needs.
-            SettingsError: The forget term does not return one value per label or row, or `original` is missing.
+            SettingsError: The forget term does not return one value per label or row, or `original` or `reference` is
+                missing.
         """
         self._check(batch)
         counts = counts or self.counts(model, batch)
-        reference = None
-        if self.kind.reads_original:
-            with self._original(model, original) as predict_original:
-                reference = self._forget_predictions(predict_original, model, batch)
+        compared = None
+        if self.kind.reads_original or self.kind.reads_reference:
+            source, what = (original, "original") if self.kind.reads_original else (reference, "reference")
+            with self._frozen(model, source, what) as predict_frozen:
+                compared = self._forget_predictions(predict_frozen, model, batch)
         predictions = self._forget_predictions(predict, model, batch)
-        values = self.kind.term(predictions, reference, **self.settings)
+        values = self.kind.term(predictions, compared, **self.settings)
         expected = predictions.n_rows if self.kind.unit == "row" else len(predictions.labels_L)
         if not isinstance(values, Tensor) or values.shape != (expected,):
             raise SettingsError(
@@ -175,18 +189,18 @@ class UnlearningLoss(ShortRepr):
         return replace(forget, alternate=alternate)
 
     @contextmanager
-    def _original(self, model: nn.Module, original: OriginalModel | None) -> Iterator[Predict]:
-        """Yield a function that predicts as the original model, in eval mode and without gradients."""
-        if original is None:
-            raise SettingsError(f"loss {self.name!r} reads the original model's predictions; pass `original`")
-        with eval_mode(model), torch.no_grad(), original() as predict_original:
-            yield predict_original or predict
+    def _frozen(self, model: nn.Module, source: OriginalModel | None, what: str) -> Iterator[Predict]:
+        """Yield a function that predicts as the original or the reference model, in eval mode, without gradients."""
+        if source is None:
+            raise SettingsError(f"loss {self.name!r} reads the {what} model's predictions; pass `{what}`")
+        with eval_mode(model), torch.no_grad(), source() as predict_frozen:
+            yield predict_frozen or predict
 
     def _retain_sum(self, model: nn.Module, inputs: Batch, original: OriginalModel | None) -> Tensor:
         layer = self.layer if self.retain == "hidden" else None
         if self.retain == "nll":
             return predict(model, inputs).nll_L.sum()
-        with self._original(model, original) as predict_original:
+        with self._frozen(model, original, "original") as predict_original:
             reference = predict_original(model, inputs, False, layer)
         predictions = predict(model, inputs, False, layer)
         if predictions.hidden is not None:

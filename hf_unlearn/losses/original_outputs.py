@@ -1,4 +1,4 @@
-"""The original model's outputs on disk, so that training needs no second forward pass.
+"""Outputs of the original or the reference model on disk, so that training needs no second forward pass.
 
 A folder of safetensors that are read through memory maps. It holds for each row its labels and, depending on the loss,
 one negative log-likelihood per label (npo, dpo), log-probabilities of all V classes or vocabulary entries at each label
@@ -29,10 +29,11 @@ from hf_unlearn.data.formats import Row, Rows
 from hf_unlearn.data.row_identity import labelled_batch_hashes, rows_to_text
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.losses.base import UnlearningLoss
-from hf_unlearn.losses.registry import Content, OriginalModel
+from hf_unlearn.losses.registry import Content, OriginalModel, Predict
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.models.forward import Hidden, Predictions, counted_labels, label_positions, predict
 from hf_unlearn.models.modes import eval_mode
+from hf_unlearn.models.short_context import CONTEXT, predict_from_short_context
 from hf_unlearn.models.tasks import IGNORED, Batch, Collator
 
 FORMAT = 1
@@ -72,18 +73,54 @@ def original_outputs(
     """
     present = {part: data for part, data in rows.items() if data is not None}
     contents = {part: content for part, content in loss.original_contents.items() if part in present}
+    return _stored(model, contents, loss.layer, present, Path(folder), collator, batch_size, precision, scope)
+
+
+def reference_outputs(
+    model: nn.Module,
+    loss: UnlearningLoss,
+    rows: Mapping[str, Rows | None],
+    folder: str | os.PathLike,
+    *,
+    collator: Collator,
+    batch_size: int = 8,
+    precision: str = "fp32",
+    scope: Callable[[], AbstractContextManager] = nullcontext,
+    short_context: bool = False,
+) -> "StoredOutputs":
+    """As `original_outputs`, of the reference model and what `loss` reads of it (`reference_contents`).
+
+    With `short_context`, `model` is its own reference and predicts each label from the last tokens before it.
+    """
+    contents, present = loss.reference_contents, {part: data for part, data in rows.items() if data is not None}
+    predictor = predict_from_short_context if short_context else None
+    return _stored(model, contents, None, present, Path(folder), collator, batch_size, precision, scope, predictor)
+
+
+def _stored(
+    model: nn.Module,
+    contents: Mapping[str, Content],
+    layer: int | str | None,
+    present: Mapping[str, Rows],
+    target: Path,
+    collator: Collator,
+    batch_size: int,
+    precision: str,
+    scope: Callable[[], AbstractContextManager],
+    predictor: Predict | None = None,
+) -> "StoredOutputs":
     keys = {part: _row_keys(present[part], collator, batch_size) for part in contents}
     index = {
         "format": FORMAT,
         "weights": weights_fingerprint(model),
         "rows": {part: rows_to_text(sum(int(key, 16) for key in of_part)) for part, of_part in keys.items()},
         "contents": contents,
-        "layer": loss.layer if "hidden" in contents.values() else None,
+        "layer": layer if "hidden" in contents.values() else None,
         "precision": precision,
+        "context": None if predictor is None else CONTEXT,
     }
-    target = Path(folder)
     if not gather((target / INDEX).is_file())[0]:  # decided before anything is written, so that all processes agree
-        _write(model, loss, present, target, index, contents, collator, batch_size, scope)
+        _write(model, layer, present, target, index, contents, collator, batch_size, scope, predictor or predict)
     return StoredOutputs(target, index)
 
 
@@ -104,7 +141,7 @@ def _row_keys(rows: Rows, collator: Collator, batch_size: int) -> list[str]:
 
 def _write(
     model: nn.Module,
-    loss: UnlearningLoss,
+    layer: int | str | None,
     rows: Mapping[str, Rows],
     target: Path,
     index: Mapping[str, object],
@@ -112,6 +149,7 @@ def _write(
     collator: Collator,
     batch_size: int,
     scope: Callable[[], AbstractContextManager],
+    predictor: Predict,
 ) -> None:
     device = next(model.parameters()).device
     folder_scope: AbstractContextManager[Path | None] = replace_folder(target) if is_main() else nullcontext()
@@ -121,7 +159,7 @@ def _write(
             for batch in _loader(rows[part], collator, batch_size):
                 inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
                 with scope():
-                    predictions = predict(model, inputs, False, loss.layer if content == "hidden" else None)
+                    predictions = predictor(model, inputs, False, layer if content == "hidden" else None)
                 shards.add(labelled_batch_hashes(inputs), predictions, content)
         shards.flush()
         if new_folder is not None:

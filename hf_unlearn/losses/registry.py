@@ -27,11 +27,14 @@ class LossKind:
 
     Attributes:
         term: `(predictions, original, **settings) -> values`, one value per label or per row. `original` holds the
-            original model's predictions, or None if `reads_original` is empty. The settings are keywords with defaults.
+            predictions of the original model (`reads_original`) or of the reference model (`reads_reference`), or None
+            if both are empty. The settings are keywords with defaults.
         unit: What each value belongs to: a `label` or a `row`. The loss is the mean over these.
         labels: The labels that the loss is defined for: one `class` per row, a sequence of `token` labels, or `any`.
         reads_original: What the term reads of the original model's predictions on forget rows: `nll`, `logits`, or
             nothing (empty).
+        reads_reference: The same of the reference model, which has not learnt the forget rows. A loss reads one of the
+            two.
         needs_retain: Whether the loss requires retain rows.
         alternate_answer: The alternate answer that each forget row needs: its own (`own`), one that says "I don't
             know" (`idk`), or none (empty).
@@ -48,6 +51,7 @@ class LossKind:
     unit: Literal["label", "row"] = "label"
     labels: Literal["any", "class", "token"] = "any"
     reads_original: Literal["", "nll", "logits"] = ""
+    reads_reference: Literal["", "nll", "logits"] = ""
     needs_retain: bool = False
     alternate_answer: Literal["", "own", "idk"] = ""
     reads_hidden: bool = False

@@ -5,7 +5,7 @@ from inspect import Parameter, signature
 from torch import Tensor, nn
 
 from hf_unlearn.models.adapters import without_wrapper
-from hf_unlearn.models.tasks import DECODER_INPUTS, Batch
+from hf_unlearn.models.tasks import CONTENT_MASK, DECODER_INPUTS, Batch
 
 ALWAYS_PASSED = frozenset(
     "input_ids inputs_embeds pixel_values input_features input_values attention_mask token_type_ids position_ids "
@@ -19,7 +19,8 @@ def taken_inputs(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
     """Return a batch without the columns that the model's forward pass does not name, such as a row's number.
 
     The forward passes of transformers' models take any further argument (`**kwargs`) and ignore it, or hand it to a
-    kernel, so such a column is left out as `Trainer` does. Another model that takes any argument gets all columns.
+    kernel, so such a column is left out as `Trainer` does. Another model that takes any argument gets all columns but
+    `content_mask`, which is for losses and metrics.
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -33,5 +34,5 @@ def taken_inputs(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
     takes_any = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters)
     named = {parameter.name for parameter in parameters if parameter.kind not in _VARIABLE}
     if takes_any and not (named and hasattr(inner, "main_input_name")):
-        return dict(inputs)
+        return {name: value for name, value in inputs.items() if name != CONTENT_MASK}
     return {name: value for name, value in inputs.items() if name in named or name in ALWAYS_PASSED}

@@ -20,6 +20,7 @@ from hf_unlearn.models.adapters import base_name, without_wrapper
 from hf_unlearn.models.arguments import taken_inputs
 from hf_unlearn.models.padding import has_values, own_padding
 from hf_unlearn.models.tasks import (
+    CONTENT_MASK,
     DECODER_INPUTS,
     IGNORED,
     Batch,
@@ -68,6 +69,7 @@ class Predictions(ShortRepr):
         alternate: Predictions of the rows' alternate answers, for losses that compare with them.
         inputs: The batch, for losses that depend on the content of a row.
         known_nll_L: `nll_L`, if it was stored in place of the logits.
+        content_L: Which labels are content (true) and which are not, if the rows have a column `content_mask`.
     """
 
     logits_LV: Tensor
@@ -78,6 +80,7 @@ class Predictions(ShortRepr):
     alternate: "Predictions | None" = None
     inputs: Batch | None = None
     known_nll_L: Tensor | None = None
+    content_L: Tensor | None = None
 
     @property
     def nll_L(self) -> Tensor:
@@ -125,14 +128,14 @@ def label_positions(model: nn.Module, labels: Tensor, skip_first: bool = False) 
     if labels.ndim == 1:
         return labels != IGNORED
     mask_BT = (labels[:, 1:] if shifts_labels(model) else labels) != IGNORED
-    if skip_first and _writes_answers(model):
+    if skip_first and writes_answers(model):
         before_BT = F.pad(mask_BT[:, :-1], (1, 0), value=False)
         next_BT, third_BT = (F.pad(mask_BT, (0, n), value=False)[:, n:] for n in (1, 2))  # rows may be shorter
         mask_BT = mask_BT & (before_BT | ~next_BT | ~third_BT)
     return mask_BT
 
 
-def _writes_answers(model: nn.Module) -> bool:
+def writes_answers(model: nn.Module) -> bool:
     """Return whether the labels of a row are the tokens of an answer; those of a token classifier are not."""
     return shifts_labels(model) or _has_decoder(model)
 
@@ -253,12 +256,12 @@ def predict(model: nn.Module, inputs: Batch, skip_first: bool = False, layer: in
         layer: Also return the outputs of this module (`find_module`).
 
     Raises:
-        DataError: The batch has no `labels`, all labels are -100, one is not a class of the model, or a row is longer
-            than the context.
+        DataError: The batch has no `labels`, all labels are -100, one is not a class of the model, a row is longer than
+            the context, or `content_mask` has another shape than the labels.
         ModelError: The model returns no logits, or not one distribution per label.
         SettingsError: The model has no such layer.
     """
-    inputs = taken_inputs(model, inputs)
+    content, inputs = inputs.get(CONTENT_MASK), taken_inputs(model, inputs)
     labels = inputs.get("labels")
     if labels is None:
         raise DataError(f"the batch has no column 'labels', only {sorted(inputs)}; a label is what is forgotten")
@@ -266,6 +269,11 @@ def predict(model: nn.Module, inputs: Batch, skip_first: bool = False, layer: in
     mask = label_positions(model, labels, skip_first)
     if not mask.any():
         raise DataError(f"every label of a batch of {len(labels)} rows is -100 (masked); nothing is left to predict")
+    if content is not None and content.shape != labels.shape:
+        raise DataError(
+            f"a batch has {CONTENT_MASK} {list(content.shape)} for labels {list(labels.shape)}; give one number for "
+            "each label"
+        )
     recording: AbstractContextManager[list[Tensor]] = nullcontext([]) if layer is None else _outputs_of(model, layer)
     with recording as outputs:
         if labels.ndim == 2 and shifts_labels(model):
@@ -273,6 +281,7 @@ def predict(model: nn.Module, inputs: Batch, skip_first: bool = False, layer: in
             options = {"logits_to_keep": mask.shape[1] + 1 - first} if _can_keep_logits(model) else {}
             logits = output_logits(model, inputs, **options)[:, -1 - mask.shape[1] + first : -1]
             labels, kept = labels[:, 1 + first :], mask[:, first:]
+            content = None if content is None else content[:, 1 + first :]
         else:
             logits, kept = output_logits(model, inputs), mask
     if logits.shape[:-1] != labels.shape:
@@ -280,7 +289,9 @@ def predict(model: nn.Module, inputs: Batch, skip_first: bool = False, layer: in
             f"{type(model).__name__} gives logits {list(logits.shape)} for labels {list(labels.shape)}; use labels "
             "with one distribution each"
         )
-    predictions = Predictions(logits[kept], labels[kept], kept.nonzero()[:, 0], len(labels), inputs=inputs)
+    content_L = None if content is None else content[kept].bool()
+    rows_L = kept.nonzero()[:, 0]
+    predictions = Predictions(logits[kept], labels[kept], rows_L, len(labels), inputs=inputs, content_L=content_L)
     _check_range(predictions)
     if layer is None:
         return predictions

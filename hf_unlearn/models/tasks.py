@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """The label of positions that no loss reads, as in transformers."""
+CONTENT_MASK = "content_mask"
+"""Column of encoded rows: for each label 1 if it is content, which carries what was learned, and 0 if it is not.
+
+It has as many values as `labels`. It never reaches a model, and is not part of a row's identity."""
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 """Arguments that give an encoder-decoder its decoder inputs; without them it shifts the labels."""
 

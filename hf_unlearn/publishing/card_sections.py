@@ -13,6 +13,7 @@ from urllib.parse import quote
 from hf_unlearn.core.text import as_text, is_finite
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.evaluation.report import MetricValue, UnlearningReport
+from hf_unlearn.evaluation.tables import content_lines, revealed_lines
 from hf_unlearn.publishing.markdown import (
     NOT_MEASURED,
     NOT_RECORDED,
@@ -28,7 +29,7 @@ from hf_unlearn.publishing.plots import PICTURES
 
 WEIGHTS_TRAINED = "not used: the weights themselves were trained"
 MODELS = ("original", "unlearned", "retrained")
-UNITS = {"loss": "loss (nats)", "entropy": "entropy (nats)"}
+UNITS = {name: f"{name} (nats)" for name in ("loss", "entropy", "content_loss", "function_loss")}
 AUTO_CLASSES = {
     "text-generation": "AutoModelForCausalLM",
     "text2text-generation": "AutoModelForSeq2SeqLM",
@@ -40,7 +41,16 @@ AUTO_CLASSES = {
 }
 """The auto class that loads a model, by the Hub's name of its task."""
 REQUEST_FIELDS = ("rows", "source", "date", "number", "commitment")
-METHOD_FIELDS = ("loss", "loss_settings", "constraint", "constraint_settings", "stopped", "steps", "retain_rows_used")
+METHOD_FIELDS = (
+    "loss",
+    "loss_settings",
+    "constraint",
+    "constraint_settings",
+    "stopped",
+    "steps",
+    "retain_rows_used",
+    "rows_rehearsed",
+)
 SUMMARY_FIELDS = ("loss_summary", "constraint_summary")
 STATISTICS_FIELDS = ("rows", "weights", "data")
 COVERAGE_FIELDS = ("protected", "frozen", "exposed")
@@ -75,6 +85,8 @@ def template_variables(report: UnlearningReport, model_name: str, plots: Sequenc
         "drift": _drift(report),
         "retain_changes": _retain_changes(report),
         "outcome": _outcome(report),
+        "revealed": [escape(line) for line in revealed_lines(report)],
+        "content": [escape(line) for line in content_lines(report)],
         "models": [escape(model) for model in models],
         "metric_rows": _metric_rows(report, models),
         "has_retrained": any(m.model == "retrained" for m in report.metrics),

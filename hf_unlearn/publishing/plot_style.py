@@ -32,7 +32,12 @@ MODEL_COLOURS = {"original": "#8c8c8c", "unlearned": "#D55E00", "retrained": "#0
 SPLIT_COLOURS = {"forget": "#CC79A7", "holdout": "#000000", "retain": "#009E73"}
 OTHER_COLOURS = ("#E69F00", "#56B4E9", "#0072B2", "#D55E00", "#8c8c8c", "#CC79A7", "#009E73", "#000000")
 LINE_STYLES = ("-", "--", ":", "-.")
-TITLES = {"accuracy": "Accuracy", "answer_probability": "Answer probability", "membership_auc": "Membership AUC"}
+TITLES = {
+    "accuracy": "Accuracy",
+    "answer_probability": "Answer probability",
+    "content_known": "Content tokens above 0.5",
+    "membership_auc": "Membership AUC",
+}
 SPLIT_NAMES = {"holdout": "held-out"}
 
 Points: TypeAlias = list[tuple[float, float]]

@@ -290,12 +290,13 @@ def _draw_points(axes: Axes, points: Points, colour: str, width: float) -> None:
 
 
 def metrics_bars(report: UnlearningReport) -> Figure | None:
-    """Draw the headline metric and the membership AUC with 95% intervals: a group of bars per split, a bar per model.
+    """Draw the headline metric, the share of content tokens that a model still prefers and the membership AUC, with 95%
+    intervals: a group of bars per split, a bar per model.
 
     Other metrics are in the table of the card.
     """
     finite = [m for m in report.metrics if m.model in MODEL_COLOURS and is_finite(m.value)]
-    names = [headline(report, {m.name for m in finite}), "membership_auc"]
+    names = [headline(report, {m.name for m in finite}), "content_known", "membership_auc"]
     by_name = {name: [m for m in finite if m.name == name] for name in names if name is not None}
     by_name = {name: metrics for name, metrics in by_name.items() if metrics}
     if not by_name:

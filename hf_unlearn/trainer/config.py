@@ -22,7 +22,7 @@ from hf_unlearn.losses import LOSSES, UnlearningLoss, build_loss
 from hf_unlearn.statistics.sketch import SKETCH_ABOVE, SKETCH_RANK, Sketching
 from hf_unlearn.trainer.presets import overridden, preset
 
-FORGET_METRICS = ("probability", "accuracy", "loss")
+FORGET_METRICS = ("probability", "accuracy", "loss", "content_loss")
 
 REFUSED_OPTIMIZERS = {
     "*lomo": "steps inside the backward pass, where no step hook runs",
@@ -104,6 +104,12 @@ class UnlearningConfig(TrainingArguments):
         "pass; written by the first run.",
     )
 
+    reference_model: str | None = setting(
+        None,
+        "Folder or Hub id of a reference model for the loss to_reference: the checkpoint before it was fine-tuned on "
+        "the forget rows. Without one, the model's own prediction from a short context is the target.",
+    )
+
     # The constraint, and the length of a step.
     constraint: str = setting("energy_ridge", f"Constraint on every step: {', '.join(CONSTRAINTS)}.")
     constraint_settings: dict | str | None = setting(
@@ -128,13 +134,16 @@ class UnlearningConfig(TrainingArguments):
     )
 
     # When to stop.
-    forget_metric: str = setting(
-        "probability",
-        "Metric that early stopping compares between forget and held-out rows: probability, accuracy or loss.",
+    forget_metric: str | None = setting(
+        None,
+        "Metric that early stopping compares between forget and held-out rows: probability, accuracy or loss; or "
+        "content_loss, the loss of the tokens that carry what is to be forgotten, compared with that of the reference "
+        "model. Default: content_loss for a loss with a reference model, else probability.",
     )
     forget_target: float | None = setting(
         None,
-        "Stop when the forget metric has reached this value; default: its value on held-out rows before unlearning.",
+        "Stop when the forget metric has reached this value; default: its value on held-out rows before unlearning, or "
+        "0.7 of the reference model's content_loss.",
     )
     row_stopping: bool = setting(
         True,
@@ -313,12 +322,25 @@ class UnlearningConfig(TrainingArguments):
                 f"{self.learning_rate}; an exponential never reaches 0"
             )
 
+    @property
+    def stopping_metric(self) -> str:
+        """The forget metric: `forget_metric`, or the one that fits the loss."""
+        return self.forget_metric or ("content_loss" if self.build_loss().reference_contents else "probability")
+
     def _check_forget_metric(self) -> None:
-        if self.forget_metric not in FORGET_METRICS:
+        if self.forget_metric is not None and self.forget_metric not in FORGET_METRICS:
             hint = suggestion(str(self.forget_metric), list(FORGET_METRICS))
             raise SettingsError(f"unknown forget_metric {self.forget_metric!r}; {hint}")
+        if self.forget_metric == "content_loss" and not self.build_loss().reference_contents:
+            raise SettingsError(
+                "forget_metric content_loss is compared with a reference model; choose loss to_reference"
+            )
 
     def _check_adversary(self) -> None:
+        if self.adversary_steps and self.stopping_metric == "content_loss":
+            raise SettingsError(
+                "adversary_steps compares probabilities, not content_loss; set forget_metric=probability"
+            )
         if self.adversary_steps < 0 or not self.adversary_learning_rate > 0:
             raise SettingsError(
                 "adversary_steps must not be negative and adversary_learning_rate above 0, got "

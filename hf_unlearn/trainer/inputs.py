@@ -16,12 +16,13 @@ from hf_unlearn.constraints.registry import needs_fisher
 from hf_unlearn.constraints.step_constrainer import StepConstrainer
 from hf_unlearn.core.processes import gather
 from hf_unlearn.core.text import ShortRepr
-from hf_unlearn.data.batches import default_collator
+from hf_unlearn.data.batches import default_collator, with_content_mask
 from hf_unlearn.data.checks import check_container, require_alternates, require_disjoint, require_labels
 from hf_unlearn.data.encoded_checks import check_encoded
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.data.formats import Rows, rows_of
 from hf_unlearn.data.pairs import PairedCollator, PairedDataset
+from hf_unlearn.data.rehearsal import joined, split_held_out
 from hf_unlearn.errors import SettingsError, StatisticsError
 from hf_unlearn.losses import UnlearningLoss, build_loss
 from hf_unlearn.losses.original_outputs import frozen_copy, original_outputs
@@ -47,8 +48,10 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 StatisticsLike: TypeAlias = "RetainStatistics | str | os.PathLike"
-SPLIT_METRICS = ("loss", "probability", "accuracy", "entropy", *(f"relearned_{name}" for name in FORGET_METRICS))
-"""What an evaluation of a split reports; those after relearning only of `forget`, against an attacker."""
+SPLIT_METRICS = ("loss", "probability", "accuracy", "entropy")
+"""What an evaluation of a split reports."""
+FORGET_SPLIT_METRICS = ("content_loss", "function_loss", *(f"relearned_{name}" for name in FORGET_METRICS))
+"""What an evaluation of the split `forget` may report besides: of content tokens, and against an attacker."""
 Encoder: TypeAlias = Callable[["Rows | None", str], Any]
 
 
@@ -61,7 +64,8 @@ class TrainerInputs(ShortRepr):
         processing_class: Tokenizer or image processor.
         loss: The loss with its settings.
         collator: Collates plain rows.
-        forget, retain, holdout: Encoded rows; None for sets that were not given.
+        forget, retain, holdout: Encoded rows; None for sets that were not given. Without the rows in `rehearsal`.
+        rehearsal: Encoded rows of the held-out set, or others, that the retain term of the loss reads besides `retain`.
         splits: Encoded rows to evaluate on, by name.
         statistics: Statistics of the retain rows on this model; None for runs without.
         constraint: The constraint, or constraints by layer pattern; None for none.
@@ -75,14 +79,15 @@ class TrainerInputs(ShortRepr):
     forget: "Rows"
     retain: "Rows | None"
     holdout: "Rows | None"
+    rehearsal: "Rows | None"
     splits: dict[str, "Rows"]
     statistics: RetainStatistics | None
     constraint: ConstraintLike
     coverage: Coverage
 
     def training_pairs(self, seed: int) -> PairedDataset:
-        """Return the forget rows, each with a retain row and an alternate answer if the loss reads them."""
-        retain = self.retain if self.loss.has_retain_term else None
+        """Return the forget rows, each with a row of the retain term and an alternate answer if the loss reads them."""
+        retain = joined(self.retain, self.rehearsal) if self.loss.has_retain_term else None
         return PairedDataset(self.forget, retain, seed, bool(self.loss.kind.alternate_answer))
 
     def paired_collator(self, *, attacker: bool) -> PairedCollator:
@@ -98,6 +103,7 @@ def prepare_inputs(
     *,
     statistics: "StatisticsLike | None" = None,
     holdout_dataset: "Rows | None" = None,
+    rehearsal_dataset: "Rows | None" = None,
     eval_dataset: "Mapping[str, Rows] | None" = None,
     data_collator: Collator | None = None,
     processing_class: "ProcessingClass | None" = None,
@@ -105,7 +111,9 @@ def prepare_inputs(
     loss: str | ForgetTerm | UnlearningLoss | None = None,
 ) -> TrainerInputs:
     """Load, encode and check the arguments of `UnlearningTrainer`, which documents them and the errors."""
-    for rows, what in ((forget_dataset, "forget"), (retain_dataset, "retain"), (holdout_dataset, "holdout")):
+    sets = {"forget": forget_dataset, "retain": retain_dataset}
+    sets |= {"holdout": holdout_dataset, "rehearsal": rehearsal_dataset}
+    for what, rows in sets.items():
         check_container(rows, what)
     if isinstance(model, nn.Module):
         network = model
@@ -116,9 +124,11 @@ def prepare_inputs(
     built_loss = args.build_loss() if loss is None else build_loss(loss)
     encode = row_encoder(network, processing_class, args, built_loss)
     forget, retain = encode(forget_dataset, "forget"), encode(retain_dataset, "retain")
-    holdout = encode(holdout_dataset, "holdout")
-    check_rows(built_loss, forget, retain, holdout)
-    collator = data_collator or default_collator(processing_class)
+    holdout, rehearsal = encode(holdout_dataset, "holdout"), encode(rehearsal_dataset, "rehearsal")
+    check_rows(built_loss, forget, retain, joined(holdout, rehearsal))
+    if built_loss.rehearses and rehearsal is None and holdout is not None:
+        rehearsal, holdout = split_held_out(holdout)
+    collator = with_content_mask(data_collator or default_collator(processing_class))
     constraint = args.build_constraint()
     usable = usable_statistics(network, statistics, retain, collator, args)
     if peft_config is not None:
@@ -126,10 +136,21 @@ def prepare_inputs(
         network = with_adapter(network, peft_config)
     coverage = freeze_for_run(network, usable, constraint, args)
     splits = encode_splits(eval_dataset, encode)
-    if holdout_dataset is not None or args.forget_target is not None:
+    if holdout_dataset is not None or args.forget_target is not None or built_loss.reference_contents:
         splits = {"forget": forget, **splits}
     return TrainerInputs(
-        network, processing_class, built_loss, collator, forget, retain, holdout, splits, usable, constraint, coverage
+        network,
+        processing_class,
+        built_loss,
+        collator,
+        forget,
+        retain,
+        holdout,
+        rehearsal,
+        splits,
+        usable,
+        constraint,
+        coverage,
     )
 
 
@@ -176,6 +197,7 @@ def check_best_metric(args: UnlearningConfig, splits: Collection[str], *, others
     if name is None or others:
         return
     known = [f"{split}_{metric}" for split in splits for metric in SPLIT_METRICS]
+    known += [f"forget_{metric}" for metric in FORGET_SPLIT_METRICS if "forget" in splits]
     if name.removeprefix("eval_") not in known:
         have = f"the evaluations of this run have {', '.join(known)}" if known else "this run has no evaluation split"
         raise SettingsError(f"metric_for_best_model is {name!r}, but {have}; name one of a split in eval_dataset")
@@ -271,6 +293,11 @@ def freeze_for_run(
     return freeze_unprotected(model, (), [*exposed, *args.allow_exposed], args.freeze)
 
 
+def precision_of(args: UnlearningConfig) -> str:
+    """Return the name of the precision of forward passes."""
+    return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+
+
 def original_source(
     inputs: TrainerInputs,
     args: UnlearningConfig,
@@ -297,7 +324,7 @@ def original_source(
         return frozen_copy(copy.to(args.device))
     if folder is None or not inputs.loss.needs_original:
         return constrainer.original
-    rows = {"forget": inputs.forget, "retain": inputs.retain}
+    rows = {"forget": inputs.forget, "retain": joined(inputs.retain, inputs.rehearsal)}
     if inputs.loss.kind.alternate_answer:
         rows["alternate"] = [row["alternate"] for row in rows_of(inputs.forget)]
     stored = original_outputs(
@@ -307,7 +334,7 @@ def original_source(
         folder,
         collator=inputs.collator,
         batch_size=args.per_device_eval_batch_size,
-        precision="bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        precision=precision_of(args),
         scope=scope,
     )
     return lambda: nullcontext(stored)

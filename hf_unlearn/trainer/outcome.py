@@ -59,7 +59,7 @@ def start_line(stopping: "OverUnlearningCallback | None") -> str:
     if stopping is None:
         return f"{NO_MARK}: {_NO_MARK_ADVICE}"
     assert stopping.mark is not None and stopping.before is not None
-    direction = "rise" if stopping.metric == "loss" else "fall"
+    direction = "rise" if stopping.rises else "fall"
     before = significant(stopping.before)
     now = f"it is {before} already: {NOTHING}, no step is made" if stopping.nothing_to_forget else f"it is {before} now"
     mark = f"{significant(stopping.mark)} ({stopping.source_of_mark})"
@@ -67,7 +67,13 @@ def start_line(stopping: "OverUnlearningCallback | None") -> str:
 
 
 def outcome_of(
-    stopping: "OverUnlearningCallback | None", value: float | None, *, steps: int, moved: bool, budgets: Sequence[str]
+    stopping: "OverUnlearningCallback | None",
+    value: float | None,
+    *,
+    steps: int,
+    moved: bool,
+    budgets: Sequence[str],
+    function_loss: float | None = None,
 ) -> UnlearningOutcome:
     """Return the outcome of a finished run.
 
@@ -76,6 +82,7 @@ def outcome_of(
         value: The forget metric under the delivered weights; None without a mark.
         steps: Number of steps made.
         moved: Whether any trained weight differs from the original one.
+        function_loss: Loss on function tokens, if the rule limits it.
         budgets: Settings of the rules that ended the run to spare the retain rows, such as `max_retain_drift`.
     """
     if stopping is None:
@@ -84,10 +91,17 @@ def outcome_of(
     assert mark is not None and before is not None and value is not None
     target = f"mark {significant(mark)} ({stopping.source_of_mark})"
     if stopping.nothing_to_forget:
-        side = "at or above" if stopping.metric == "loss" else "at or below"
+        side = "at or above" if stopping.rises else "at or below"
         summary = f"{NOTHING}: forget {metric} {significant(before)} was {side} the {target} before the first step"
         return UnlearningOutcome(NOTHING, metric, mark, before, value, None, summary, _nothing_advice(stopping))
     seen = f"forget {metric} {significant(value)} (before: {significant(before)}), {target}"
+    if stopping.function_limit is not None and function_loss is not None:
+        limit = stopping.function_limit
+        seen += f", function words {significant(function_loss)} nats (at most {significant(limit)})"
+        if stopping.has_reached(value) and function_loss > limit:
+            over = function_loss - limit
+            summary = f"{MISSED} by {significant(over)} nats on function words: {seen}"
+            return UnlearningOutcome(MISSED, metric, mark, before, value, over, summary, _FUNCTION_ADVICE)
     if stopping.has_reached(value):
         return UnlearningOutcome(REACHED, metric, mark, before, value, None, f"{REACHED}: {seen}", _reached_advice())
     missed_by = abs(value - mark)
@@ -102,6 +116,12 @@ _NO_MARK_SUMMARY = f"{NO_MARK}: the run had neither held-out rows nor forget_tar
 _NO_MARK_ADVICE = (
     "pass held-out rows (holdout_dataset, --holdout) or forget_target, so that the run can say when the rows are "
     "forgotten"
+)
+
+
+_FUNCTION_ADVICE = (
+    "raise num_train_epochs with a low final_learning_rate, or alpha of the loss: the facts are forgotten, but words "
+    "that carry nothing are broken"
 )
 
 

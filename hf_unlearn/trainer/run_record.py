@@ -89,9 +89,11 @@ def record_run(
         "stopped": trainer.stop_reason,
         "steps": trainer.state.global_step,
         "retain_rows_used": retain_rows,
+        "rows_rehearsed": trainer.rows_rehearsed,
     }
     unused = ("adam_",) if "adam" not in str(args.optim) else ("momentum",)  # settings of other optimizers
     report.settings = {k: v for k, v in args.to_dict().items() if k in _REPORTED and not k.startswith(unused)}
+    report.settings["forget_metric"] = args.stopping_metric
     report.history = list(trainer.state.log_history)
     report.drift = asdict(drift) | {"relative": drift.relative}
     report.outcome = {} if trainer.outcome is None else plain(asdict(trainer.outcome))

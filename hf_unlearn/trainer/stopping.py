@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,16 @@ from hf_unlearn.core.text import significant
 from hf_unlearn.errors import SettingsError
 from hf_unlearn.trainer.config import UnlearningConfig
 from hf_unlearn.trainer.row_stopping import RowStopping
+
+if TYPE_CHECKING:
+    from hf_unlearn.trainer.reference import Reference
+
+RISING = ("loss", "content_loss")
+"""Metrics that rise while rows are forgotten; the others fall."""
+CONTENT_SHARE = 0.7
+"""Share of the reference model's loss on content tokens from which they count as forgotten."""
+FUNCTION_MARGIN = 0.3
+"""Nats by which the loss on function tokens may be above the reference model's."""
 
 
 class SavedWeights(NamedTuple):
@@ -35,14 +45,19 @@ class OverUnlearningCallback(TrainerCallback):
     the run stops at the first evaluation where the metric has reached the mark and the mean probability without an
     attack is not below the lower bound of the rows. With a target all rows are pushed.
 
+    With `content_loss` the mark is a share of the reference model's, which is its fixed target. The run then goes on
+    while the other tokens, the function words, have a loss above `function_limit`: they are to be kept.
+
     Needs evaluations of `forget`.
 
     Args:
         constrainer: Gives the current and the original weights.
-        metric: `loss` rises to the mark, the others fall to it.
+        metric: `loss` and `content_loss` rise to the mark, the others fall to it.
         score: `(split, metric) -> value` of the metric, by default this one, on the split `forget` or `holdout` under
             the current weights.
         target: A fixed mark.
+        source_of_target: Where it comes from, in words.
+        function_limit: Highest loss on function tokens with which the run may stop; None for any.
         relearned: Use the metric on forget rows after an attacker's relearning (`adversary_steps`); `score` must do
             the same.
         by_row: Leave single rows alone that have reached the mark.
@@ -65,13 +80,16 @@ class OverUnlearningCallback(TrainerCallback):
         metric: str,
         score: Callable[..., float],
         target: float | None = None,
+        source_of_target: str = "forget_target",
+        function_limit: float | None = None,
         relearned: bool = False,
         by_row: bool = True,
         reads_metrics: bool = True,
     ):
         self.constrainer, self.metric, self.score, self.target = constrainer, metric, score, target
         self.mark, self.relearned, self.by_row, self.reads_metrics = target, relearned, by_row, reads_metrics
-        self.source_of_mark = "held-out rows before unlearning" if target is None else "forget_target"
+        self.source_of_mark = "held-out rows before unlearning" if target is None else source_of_target
+        self.function_limit = function_limit
         self.before: float | None = None
         self._too_low_before = False
         self.watched = f"relearned_{metric}" if relearned else metric
@@ -124,7 +142,7 @@ class OverUnlearningCallback(TrainerCallback):
         step: float = state.global_step
         lowest = self.row_stopping.lowest if self.row_stopping is not None else None
         too_low = lowest is not None and self._unattacked_probability(metrics) < lowest
-        if not self.has_reached(forget) or too_low:
+        if not self.has_reached(forget) or too_low or self.breaks_function_words(self._function_loss(metrics)):
             self.last_short = SavedWeights(state.global_step, self.constrainer.copy_weights())
             return
         start = self.last_short
@@ -141,6 +159,16 @@ class OverUnlearningCallback(TrainerCallback):
             return metrics.get(f"eval_forget_{self.watched}")
         return self.score("forget") if is_evaluation_of("forget", metrics) else None
 
+    def _function_loss(self, metrics: dict) -> float | None:
+        """Return the loss on function tokens at an evaluation of the forget rows, if it is limited."""
+        if self.function_limit is None:
+            return None
+        return metrics.get("eval_forget_function_loss") if self.reads_metrics else self.score("forget", "function_loss")
+
+    def breaks_function_words(self, function_loss: float | None) -> bool:
+        """Return whether the loss on function tokens is above its limit."""
+        return self.function_limit is not None and function_loss is not None and function_loss > self.function_limit
+
     def _unattacked_probability(self, metrics: dict) -> float:
         """Return the mean probability of the forget rows without an attack."""
         if self.reads_metrics:
@@ -150,7 +178,12 @@ class OverUnlearningCallback(TrainerCallback):
     def has_reached(self, forget: float) -> bool:
         """Return whether this value of the metric has reached the mark."""
         assert self.mark is not None
-        return forget >= self.mark if self.metric == "loss" else forget <= self.mark
+        return forget >= self.mark if self.rises else forget <= self.mark
+
+    @property
+    def rises(self) -> bool:
+        """Whether the metric rises while rows are forgotten."""
+        return self.metric in RISING
 
     def _stopping_from_both_sides(self) -> RowStopping:
         """Return bounds around the mean probability of held-out rows under the original model."""
@@ -287,6 +320,7 @@ def stopping_rules(
     *,
     has_holdout: bool,
     has_retain: bool,
+    reference: "Reference | None" = None,
     reads_metrics: bool = True,
 ) -> list[TrainerCallback]:
     """Return the stopping rules that `args` asks for, in the order in which they act.
@@ -297,21 +331,30 @@ def stopping_rules(
         score: `(split, metric) -> value`; see `OverUnlearningCallback` and `RetainDropCallback`.
         has_holdout: Whether there are held-out rows.
         has_retain: Whether there is an evaluation split `retain`.
+        reference: Has the reference model's loss on the content tokens of the forget rows.
         reads_metrics: Whether evaluations report the package's metrics; false with an own `compute_metrics`.
 
     Raises:
         SettingsError: A rule needs statistics or retain rows that the run does not have.
     """
     rules: list[TrainerCallback] = []
-    if has_holdout or args.forget_target is not None:
+    target, source = args.forget_target, "forget_target"
+    level, limit = None if reference is None else reference.content_loss, None
+    if args.stopping_metric == "content_loss" and target is None and level is not None:
+        assert reference is not None
+        target, source = CONTENT_SHARE * level, f"{CONTENT_SHARE} of {reference.source}"
+        limit = None if math.isnan(reference.function_loss) else reference.function_loss + FUNCTION_MARGIN
+    if target is not None or (has_holdout and args.stopping_metric != "content_loss"):
         rules.append(
             OverUnlearningCallback(
                 constrainer,
-                args.forget_metric,
+                args.stopping_metric,
                 score,
-                args.forget_target,
+                target,
+                source,
+                limit,
                 relearned=args.adversary_steps > 0,
-                by_row=args.row_stopping,
+                by_row=args.row_stopping and args.stopping_metric != "content_loss",
                 reads_metrics=reads_metrics,
             )
         )
@@ -324,5 +367,6 @@ def stopping_rules(
             raise SettingsError(
                 "max_retain_drop needs retain rows: a split `retain` in eval_dataset (--retain or --train)"
             )
-        rules.append(RetainDropCallback(constrainer, args.forget_metric, score, args.max_retain_drop, reads_metrics))
+        metric = "probability" if args.stopping_metric == "content_loss" else args.stopping_metric
+        rules.append(RetainDropCallback(constrainer, metric, score, args.max_retain_drop, reads_metrics))
     return rules

@@ -25,12 +25,13 @@ from hf_unlearn.data.formats import Rows
 from hf_unlearn.data.left_out import cut_records
 from hf_unlearn.data.pairs import PairedDataset, attackers_rows
 from hf_unlearn.errors import ModelError, NonFiniteLossError, SettingsError
+from hf_unlearn.evaluation.content import score_content_predictions
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.evaluation.row_scores import RowScores, score_predictions
 from hf_unlearn.losses import UnlearningLoss
 from hf_unlearn.losses.registry import ForgetTerm
 from hf_unlearn.models.arguments import taken_inputs
-from hf_unlearn.models.forward import predict
+from hf_unlearn.models.forward import Predictions, predict
 from hf_unlearn.models.modes import hold_norm_statistics
 from hf_unlearn.models.tasks import Batch, Collator, ProcessingClass
 from hf_unlearn.trainer.adversary import relearned_weights
@@ -48,6 +49,7 @@ from hf_unlearn.trainer.inputs import (
 )
 from hf_unlearn.trainer.outcome import UnlearningOutcome, outcome_of, say
 from hf_unlearn.trainer.progress import use_step_lines
+from hf_unlearn.trainer.reference import take_reference
 from hf_unlearn.trainer.row_stopping import RowStopping
 from hf_unlearn.trainer.run_record import fill_missing, run_report
 from hf_unlearn.trainer.stopping import OverUnlearningCallback, stopping_rules
@@ -68,6 +70,9 @@ class UnlearningTrainer(Trainer):
         statistics: Statistics of the retain rows on this model: the object, a folder or a Hub id.
         holdout_dataset: Rows like the forget rows that the model never saw: training stops when forget rows look like
             them (`OverUnlearningCallback`), measured at each evaluation.
+        rehearsal_dataset: Rows that the model never saw, for a retain term that holds the model to the original's
+            predictions (`retain="kl"`), besides `retain_dataset`. By default, every second held-out row: it is not a
+            row to judge by then.
         eval_dataset: More splits by name, evaluated as in Trainer.
         data_collator: Collates plain rows to a batch; the default pads on the right.
         processing_class: Tokenizer or image processor; loaded with `model` if that is a name.
@@ -78,6 +83,10 @@ class UnlearningTrainer(Trainer):
         original_model: A frozen copy for losses that read the original model. By default no copy is needed: its outputs
             come from `args.original_logprobs`, or the original weights are put into the model temporarily (an adapter
             is disabled).
+        reference_model: The checkpoint before the model was fine-tuned on the forget rows, for losses with a target
+            (`to_reference`): a model, folder or Hub id; default: `args.reference_model`. It predicts the forget rows
+            once, before training; its predictions are stored on disk. Without one, the model itself predicts each token
+            of an answer from the last two before it.
         extra_metrics: More metrics of the model at each evaluation: a function `model -> {name: value}` such as
             `evaluation.training_metrics` returns.
         callbacks: As in Trainer.
@@ -91,6 +100,7 @@ class UnlearningTrainer(Trainer):
         constrainer: The `StepConstrainer`: drift, leak, original weights.
         coverage: Which parameters are protected, frozen and exposed.
         loss: The loss with its settings.
+        rows_rehearsed: Number of rows that the retain term reads besides `retain_dataset`.
         row_counts: For each set its number of `rows`, and of `rows_cut` and `tokens_cut` at `args.max_length`.
 
     Raises:
@@ -129,12 +139,14 @@ class UnlearningTrainer(Trainer):
         *,
         statistics: "StatisticsLike | None" = None,
         holdout_dataset: "Rows | None" = None,
+        rehearsal_dataset: "Rows | None" = None,
         eval_dataset: "Mapping[str, Rows] | None" = None,
         data_collator: Collator | None = None,
         processing_class: "ProcessingClass | None" = None,
         peft_config: "PeftConfig | None" = None,
         loss: str | ForgetTerm | UnlearningLoss | None = None,
         original_model: nn.Module | None = None,
+        reference_model: str | os.PathLike | nn.Module | None = None,
         extra_metrics: Callable[[nn.Module], Mapping[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
@@ -150,6 +162,7 @@ class UnlearningTrainer(Trainer):
             retain_dataset,
             statistics=statistics,
             holdout_dataset=holdout_dataset,
+            rehearsal_dataset=rehearsal_dataset,
             eval_dataset=eval_dataset,
             data_collator=data_collator,
             processing_class=processing_class,
@@ -180,6 +193,7 @@ class UnlearningTrainer(Trainer):
         self._original = original_source(
             inputs, args, self.constrainer, copy=original_model, scope=self.compute_loss_context_manager
         )
+        self._reference = take_reference(inputs, args, reference_model, self.compute_loss_context_manager)
         self._checkpoints = CheckpointKeeper(args, inputs.loss, self.constrainer, sharding_of(self.accelerator))
         self._publisher = HubPublisher(args, self.model, lambda folder: self.save_model(folder, _internal_call=True))
         self._scores_rows = compute_metrics is None
@@ -187,14 +201,19 @@ class UnlearningTrainer(Trainer):
         self._loss_since_step: Tensor | float = 0.0
         self._batch_counts = True  # false if a micro-batch has no row to push
         self._earlier_stop_reason: str | None = None  # of a run that had ended and was resumed
+        self.rows_rehearsed = (
+            0 if inputs.rehearsal is None or not inputs.loss.has_retain_term else len(inputs.rehearsal)
+        )
         self._stopping_rows = {
-            "forget": inputs.forget,
+            "forget": inputs.forget if self._reference is None else self._reference.forget,
             "holdout": inputs.holdout,
             "retain": inputs.splits.get("retain"),
         }
         self.row_counts = cut_records(
             {"forget": inputs.forget, "retain": inputs.retain, "holdout": inputs.holdout, **inputs.splits}
         )
+        if isinstance(self.eval_dataset, dict) and "forget" in self.eval_dataset:
+            self.eval_dataset["forget"] = self._stopping_rows["forget"]
         self._outcome: UnlearningOutcome | None = None
         use_step_lines(self.callback_handler, list(inputs.splits))
         self._add_callbacks()
@@ -223,6 +242,7 @@ class UnlearningTrainer(Trainer):
             self._stopping_score,
             has_holdout=self._stopping_rows["holdout"] is not None,
             has_retain=self._stopping_rows["retain"] is not None,
+            reference=self._reference,
             reads_metrics=self._scores_rows,
         )
         for rule in rules:
@@ -370,7 +390,8 @@ class UnlearningTrainer(Trainer):
         if "forget" not in inputs:
             return super().compute_loss(model, taken_inputs(model, inputs), return_outputs, None)
         hold_norm_statistics(model)
-        loss = self.loss(model, inputs, self._original, num_items_in_batch)
+        reference = None if self._reference is None else self._reference.predictions
+        loss = self.loss(model, inputs, self._original, num_items_in_batch, reference)
         # gradients are averaged over processes, but counts are sums; a batch that does not count still makes its
         # backward pass, for which the other processes wait
         return loss * (self.accelerator.num_processes if self._batch_counts else 0)
@@ -389,8 +410,9 @@ class UnlearningTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            scores_B4 = score_predictions(predict(model, inputs))
-        return scores_B4[:, 0].mean(), scores_B4, scores_B4[:, 0]
+            predictions = predict(model, inputs)
+            scores_BS = torch.cat([score_predictions(predictions), _content_scores(predictions)], dim=1)
+        return scores_BS[:, 0].mean(), scores_BS, scores_BS[:, 0]
 
     def evaluate(
         self,
@@ -454,7 +476,7 @@ class UnlearningTrainer(Trainer):
         """Evaluate as Trainer does; against an attacker, forget rows are also scored after relearning."""
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self.args.adversary_steps and metric_key_prefix == "eval_forget" and self._stopping_callback() is not None:
-            output.metrics[f"eval_forget_relearned_{self.args.forget_metric}"] = self._stopping_score("forget")
+            output.metrics[f"eval_forget_relearned_{self.args.stopping_metric}"] = self._stopping_score("forget")
         return output
 
     def set_stopping_rows(self, forget_dataset: "Rows", mark: float | None = None) -> None:
@@ -467,10 +489,10 @@ class UnlearningTrainer(Trainer):
             mark: Value of the forget metric; by default it is measured on held-out rows. `args.forget_target` takes
                 precedence.
         """
-        rows = encode_dataset(
+        rows: Rows = encode_dataset(
             forget_dataset, self.processing_class, what="forget", max_length=self.args.max_length, model=self.model
         )
-        self._stopping_rows["forget"] = rows
+        self._stopping_rows["forget"] = rows = rows if self._reference is None else self._reference.marked(rows)
         if isinstance(self.eval_dataset, dict) and "forget" in self.eval_dataset:
             self.eval_dataset["forget"] = rows
         stopping = self._stopping_callback()
@@ -478,7 +500,11 @@ class UnlearningTrainer(Trainer):
             stopping.mark = mark
 
     def _stopping_score(self, split: str, metric: str | None = None, attacked: bool = True) -> float:
-        """Return a metric, by default the forget metric, of `forget`, `holdout` or `retain` rows; without a log line.
+        """Return a metric, by default the forget metric, of `forget`, `holdout` or `retain` rows; no log line."""
+        return self._stopping_metrics(split, attacked)[f"eval_{metric or self.args.stopping_metric}"]
+
+    def _stopping_metrics(self, split: str, attacked: bool = True) -> dict[str, float]:
+        """Return the metrics of a split, by their names in evaluations of one data set.
 
         Against an attacker a third of the forget rows, at most a training batch, is relearned, and the others are
         scored, unless `attacked` is false.
@@ -490,7 +516,7 @@ class UnlearningTrainer(Trainer):
             batch = self._prepare_inputs(self.data_collator(few[: self.args.per_device_train_batch_size]))
         with self._relearned_weights(batch), self._own_scores():
             loop = self.evaluation_loop(self.get_eval_dataloader(rows), f"Comparing {split}")
-        return loop.metrics[f"eval_{metric or self.args.forget_metric}"]
+        return loop.metrics
 
     @contextmanager
     def _own_scores(self) -> Iterator[None]:
@@ -576,15 +602,26 @@ class UnlearningTrainer(Trainer):
 
     def _measured_outcome(self) -> UnlearningOutcome:
         """Measure the forget rows under the current weights, and compare them with the mark; a collective call."""
-        stopping, value = self._stopping_callback(), None
+        stopping, value, function_loss = self._stopping_callback(), None, None
         if stopping is not None:
             stopping.measure_mark()  # not yet known if a run that had ended was loaded
             stopping.measure_before()
-            value = stopping.before if stopping.nothing_to_forget else self._stopping_score("forget")
+            value = stopping.before
+            if not stopping.nothing_to_forget:
+                metrics = self._stopping_metrics("forget")
+                value = metrics[f"eval_{self.args.stopping_metric}"]
+                function_loss = metrics.get("eval_function_loss")
         rules = [callback for callback in self.callback_handler.callbacks if getattr(callback, "reason", None)]
         budgets = [rule.setting for rule in rules if hasattr(rule, "setting")]
         moved = self.constrainer.has_moved()
-        return outcome_of(stopping, value, steps=self.state.global_step, moved=moved, budgets=budgets)
+        return outcome_of(
+            stopping,
+            value,
+            steps=self.state.global_step,
+            moved=moved,
+            budgets=budgets,
+            function_loss=function_loss,
+        )
 
     @property
     def outcome(self) -> UnlearningOutcome | None:
@@ -723,17 +760,26 @@ def _own_metrics(
     return dict(metrics)
 
 
+def _content_scores(predictions: Predictions) -> Tensor:
+    """Return the loss on content and on function tokens of each row, `[B, 2]`; NaN for rows without a mask."""
+    if predictions.content_L is None:
+        return torch.full((predictions.n_rows, 2), torch.nan, dtype=torch.float64, device=predictions.labels_L.device)
+    return score_content_predictions(predictions)[:, :2]
+
+
 def _mean_scores(prediction: EvalPrediction) -> dict[str, float]:
     """Average what `prediction_step` returns over the rows of all processes; raise `ModelError` on NaN logits."""
-    scores = RowScores.from_matrix(prediction.predictions)
+    matrix_NS = np.asarray(prediction.predictions)
+    scores = RowScores.from_matrix(matrix_NS)
     if (broken := np.isnan(scores.loss)).any():
         raise ModelError(
             f"the model's logits are NaN on row {broken.argmax()} of {len(broken)}; its weights are broken: go back to "
             "an earlier checkpoint, with a lower learning_rate"
         )
+    content = zip(("content_loss", "function_loss"), matrix_NS[:, -2:].T, strict=True)
     return {
         "loss": scores.loss.mean(),
         "probability": scores.probability.mean(),
         "accuracy": scores.accuracy.mean(),
         "entropy": scores.entropy.mean(),
-    }
+    } | {name: float(np.nanmean(values_N)) for name, values_N in content if not np.isnan(values_N).all()}

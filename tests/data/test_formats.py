@@ -313,7 +313,9 @@ def test_weights_that_are_not_numbers_give_an_error_or_no_value_and_never_a_scor
     trainer = UnlearningTrainer(model, args, text_rows(3), eval_dataset={"retain": text_rows(3, seed=1)})
     with pytest.raises(ModelError, match="logits are NaN on row 0 of 3"):
         trainer.evaluate()
-    judged = evaluate_unlearning(model, {"forget": text_rows(3)}, original=whole)
+    told = [{**row, "content_mask": [0, 0, 1, *[0] * (len(row["labels"]) - 3)]} for row in text_rows(3)]
+    judged = evaluate_unlearning(model, {"forget": told}, original=whole)
+    assert judged.get("content_known", "forget") is not None
     for metric in judged.metrics:
         assert math.isnan(metric.value) == (metric.model == "unlearned"), metric
         assert ("NaN: the model's weights are broken" in metric.reason) == (metric.model == "unlearned")

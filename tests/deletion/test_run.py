@@ -14,6 +14,7 @@ import torch
 from helpers.command_lines import FINISHED
 from helpers.tiny import requires_asset
 from hf_unlearn.cli import main
+from hf_unlearn.cli.answers import reports_answer
 from hf_unlearn.constraints.registry import CONSTRAINTS
 from hf_unlearn.data.batches import default_collator
 from hf_unlearn.data.encoding import encode_dataset
@@ -81,6 +82,34 @@ def test_a_fine_tune_setting_out_of_range_is_named_by_its_flag(name: str, value:
         FineTuning(**{name: value})
 
 
+def test_sample_answers_are_shown_by_default_and_never_written(places: dict[str, str], tmp_path: Path) -> None:
+    (report,) = run_request(arguments(places), settings(tmp_path / "out")).values()
+    assert len(report.private_samples) == 3 and report.samples == []
+    assert report.content_counts["forget"]["rules"] == {"reference": 4}  # the model that was fine-tuned
+    answer = reports_answer({"energy_ridge": report}, str(tmp_path / "out"), "answer_probability")
+    texts = {value for sample in report.private_samples for value in sample.values()} - {"nothing", ""}
+    assert texts and all(text.splitlines()[0] in str(answer.text) for text in texts)
+    assert "samples" in str(answer.content) and "private_samples" not in str(answer.content)
+    for file in ("unlearning_report.json", "README.md"):
+        written = (tmp_path / "out" / file).read_text()
+        assert not any(sample["prompt"] in written for sample in report.private_samples)
+    tuned = arguments(places, model_name_or_path=str(tmp_path / "out"), fine_tune=False, samples=0)
+    (none,) = run_request(tuned, settings(tmp_path / "none")).values()
+    assert none.private_samples == none.samples == []
+    assert none.content_counts["forget"]["rules"] == {"short context": 4}  # negative control: without a reference
+    (given,) = run_request(tuned, settings(tmp_path / "given", reference_model=places["model"])).values()
+    assert given.content_counts["forget"]["rules"] == {"reference": 4}
+
+
+def test_one_request_under_two_constraints_is_judged_by_the_same_masks(places: dict[str, str], tmp_path: Path) -> None:
+    reports = run_request(arguments(places, constraints="energy,energy_ridge"), settings(tmp_path / "out"))
+    one, two = reports.values()
+    assert one.content_counts == two.content_counts and one.content_counts["forget"]["content_tokens"] > 0
+    for name in ("content_loss", "function_loss", "greedy_reveals"):
+        assert one.get(name, "forget", "original") == two.get(name, "forget", "original")
+        assert two.get(name, "forget") is not None and len(two.private_samples) == 3
+
+
 def test_a_run_fine_tunes_unlearns_and_saves_and_the_next_one_uses_the_cached_model(
     places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,7 +123,11 @@ def test_a_run_fine_tunes_unlearns_and_saves_and_the_next_one_uses_the_cached_mo
     assert report.request["rows"] == 4 and report.method["statistics"]["rows"] == 8
     assert report.get("accuracy", "retain").n == 8  # type: ignore[union-attr]
     (sample,) = report.samples
-    assert sample["prompt"] and sample["answer"] and "after" in sample
+    assert sample["prompt"] and sample["answer"] and "after" in sample and sample["still says"]
+    assert report.private_samples == [] and "still says" in (tmp_path / "one" / "unlearning_report.json").read_text()
+    known = [report.get(name, "forget", "original").value for name in ("content_known", "content_loss")]  # type: ignore[union-attr]
+    assert known[0] > report.get("content_known", "forget").value  # type: ignore[union-attr]
+    assert known[1] < report.get("content_loss", "forget").value  # type: ignore[union-attr]
     for file in ("model.safetensors", "tokenizer.json", "unlearning_report.json", "README.md"):
         assert (tmp_path / "one" / file).is_file(), file
     assert report.timings["train original"] > 0

@@ -67,7 +67,8 @@ def test_every_metric_of_every_split_and_model_equals_its_twin(case: str) -> Non
         assert attack is not None and attack.n == SIZES["forget"] + SIZES["holdout"]
         assert attack.value == pytest.approx(roc_auc_score(truth, -losses))
         np.testing.assert_allclose(report.entropies[kind], scores["forget"][:, 3], rtol=1e-4, atol=1e-5)
-    assert len(report.metrics) == len(MODELS) * (len(COLUMNS) * len(SIZES) + 1)
+    content = 3 * 2 if shifts_labels(models["original"]) else 0  # three more of forget and held-out answers
+    assert len(report.metrics) == len(MODELS) * (len(COLUMNS) * len(SIZES) + 1 + content)
     by_model = [report.get("loss", "forget", kind).value for kind in MODELS]  # type: ignore[union-attr]
     assert len({round(value, 3) for value in by_model}) == 3  # the models do differ
 
@@ -109,7 +110,7 @@ def test_numbers_are_a_function_of_the_seed_and_carry_it() -> None:
 
 
 def test_raw_rows_are_encoded_with_the_processor() -> None:
-    class Letters:
+    class letters:
         """A tokenizer of letters."""
 
         eos_token_id, pad_token_id, chat_template = 0, 0, None
@@ -118,9 +119,9 @@ def test_raw_rows_are_encoded_with_the_processor() -> None:
             return [1 + ord(letter) % 20 for letter in text]
 
     model, raw = tiny_gpt2(), [{"prompt": "who", "completion": "ann"}, {"prompt": "what", "completion": "a cat"}]
-    tokens = [(Letters().encode(r["prompt"]), [*Letters().encode(r["completion"]), 0]) for r in raw]
+    tokens = [(letters().encode(r["prompt"]), [*letters().encode(r["completion"]), 0]) for r in raw]
     encoded = [{"input_ids": p + c, "labels": [-100] * len(p) + c} for p, c in tokens]
-    mine = evaluate_unlearning(model, {"forget": raw}, processing_class=Letters()).metrics
+    mine = evaluate_unlearning(model, {"forget": raw}, processing_class=letters()).metrics
     assert mine == evaluate_unlearning(model, {"forget": encoded}).metrics
     with pytest.raises(DataError, match="pass the model's tokenizer"):
         evaluate_unlearning(model, {"forget": raw})

@@ -160,7 +160,7 @@ def test_the_tofu_suite_equals_metrics_made_of_scores_computed_apart() -> None:
         processing_class=letters(),
         batch_size=4,
     )
-    assert {m.name for m in report.metrics} == set(SUITES["tofu"])
+    assert {m.name for m in report.metrics} == {*SUITES["tofu"], *SUITES["content"]}
 
     def ratios(kind: str) -> list[float]:
         result = []
@@ -287,7 +287,7 @@ def test_cached_columns_are_not_measured_again(tmp_path: Path, monkeypatch: pyte
     model, splits = tiny_llama(), {"forget": text_rows(4), "holdout": text_rows(5, 1)}
     first = evaluate_unlearning(model, splits, original=tiny_llama(1), cache_dir=tmp_path)
     files = sorted(p.name for p in tmp_path.iterdir())
-    assert len(files) == 4 and all(name.endswith(".safetensors") for name in files)
+    assert len(files) == 8 and all(name.endswith(".safetensors") for name in files)
     monkeypatch.setattr(measures, "score_rows", lambda *a: pytest.fail("measured again"))
     again = evaluate_unlearning(tiny_llama(), splits, original=tiny_llama(1), cache_dir=tmp_path)
     assert again.metrics == first.metrics and sorted(p.name for p in tmp_path.iterdir()) == files

@@ -13,6 +13,7 @@ import pytest
 from helpers import reference_metrics as reference
 from hf_unlearn.data.wrong_answers import ALTERNATIVES
 from hf_unlearn.errors import DataError, SettingsError
+from hf_unlearn.evaluation.content import ContentScores
 from hf_unlearn.evaluation.measurements import MEASUREMENTS
 from hf_unlearn.evaluation.metrics.base import EACH_SPLIT, TEACHER, MeasuredColumns
 from hf_unlearn.evaluation.metrics.registry import (
@@ -34,7 +35,8 @@ SIZES = {
     "forget_knowmem": 3,
     "retain_knowmem": 3,
 }
-ROWS: dict[str, Any] = {name: [{ALTERNATIVES: {"wrong": [1]}}] * n for name, n in SIZES.items()}
+ROW = {ALTERNATIVES: {"wrong": [1]}, "labels": [-100, 5, 6], "content_mask": [0, 1, 0]}
+ROWS: dict[str, Any] = {name: [ROW] * n for name, n in SIZES.items()}
 MODELS = ("unlearned", "retrained", TEACHER)
 
 
@@ -52,6 +54,8 @@ def made_up(measurement: str, n: int, rng: np.random.Generator) -> dict[str, np.
         "continuations": {"rouge_l_fmeasure_128": rng.uniform(0.1, 1, n)},
         "short_answers": {"rouge_l_fmeasure_32": rng.uniform(0.1, 1, n)},
         "gradients": {"gradient_norm": rng.exponential(1, n)},
+        "content": {field.name: rng.uniform(0.1, 1, n) for field in fields(ContentScores)},
+        "greedy": {"reveals": rng.integers(0, 2, n).astype(float)},
         "texts": {"compressed": rng.integers(20, 90, n).astype(float)},
     }[measurement]
 

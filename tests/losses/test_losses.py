@@ -43,7 +43,7 @@ from hf_unlearn.models.forward import Predictions, output_logits, predict
 
 MODELS = ("gpt2", "llama", "bert", "vit")
 NAMES = tuple(reference.TWINS)  # losses of single answers; the others have test files of their own
-OTHERS = ("dpo", "altpo", "idk", "rmu", "random_label")
+OTHERS = ("dpo", "altpo", "idk", "rmu", "random_label", "to_reference")
 # gamma, alpha and retain term where they are not 1, 0 and nll (open-unlearning's configurations)
 WEIGHTS = {
     "grad_diff": (1, 1, "nll"),

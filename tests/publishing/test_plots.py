@@ -198,6 +198,17 @@ def test_the_bars_show_the_metric_that_early_stopping_used() -> None:
         assert heights == sorted(metric.value for metric in report.metrics if metric.name == "accuracy")
 
 
+def test_the_bars_show_the_content_beside_it() -> None:
+    report = make_report()
+    known = [MetricValue("content_known", v, "forget", m, n=4) for m, v in (("original", 0.9), ("unlearned", 0.5))]
+    report.metrics += known
+    figure = plots.metrics_bars(report)
+    assert figure is not None
+    panels = {axes.get_title(loc="left") or axes.get_title(): axes for axes in figure.axes}
+    bars = [patch.get_height() for patch in panels["Content tokens above 0.5"].patches]
+    assert bars == [0.9, 0.5] and len(panels) == 2
+
+
 # Series of requests
 
 

@@ -261,3 +261,21 @@ def test_statistics_collected_again_are_those_of_the_current_weights(tmp_path: P
             torch.testing.assert_close(part.bound(step_OI), now[part.owner](step_OI))
             changed.append(not torch.allclose(old(step_OI), part.bound(step_OI), atol=1e-3))
     assert any(changed) and not all(changed)  # the first layer's inputs are the same as before
+
+
+def test_content_tokens_are_compared_with_those_of_a_retrained_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = recipe("content_tokens")
+    places = {"model_name_or_path": cases.requires_asset("stories260K"), "dataset_name": cases.requires_asset("tofu")}
+    rows = {"train": "full[0:8]", "forget": "full[0:2]", "max_length": 128, "use_cpu": True, "disable_tqdm": True}
+    rows["cache_dir"] = tmp_path
+    tuning = {"fine_tune": True, "fine_tune_epochs": 12, "fine_tune_learning_rate": 3e-3, "retrained": "auto"}
+    flags = [str(word) for name, value in (places | rows | tuning).items() for word in (f"--{name}", value)]
+    assert experiment.main(flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("2 rows, ")
+    assert [line.split(":")[0] for line in lines[1:]] == ["checkpoint before fine-tuning", "short context"]
+    assert all(0 < float(line.split()[-1]) <= 1 for line in lines[1:])
+    assert experiment.main([*flags, "--retrained", "none"]) == 2
+    assert "compares with a retrained model" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from helpers.questions import Letters, tofu_splits
+from helpers.questions import letters, tofu_splits
 from helpers.tiny import text_rows, tiny_llama
 from hf_unlearn.data.batches import PaddingCollator
 from hf_unlearn.errors import DataError, SettingsError
@@ -87,14 +87,14 @@ def test_a_floor_needs_a_choice_among_checkpoints_and_an_existing_metric(tmp_pat
 
 def test_forget_quality_during_training_equals_the_report_and_chooses_the_checkpoint(tmp_path: Path) -> None:
     raw, retrained = tofu_splits(), tiny_llama(1)
-    judge = training_metrics(raw, ["forget_quality", "truth_ratio"], retrained=retrained, processing_class=Letters())
+    judge = training_metrics(raw, ["forget_quality", "truth_ratio"], retrained=retrained, processing_class=letters())
     args = best(tmp_path, metric_for_best_model="forget_truth_ratio", greater_is_better=True)
     trainer = run(args, extra_metrics=judge)
     ratios, qualities = (evaluations(trainer, f"forget_{name}") for name in ("truth_ratio", "forget_quality"))
     assert len(ratios) == len(qualities) == 6 and len(set(ratios)) == 6
     assert trainer.state.best_global_step == 1 + ratios.index(max(ratios))
     report = evaluate_unlearning(
-        trainer.model, raw, retrained=retrained, metrics=["forget_quality", "truth_ratio"], processing_class=Letters()
+        trainer.model, raw, retrained=retrained, metrics=["forget_quality", "truth_ratio"], processing_class=letters()
     )
     for name, values in (("truth_ratio", ratios), ("forget_quality", qualities)):
         metric = report.get(name, "forget")
@@ -102,7 +102,7 @@ def test_forget_quality_during_training_equals_the_report_and_chooses_the_checkp
 
 
 def test_a_training_judge_gives_nan_without_a_retrained_model_and_needs_wrong_answers() -> None:
-    judge = training_metrics(tofu_splits(), ["forget_quality"], processing_class=Letters())
+    judge = training_metrics(tofu_splits(), ["forget_quality"], processing_class=letters())
     assert math.isnan(judge(tiny_llama())["forget_forget_quality"])
     with pytest.raises(DataError, match="needs wrong answers"):
         training_metrics({"forget": FORGET}, ["truth_ratio"])

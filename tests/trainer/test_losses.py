@@ -89,7 +89,10 @@ def test_every_loss_runs_under_every_constraint_with_and_without_retain_rows(
             continue
         model.load_state_dict(first)
         own = NEEDED.get(name, {}) | {"retain": "kl"}
-        options = {"statistics": statistics}
+        options, changes = {"statistics": statistics}, {}
+        if LOSSES[name].reads_reference:
+            options["reference_model"] = tiny_llama(seed=9)
+            changes["forget_metric"] = "probability"  # the random model has learned no content
         if name == "idk":  # the rows already have its answers
             own, options = {}, options
         trainer = make(
@@ -102,6 +105,7 @@ def test_every_loss_runs_under_every_constraint_with_and_without_retain_rows(
             constraint=constraint,
             max_steps=2,
             options=options,
+            **changes,
         )
         trainer.train()
         assert all(torch.isfinite(p).all() for p in model.parameters())

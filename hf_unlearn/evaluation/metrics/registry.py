@@ -7,6 +7,7 @@ from hf_unlearn.core.registry import Registry
 from hf_unlearn.data.formats import Rows
 from hf_unlearn.data.wrong_answers import ALTERNATIVES
 from hf_unlearn.errors import DataError
+from hf_unlearn.evaluation.content import marks_content
 from hf_unlearn.evaluation.measurements import MEASUREMENTS
 from hf_unlearn.evaluation.metrics.base import EACH_SPLIT, RETRAINED, MeasuredColumns, UnlearningMetric, first_present
 from hf_unlearn.evaluation.metrics.intervals import Estimate
@@ -16,6 +17,8 @@ METRICS: Registry[type[UnlearningMetric]] = Registry("metric", "hf_unlearn.evalu
 Kind = TypeVar("Kind", bound=type[UnlearningMetric])
 
 _DEFAULT = ("accuracy", "answer_probability", "loss", "entropy", "membership_auc")
+CONTENT = ("content_loss", "content_known", "function_loss", "greedy_reveals")
+"""Metrics of tokens that carry what was learned; they are part of every suite for models that write answers."""
 _ATTACKS = (
     "membership_auc",
     "membership_auc_reference",
@@ -26,6 +29,7 @@ _ATTACKS = (
 )
 SUITES: dict[str, tuple[str, ...]] = {
     "default": _DEFAULT,
+    "content": CONTENT,
     "attacks": _ATTACKS,
     "tofu": (
         "answer_probability",
@@ -123,12 +127,15 @@ def missing_splits(metric: type[UnlearningMetric], splits: Mapping[str, object])
 def measurements_by_split(metric: type[UnlearningMetric], splits: Mapping[str, Rows]) -> dict[str, tuple[str, ...]]:
     """Return the measurements that a metric needs of the given splits, by name of the split.
 
-    A metric of each split skips the splits without wrong answers if it reads these.
+    A metric of each split skips the splits without wrong answers, or without content, if it reads these.
     """
     if EACH_SPLIT in metric.needs:
         names = metric.needs[EACH_SPLIT]
         return {
-            split: names for split in splits if not _reads_wrong_answers(names) or _has_wrong_answers(splits[split])
+            split: names
+            for split in splits
+            if (not _reads_wrong_answers(names) or _has_wrong_answers(splits[split]))
+            and (not _reads_content(names) or marks_content(splits[split]))
         }
     by_split = ((first_present(split, splits), names) for split, names in metric.needs.items())
     return {split: names for split, names in by_split if split is not None}
@@ -159,6 +166,8 @@ def _check_splits(name: str, splits: Mapping[str, Rows]) -> None:
     metric = METRICS[name]
     if missing := missing_splits(metric, splits):
         raise DataError(f"metric {name!r} needs a split {', '.join(missing)}; the splits are {', '.join(splits)}")
+    if metric_reads_content(name):  # the masks are made of the original model, which is not known here
+        return
     by_split = measurements_by_split(metric, splits)
     without = [
         split
@@ -170,6 +179,15 @@ def _check_splits(name: str, splits: Mapping[str, Rows]) -> None:
             f"metric {name!r} needs wrong answers, and the split {', '.join(without or splits)} has none; give rows "
             "with a column 'perturbed_answer', as TOFU's *_perturbed splits"
         )
+
+
+def metric_reads_content(name: str) -> bool:
+    """Return whether a metric reads which labels are content."""
+    return any(_reads_content(names) for names in METRICS[name].needs.values())
+
+
+def _reads_content(measurements: Sequence[str]) -> bool:
+    return any(MEASUREMENTS.find(name).reads_content for name in measurements)
 
 
 def _reads_wrong_answers(measurements: Sequence[str]) -> bool:

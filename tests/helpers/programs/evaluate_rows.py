@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from helpers.questions import letters, questions
-from helpers.tiny import tiny_llama
+from helpers.tiny import sharpen, tiny_llama
 from hf_unlearn.core.processes import leave
 from hf_unlearn.data.encoding import encode_dataset
 from hf_unlearn.errors import ModelError
@@ -22,12 +22,14 @@ from hf_unlearn.evaluation.evaluate import evaluate_unlearning
 
 FORGET, HOLDOUT = encode_dataset(questions(7), letters()), encode_dataset(questions(5, 1), letters())
 NAMES = ["loss", "rouge_l", "truth_ratio", "membership_auc_min_k_plus_plus", "forget_quality"]
+CONTENT = ["content_loss", "function_loss", "greedy_reveals"]
 
 
-def judged(model: torch.nn.Module, names: list[str], cache: Path | None) -> list[list[Any]]:
+def judged(model: torch.nn.Module, names: list[str], cache: Path | None, original: Any = None) -> list[list[Any]]:
     report = evaluate_unlearning(
         model,
         {"forget": FORGET, "holdout": HOLDOUT},
+        original=original,
         metrics=names,
         batch_size=2,
         retrained=tiny_llama(1),
@@ -65,6 +67,7 @@ def main(folder: Path, processes: int) -> None:
     whole = tiny_llama()
     found: dict[str, Any] = {"whole": judged(whole, [*NAMES, "membership_auc_gradient_norm"], folder / "cache")}
     found["cached"] = judged(whole, [*NAMES, "membership_auc_gradient_norm"], folder / "cache")
+    found["content"] = judged(whole, CONTENT, None, sharpen(tiny_llama(3), 2.0))
     settings = AuditSettings(relearn_steps=2, relearn_learning_rate=1e-2)
     report = audit(
         whole,
@@ -78,6 +81,7 @@ def main(folder: Path, processes: int) -> None:
     found["audit"] = [[m.name, m.split, m.model, m.n, m.value] for m in report.metrics]
     if processes > 1:
         model = sharded(processes)
+        found["sharded content"] = judged(model, CONTENT, None, sharpen(tiny_llama(3), 2.0))
         found["sharded"], found["refused"] = judged(model, NAMES, folder / "other"), refused(model)
     if not dist.is_initialized() or dist.get_rank() == 0:
         found["files"] = len(list((folder / "cache").iterdir()))
