@@ -22,7 +22,6 @@ from hf_unlearn.core.processes import gather, is_main, wait_for_all
 from hf_unlearn.core.text import ShortRepr, one_line
 from hf_unlearn.deletion.arguments import BenchmarkArguments
 from hf_unlearn.deletion.checks import check_run
-from hf_unlearn.deletion.options import with_reference
 from hf_unlearn.errors import OutputError, SettingsError
 from hf_unlearn.evaluation.report import UnlearningReport
 from hf_unlearn.losses import LOSSES
@@ -64,7 +63,7 @@ def grid_cells(args: BenchmarkArguments, config: UnlearningConfig) -> list[Cell]
         seed_args = replace(args, fine_tune_seed=args.fine_tune_seed + seed)
         for method in methods:
             for constraint in constraints:
-                cell_config = with_reference(args, _cell_config(config, method, constraint, seed, changes))
+                cell_config = _cell_config(config, method, constraint, seed, changes)
                 cells.append(Cell(method, constraint, seed, seed_args, cell_config))
     return cells
 

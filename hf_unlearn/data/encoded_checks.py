@@ -20,6 +20,7 @@ from hf_unlearn.models.tasks import (
     CONTENT_MASK,
     IGNORED,
     context_length,
+    has_decoder,
     resize_remedy,
     shifts_labels,
     task_of,
@@ -115,12 +116,12 @@ def _check_labels(row: Row, name: str, where: str, model: nn.Module) -> None:
     labels, task = _numbers(row[name], name, where), task_of(model)
     if task in _OF_A_CLASS and labels.ndim:
         raise DataError(f"{where} has {row[name]!r:.60} in column {name!r}; give the number of one class")
-    of_tokens = labels.ndim == 1 and "input_ids" in row and not _has_decoder(model)
+    of_tokens = labels.ndim == 1 and "input_ids" in row and not has_decoder(model)
     if of_tokens and len(labels) != len(row["input_ids"]):
         raise DataError(
             f"{where} has {len(row['input_ids'])} input_ids and {len(labels)} {name}; give one for each token"
         )
-    if _has_decoder(model) and labels.ndim == 1 and (context := context_length(model)) and len(labels) > context:
+    if has_decoder(model) and labels.ndim == 1 and (context := context_length(model)) and len(labels) > context:
         raise DataError(f"{where} has {len(labels)} labels, the model's context is {context}; cut the row")
     classes = getattr(getattr(model, "config", None), "num_labels", None)
     n_classes = vocabulary_size(model) if task in ("language-model", "seq2seq") else classes if task else None
@@ -141,7 +142,3 @@ def _check_predicted(row: Row, name: str, where: str, model: nn.Module) -> None:
     if not label_positions(model, counted_labels(model, inputs)).any():
         first = ", or at the first token, which nothing precedes" if shifts_labels(model) else ""
         raise DataError(f"{where} has no label to predict: each is -100, on padding{first}; leave it out")
-
-
-def _has_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(getattr(model, "module", model), "config", None), "is_encoder_decoder", False))

@@ -103,6 +103,8 @@ def check_run(
         raise SettingsError(f"samples are answers of language models; a model of task {task} gives none")
     if args.retrained not in (None, "none", "auto"):
         _check_same_task(str(args.retrained), task, "retrained")
+    if config.reference_model is not None:
+        _check_same_task(config.reference_model, task, "reference_model")
     adapter = adapter_options(replace(args, task=task))
     plan = model_plan(args, task, last)
     if adapter is not None:

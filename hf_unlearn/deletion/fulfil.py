@@ -258,6 +258,7 @@ class PreparedRequest(ShortRepr):
             data_collator=models.collator,
             eval_dataset={"retain": rows.splits["retain"]} if watch_retain else None,
             processing_class=models.processing_class,
+            reference_model=self.request.evaluation.reference_model,
             peft_config=None if self.request.adapter is None else self.request.adapter.peft_config,
         )
         if self.request.series is not None:

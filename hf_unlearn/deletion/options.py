@@ -9,7 +9,6 @@ from hf_unlearn.core.text import one_line
 from hf_unlearn.deletion.arguments import RunArguments
 from hf_unlearn.deletion.request import AdapterOptions
 from hf_unlearn.errors import SettingsError
-from hf_unlearn.trainer.config import UnlearningConfig
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -47,18 +46,6 @@ def peft_config(args: RunArguments) -> LoraConfig | None:
         )
     except (ValueError, TypeError) as error:
         raise SettingsError(f"LoRA settings: {one_line(error)}") from error
-
-
-def with_reference(args: RunArguments, config: UnlearningConfig) -> UnlearningConfig:
-    """Return the settings of a run that fine-tunes, with the model before it as reference model of its loss.
-
-    >>> config = UnlearningConfig("out", loss="to_reference", use_cpu=True)
-    >>> with_reference(RunArguments(model_name_or_path="base", fine_tune=True), config).reference_model
-    'base'
-    """
-    if not args.fine_tune or config.reference_model is not None or not config.build_loss().reference_contents:
-        return config
-    return config.but(reference_model=args.model_name_or_path)
 
 
 def card_facts(args: RunArguments) -> dict[str, str | list[str]]:

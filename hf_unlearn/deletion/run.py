@@ -23,7 +23,7 @@ from hf_unlearn.deletion.checks import ModelPlan, check_collect, check_finished,
 from hf_unlearn.deletion.fine_tuning import cache_folder
 from hf_unlearn.deletion.fulfil import fulfil_request_under
 from hf_unlearn.deletion.next_request import next_config, open_series
-from hf_unlearn.deletion.options import metric_names, with_reference
+from hf_unlearn.deletion.options import metric_names
 from hf_unlearn.deletion.output import DEFAULT_OUTPUT
 from hf_unlearn.deletion.rows import RowEncoding, load_splits
 from hf_unlearn.errors import SettingsError
@@ -62,7 +62,8 @@ def run_request(args: RunArguments, config: UnlearningConfig) -> dict[str, Unlea
     check_folders(args)
     check_loss(args, config)
     series = open_series(args, names)
-    config = with_reference(args, config if series is None else next_config(args, config, series))
+    if series is not None:
+        config = next_config(args, config, series)
     request = build_request(args, config, fisher=any(map(needs_fisher, names)), series=series)
     configs = {name: _config_of(name, config, several=len(names) > 1) for name in names}
     finished = fulfil_request_under(request, configs)

@@ -29,8 +29,8 @@ from hf_unlearn.data.encoding import EncodedList
 from hf_unlearn.data.formats import CONTENT_RULE, SECRET, Row, Rows, rows_of
 from hf_unlearn.errors import DataError, SettingsError
 from hf_unlearn.evaluation.row_scores import CHUNK, map_predictions, map_rows
-from hf_unlearn.models.forward import Predictions, predict, writes_answers
-from hf_unlearn.models.short_context import label_places, short_rows
+from hf_unlearn.models.forward import Predictions, label_places, predict, writes_answers
+from hf_unlearn.models.short_context import short_rows
 from hf_unlearn.models.tasks import CONTENT_MASK, IGNORED, Collator, vocabulary_size
 
 THRESHOLD = 2.0

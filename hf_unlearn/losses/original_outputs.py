@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -51,76 +51,47 @@ def original_outputs(
     batch_size: int = 8,
     precision: str = "fp32",
     scope: Callable[[], AbstractContextManager] = nullcontext,
+    source: Literal["original", "reference", "short context"] = "original",
 ) -> "StoredOutputs":
-    """Open the outputs in `folder`; if there are none, run the original model on the rows that `loss` reads first.
+    """Open the outputs in `folder`; if there are none, run the model on the rows that `loss` reads first.
 
     In a distributed run every process makes the forward passes (a sharded model needs all of them), process 0 writes,
     and all processes read, so all must see the folder.
 
     Args:
-        model: The original model.
-        loss: Determines what is stored of which part of a batch (`UnlearningLoss.original_contents`).
+        model: The original or the reference model.
+        loss: Determines what is stored of which part of a batch (`original_contents`, `reference_contents`).
         rows: Encoded rows by part: `forget`, `alternate`, `retain`; None for a part without rows.
         folder: Folder of the outputs.
         collator: Makes batches of rows.
         batch_size: Rows per forward pass.
         precision: Name of the precision of the forward passes; stored outputs of another precision are refused.
         scope: Context of the forward passes (autocast).
+        source: What the model is to the loss. With `short context` the original model is its own reference, and
+            predicts each label from the last tokens before it (`models.short_context`).
 
     Raises:
         SettingsError: The folder holds outputs of other weights, rows, precision or contents, or is damaged.
         OutputError: The folder holds something else.
     """
     present = {part: data for part, data in rows.items() if data is not None}
-    contents = {part: content for part, content in loss.original_contents.items() if part in present}
-    return _stored(model, contents, loss.layer, present, Path(folder), collator, batch_size, precision, scope)
-
-
-def reference_outputs(
-    model: nn.Module,
-    loss: UnlearningLoss,
-    rows: Mapping[str, Rows | None],
-    folder: str | os.PathLike,
-    *,
-    collator: Collator,
-    batch_size: int = 8,
-    precision: str = "fp32",
-    scope: Callable[[], AbstractContextManager] = nullcontext,
-    short_context: bool = False,
-) -> "StoredOutputs":
-    """As `original_outputs`, of the reference model and what `loss` reads of it (`reference_contents`).
-
-    With `short_context`, `model` is its own reference and predicts each label from the last tokens before it.
-    """
-    contents, present = loss.reference_contents, {part: data for part, data in rows.items() if data is not None}
-    predictor = predict_from_short_context if short_context else None
-    return _stored(model, contents, None, present, Path(folder), collator, batch_size, precision, scope, predictor)
-
-
-def _stored(
-    model: nn.Module,
-    contents: Mapping[str, Content],
-    layer: int | str | None,
-    present: Mapping[str, Rows],
-    target: Path,
-    collator: Collator,
-    batch_size: int,
-    precision: str,
-    scope: Callable[[], AbstractContextManager],
-    predictor: Predict | None = None,
-) -> "StoredOutputs":
+    wanted = loss.original_contents if source == "original" else loss.reference_contents
+    contents = {part: content for part, content in wanted.items() if part in present}
+    layer = loss.layer if "hidden" in contents.values() else None
+    short, target = source == "short context", Path(folder)
     keys = {part: _row_keys(present[part], collator, batch_size) for part in contents}
     index = {
         "format": FORMAT,
         "weights": weights_fingerprint(model),
         "rows": {part: rows_to_text(sum(int(key, 16) for key in of_part)) for part, of_part in keys.items()},
         "contents": contents,
-        "layer": layer if "hidden" in contents.values() else None,
+        "layer": layer,
         "precision": precision,
-        "context": None if predictor is None else CONTEXT,
+        "context": CONTEXT if short else None,
     }
     if not gather((target / INDEX).is_file())[0]:  # decided before anything is written, so that all processes agree
-        _write(model, layer, present, target, index, contents, collator, batch_size, scope, predictor or predict)
+        predictor = predict_from_short_context if short else predict
+        _write(model, layer, present, target, index, contents, collator, batch_size, scope, predictor)
     return StoredOutputs(target, index)
 
 

@@ -5,10 +5,11 @@ classification; the positions whose label is not -100 for language models), P po
 language models, all positions of the row for classification), D features of a hidden state.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from inspect import signature
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from hf_unlearn.models.tasks import (
     IGNORED,
     Batch,
     context_length,
+    has_decoder,
     resize_remedy,
     shifts_labels,
     vocabulary_size,
@@ -110,7 +112,7 @@ def counted_labels(model: nn.Module, inputs: Batch) -> Tensor:
     tensor([[   5,    6, -100]])
     """
     labels = inputs["labels"]
-    mask_BT = inputs.get("decoder_attention_mask" if _has_decoder(model) else "attention_mask")
+    mask_BT = inputs.get("decoder_attention_mask" if has_decoder(model) else "attention_mask")
     if mask_BT is None or labels.ndim != 2 or mask_BT.shape != labels.shape:
         return labels
     seen_BT = mask_BT.bool()
@@ -135,14 +137,17 @@ def label_positions(model: nn.Module, labels: Tensor, skip_first: bool = False) 
     return mask_BT
 
 
+def label_places(model: nn.Module, row: Mapping[str, Any]) -> list[int]:
+    """Return the places of a row's labels `[T]`, the tokens of an answer, that the model predicts."""
+    inputs = {key: torch.as_tensor(row[key])[None] for key in ("attention_mask",) if row.get(key) is not None}
+    inputs["labels"] = torch.as_tensor(row["labels"])[None]
+    places = label_positions(model, counted_labels(model, inputs))[0].nonzero()[:, 0]
+    return (places + shifts_labels(model)).tolist()
+
+
 def writes_answers(model: nn.Module) -> bool:
     """Return whether the labels of a row are the tokens of an answer; those of a token classifier are not."""
-    return shifts_labels(model) or _has_decoder(model)
-
-
-def _has_decoder(model: nn.Module) -> bool:
-    """Return whether the model has an encoder for its input and a decoder for its answer."""
-    return bool(getattr(getattr(getattr(model, "module", model), "config", None), "is_encoder_decoder", False))
+    return shifts_labels(model) or has_decoder(model)
 
 
 def _without_labels(model: nn.Module, inputs: Batch) -> dict[str, Tensor]:
@@ -193,7 +198,7 @@ def output_logits(model: nn.Module, inputs: Batch, **forward_options: int) -> Te
         ModelError: The model returns no logits.
     """
     inputs = taken_inputs(model, inputs)
-    decoder_reads = ("labels", "decoder_input_ids") if _has_decoder(model) else ()
+    decoder_reads = ("labels", "decoder_input_ids") if has_decoder(model) else ()
     read = [inputs[name] for name in ("input_ids", *decoder_reads) if name in inputs and inputs[name].ndim == 2]
     length, context = max((tokens_BT.shape[1] for tokens_BT in read), default=0), context_length(model)
     if context is not None and length > context:
@@ -216,7 +221,7 @@ def _check_ids(model: nn.Module, inputs: Batch) -> None:
         return
     config = getattr(getattr(model, "module", model), "config", None)
     rows = vocabulary_size(model)
-    decoder_reads = "labels" if getattr(config, "is_encoder_decoder", False) else "decoder_input_ids"
+    decoder_reads = "labels" if has_decoder(model) else "decoder_input_ids"
     for name in ("input_ids", "decoder_input_ids", decoder_reads):
         if rows is not None and name in inputs and inputs[name].ndim == 2 and inputs[name].numel():
             ids = inputs[name]
@@ -324,7 +329,7 @@ def find_module(model: nn.Module, layer: int | str) -> nn.Module:
         SettingsError: The model has no such module.
     """
     model = without_wrapper(getattr(model, "module", model))
-    if isinstance(layer, int) and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if isinstance(layer, int) and has_decoder(model):
         model = model.get_decoder()  # type: ignore[operator]
     modules = {base_name(name): module for name, module in model.named_modules()}
     if isinstance(layer, str):

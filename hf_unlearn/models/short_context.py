@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_unlearn.models.forward import Predictions, counted_labels, label_positions, predict
+from hf_unlearn.models.forward import Predictions, counted_labels, label_places, label_positions, predict
 from hf_unlearn.models.tasks import IGNORED, Batch, shifts_labels
 
 CONTEXT = 2
@@ -66,14 +66,6 @@ def _padded(rows: Sequence[Mapping[str, Sequence[int]]], device: torch.device) -
         ).to(device)
         for name in ones[0]
     }
-
-
-def label_places(model: nn.Module, row: Mapping[str, Any]) -> list[int]:
-    """Return the places of a row's labels that the model predicts."""
-    inputs = {key: torch.as_tensor(row[key])[None] for key in ("attention_mask",) if row.get(key) is not None}
-    inputs["labels"] = torch.as_tensor(row["labels"])[None]
-    places = label_positions(model, counted_labels(model, inputs))[0].nonzero()[:, 0]
-    return (places + shifts_labels(model)).tolist()
 
 
 def short_rows(model: nn.Module, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

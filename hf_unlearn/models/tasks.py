@@ -69,6 +69,17 @@ def task_of(model: nn.Module) -> Task | None:
     return task or ("language-model" if shifts_labels(model) else None)
 
 
+def has_decoder(model: nn.Module) -> bool:
+    """Return whether a model is an encoder-decoder, so that its labels are not at the positions of its input.
+
+    >>> from transformers import T5Config, T5ForConditionalGeneration
+    >>> sizes = dict(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    >>> has_decoder(T5ForConditionalGeneration(T5Config(**sizes))), has_decoder(nn.Linear(2, 2))
+    (True, False)
+    """
+    return bool(getattr(getattr(getattr(model, "module", model), "config", None), "is_encoder_decoder", False))
+
+
 def context_length(model: nn.Module) -> int | None:
     """Return the number of positions that the model was made for, or None if its configuration does not say.
 

@@ -25,7 +25,7 @@ from hf_unlearn.evaluation.content import (
     substitute_losses,
     with_content,
 )
-from hf_unlearn.losses.original_outputs import reference_outputs
+from hf_unlearn.losses.original_outputs import original_outputs
 from hf_unlearn.losses.registry import OriginalModel
 from hf_unlearn.models.fingerprint import weights_fingerprint
 from hf_unlearn.models.loading import load_model
@@ -99,7 +99,7 @@ def take_reference(
             f"loss {inputs.loss.name!r} needs the checkpoint before fine-tuning; pass reference_model, or choose a "
             "loss without a reference"
         )
-    stored = reference_outputs(
+    stored = original_outputs(
         own if reference is None else reference,
         inputs.loss,
         {"forget": inputs.forget},
@@ -108,7 +108,7 @@ def take_reference(
         batch_size=size,
         precision=precision_of(args),
         scope=scope,
-        short_context=reference is None,
+        source="short context" if reference is None else "reference",
     )
     forget, content_loss, function_loss = inputs.forget, None, math.nan
     if args.stopping_metric == "content_loss":

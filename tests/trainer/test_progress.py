@@ -29,7 +29,6 @@ def shown(folder: Path, capsys: pytest.CaptureFixture[str], *, quiet: bool, logg
     )
     kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
     assert kinds.count(StepLinesCallback) == 1 and not {PrinterCallback, ProgressCallback} & set(kinds)
-    trainer.constrainer.measure_leak = False
     trainer.train()
     out, err = capsys.readouterr()
     assert out == "" and "{" not in err
